@@ -1,0 +1,36 @@
+# The two commands: `make train` and `make test`. Both create .venv and install everything they need.
+PYTHON ?= python3
+VENV ?= .venv
+DATASET ?= synthetic
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: train test test-all lint install clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# The synthetic data has a recipe made for minutes on a CPU; any other data set gets the defaults of `effnet-fast train`.
+RECIPE = $(if $(filter synthetic,$(DATASET)),--config effnet_fast/recipes/quickstart.yaml,--dataset $(DATASET))
+
+train: $(INSTALLED)
+	$(BIN)/effnet-fast train $(RECIPE) $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info

@@ -1,0 +1,6 @@
+"""`python -m effnet_fast VERB`, and thus `torchrun -m effnet_fast VERB`."""
+
+from effnet_fast.cli import main
+
+if __name__ == "__main__":
+    main()

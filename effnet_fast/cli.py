@@ -1,0 +1,117 @@
+"""The command line: argv -> config -> one verb. Only this file reads argv.
+
+Each verb's flags are its config dataclass, by jsonargparse; torch is imported only once a verb runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from effnet_fast import __version__, config
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line: its settings and the function of effnet_fast.run that carries it out."""
+
+    settings: type
+    function: str
+    positional: str | None = None
+
+    @property
+    def summary(self) -> str:
+        return (self.settings.__doc__ or "").strip()
+
+    @property
+    def bare_flags(self) -> set[str]:
+        """Flags that may stand without a value: switches, and choices that yes and no belong to."""
+        types = {field.name: str(field.type) for field in dataclasses.fields(self.settings)}
+        return {f"--{name}" for name, kind in types.items() if kind.endswith("bool") and not kind.startswith("str")}
+
+
+VERBS = {
+    "train": Verb(config.TrainConfig, "train"),
+    "eval": Verb(config.EvalConfig, "evaluate_checkpoint"),
+    "plot": Verb(config.PlotConfig, "plot", positional="runs"),
+    "info": Verb(config.InfoConfig, "info"),
+    "data": Verb(config.DataConfig, "show_data"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `effnet-fast VERB ...` and exit.
+
+    A user's mistake is one line on stderr and exit status 2; EFFNET_FAST_DEBUG=1 shows where it was noticed.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0 if args else 2)
+    if args[0] == "--version":
+        print(f"effnet-fast {__version__}")
+        sys.exit(0)
+    try:
+        sys.exit(_run(args[0], args[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("EFFNET_FAST_DEBUG"):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _overview() -> str:
+    lines = ["usage: effnet-fast VERB [options]", "", "Train EfficientNets on small images, fast.", ""]
+    lines += [f"  {name:8}{verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join([*lines, "", "effnet-fast VERB --help lists a verb's options; --version prints the version."])
+
+
+def _run(name: str, args: list[str]) -> int:
+    if name not in VERBS:
+        raise ValueError(f"unknown verb {name!r}; choose one of {', '.join(VERBS)}")
+    verb = VERBS[name]
+    settings = parse(verb, name, args)
+    room = importlib.import_module("effnet_fast.run")
+    return getattr(room, verb.function)(settings)
+
+
+def parse(verb: Verb, name: str, args: list[str]) -> Any:
+    """The verb's config from its arguments and, with --config, from YAML files.
+
+    Raises:
+        ValueError: an unknown flag or an impossible value, in one line.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=f"effnet-fast {name}", description=verb.summary, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags behind it win")
+    parser.add_class_arguments(verb.settings, as_positional=False, skip={verb.positional} if verb.positional else None)
+    if verb.positional:
+        parser.add_argument(verb.positional, nargs="+", type=str, help="folders of runs")
+    try:
+        values = parser.parse_args(_fill_bare_flags(args, verb.bare_flags)).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"{_one_line(error)} (effnet-fast {name} --help lists the options)") from error
+    values.pop("config")
+    return verb.settings(**values)
+
+
+def _fill_bare_flags(args: list[str], flags: set[str]) -> list[str]:
+    """`--mixed_precision` alone means true; jsonargparse refuses a bare flag that can take a value."""
+    following = [*args[1:], "--"]
+    return [
+        f"{arg}=true" if arg in flags and after.startswith("--") else arg
+        for arg, after in zip(args, following, strict=False)
+    ]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

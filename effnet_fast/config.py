@@ -1,0 +1,244 @@
+"""The settings of every verb: one frozen dataclass each, whose field docstrings are the command line's help.
+
+Nothing here imports torch, so that `effnet-fast --help` answers at once. A value that can never be right raises
+ValueError with a line that says what to do; what depends on the data or the machine is checked where it is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+DatasetName = Literal["cifar100", "cifar10", "folder", "synthetic"]
+LoaderName = Literal["auto", "dali", "resident", "torch"]
+DeviceName = Literal["auto", "cuda", "cpu"]
+Switch = Literal["auto", "yes", "no"]
+
+# YAML 1.1 reads the bare words no, off, yes and on as booleans.
+_WORDS: dict[object, str] = {False: "no", True: "yes", "off": "no", "on": "yes"}
+
+
+def operational(default: Any) -> Any:
+    """A field that changes how a run is carried out but not what it computes, so resuming may change it."""
+    return dataclasses.field(default=default, metadata={"operational": True})
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model, evaluate it after every epoch, and keep curves and checkpoints in SAVE_DIR/RUN_NAME."""
+
+    model: str = "efficientnet-b0"
+    """Architecture, efficientnet-b0 to efficientnet-b7."""
+    dataset: DatasetName = "cifar100"
+    """Data set; `folder` is DATA_DIR/{train,test}/CLASS/*.{jpg,png}, `synthetic` is procedural and needs no disk."""
+    data_dir: str = operational("data")
+    """Folder with the data set, or where it is downloaded to."""
+    save_dir: str = operational("results")
+    """Folder that holds one sub-folder per run."""
+    run_name: str | None = operational(None)
+    """Name of the run's folder; default MODEL-DATASET-SEED."""
+
+    batch_size: int = 256
+    """Images per optimizer step, over all ranks and accumulation steps together."""
+    num_epochs: int = 200
+    """Passes over the training images."""
+    learning_rate: float = 0.1
+    """Peak learning rate, per optimizer step."""
+    weight_decay: float = 5e-4
+    """Decay of convolution and linear weights (never of BatchNorm or biases)."""
+    momentum: float = 0.9
+    """Momentum of sgd and rmsprop (a fraction, 0 to 1)."""
+    optimizer: Literal["sgd", "adamw", "rmsprop"] = "sgd"
+    """sgd with Nesterov momentum, adamw, or the EfficientNet paper's rmsprop (decay 0.9, eps 1e-3)."""
+    schedule: Literal["cosine", "one-cycle", "step", "exponential", "constant"] = "cosine"
+    """Learning rate over steps; `step` divides by 5 at 30, 60 and 80 % of the run, `exponential` is the paper's
+    0.97 every 2.4 epochs."""
+    warmup_epochs: float = 5.0
+    """Linear warm-up from zero, in epochs (one-cycle: half of its rise); at most a quarter of the run is used."""
+    label_smoothing: float = 0.1
+    """Share of the target spread evenly over all classes (0 to 1)."""
+    mixup: float = 0.0
+    """Alpha of the Beta distribution of mixup; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of the Beta distribution of CutMix; 0 is off. With mixup too, each batch draws one of the two."""
+    ema_decay: float = 0.0
+    """Decay per step of the exponential moving average of the weights, e.g. 0.9995; 0 is off."""
+    clip_grad: float = 5.0
+    """Largest norm of the whole gradient; 0 is off."""
+    grad_accumulation: int = 1
+    """Pieces into which a rank's share of the batch is cut, one forward and backward pass each."""
+    seed: int = 0
+    """Seed of weights, order, augmentation, mixing, dropout and stochastic depth."""
+
+    image_size: Literal["auto"] | int = "auto"
+    """Pixels; auto scales the data set's own size (32 for CIFAR) by the variant's resolution ratio."""
+    output_stride: Literal[4, 8, 16, 32] | None = None
+    """Input pixels per pixel of the final map; default 8 below 128 px and 32 from there on."""
+    dropout: float | None = None
+    """Dropout before the classifier (0 to 1); default the variant's own (0.2 for B0)."""
+    drop_path: float = 0.2
+    """Stochastic depth of the last block (0 to 1), rising linearly from 0 at the first."""
+
+    rotation: float = 0.0
+    """Largest rotation in degrees, either way."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation (0 to 1)."""
+    auto_augment: Literal["none", "rand", "trivial"] = "none"
+    """RandAugment (2 operations, magnitude 9 of 31) or TrivialAugment, done by DALI."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of an image is blanked (0 to 1)."""
+
+    val_fraction: float = 0.0
+    """Share of the training images held out (stratified, seeded) to choose best.pt by; 0 holds out none."""
+    limit_train: int | None = None
+    """Use only this many training images (stratified, seeded)."""
+    limit_eval: int | None = None
+    """Evaluate on only this many images (stratified, seeded)."""
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    """What an unreadable image of a folder does: it is named, counted and skipped, or the run fails."""
+
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
+    """Autocast type; auto is bf16 on CUDA and no on the CPU, fp16 uses a gradient scaler. The bare flag is bf16."""
+    compile: Switch | bool = "auto"
+    """torch.compile; auto is yes on CUDA and no on the CPU. The bare flag is yes."""
+    sync_batchnorm: bool = True
+    """Share BatchNorm statistics among ranks, so that any number of ranks computes the same step."""
+    deterministic: bool = False
+    """Only deterministic algorithms on CUDA, at some cost in speed; the CPU always repeats itself."""
+
+    loader: LoaderName = operational("auto")
+    """Data path; auto takes DALI where it can be imported, else resident."""
+    num_workers: int = operational(8)
+    """Threads of DALI or processes of the torch loader, capped to the machine's cores."""
+    device: DeviceName = operational("auto")
+    """auto takes CUDA where there is a GPU."""
+    resume: str | bool = operational("auto")
+    """auto goes on from the run's last.pt where there is one; PATH starts from that checkpoint; no starts afresh."""
+    save_every_steps: int = operational(0)
+    """Write last.pt every so many optimizer steps besides every epoch; 0 is off."""
+    log_every_steps: int = operational(50)
+    """Optimizer steps between two rows of metrics.jsonl."""
+    time_budget: float = operational(0.0)
+    """Stop cleanly, evaluated and saved, after this many seconds of training; 0 is no limit."""
+    dry_run: bool = operational(False)
+    """Say what would run (model, cost, data, steps, memory) and stop."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
+        object.__setattr__(self, "compile", _WORDS.get(self.compile, self.compile))
+        object.__setattr__(self, "resume", _WORDS.get(self.resume, self.resume))
+        for name in ("batch_size", "num_epochs", "grad_accumulation", "log_every_steps"):
+            _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay", "warmup_epochs", "mixup", "cutmix", "clip_grad", "rotation"):
+            _require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
+        for name in ("save_every_steps", "num_workers", "time_budget"):
+            _require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
+        for name in ("momentum", "label_smoothing", "ema_decay", "drop_path", "dropout", "val_fraction"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value < 1, f"--{name} must be from 0 to below 1, not {value}")
+        for name in ("color_jitter", "random_erasing"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"--{name} must be from 0 to 1, not {value}")
+        for name in ("limit_train", "limit_eval"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")
+        _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
+        _require(
+            self.auto_augment == "none" or self.loader in ("auto", "dali"),
+            f"--auto_augment {self.auto_augment} is done by DALI: use --loader dali, not {self.loader}",
+        )
+
+    @property
+    def name(self) -> str:
+        """The run's folder name."""
+        return self.run_name or f"{self.model}-{self.dataset}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate a checkpoint: loss, top-1, top-5, accuracy by class (CSV) and the confusion matrix (PNG)."""
+
+    checkpoint: str
+    """Checkpoint to evaluate, e.g. results/RUN/last.pt."""
+    data_dir: str | None = None
+    """Folder with the data set; default the one the run was trained from."""
+    split: Literal["test", "val", "train"] = "test"
+    """Images to evaluate on; val is what the run held out."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """Which weights; auto is the moving average where the run kept one."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    limit_eval: int | None = None
+    """Evaluate on only this many images (stratified, seeded)."""
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
+    """Autocast type; auto is bf16 on CUDA and no on the CPU. The bare flag is bf16."""
+    loader: LoaderName = "auto"
+    """Data path; auto takes DALI where it can be imported, else resident."""
+    num_workers: int = 8
+    """Threads of DALI or processes of the torch loader, capped to the machine's cores."""
+    device: DeviceName = "auto"
+    """auto takes CUDA where there is a GPU."""
+    output_dir: str | None = None
+    """Folder for the CSV and the PNG; default the checkpoint's own."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
+        _require(self.batch_size >= 1, f"--batch_size must be at least 1, not {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Draw the curves of one or several runs over each other."""
+
+    runs: list[str]
+    """Folders of runs."""
+    output: str | None = None
+    """Picture to write (.png, .svg or .pdf); default curves.png in the first run's folder."""
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Print a model's parameters, MACs, FLOPs, activations, final map and memory."""
+
+    model: str = "efficientnet-b0"
+    """Architecture, efficientnet-b0 to efficientnet-b7."""
+    num_classes: int = 100
+    """Classes of the head."""
+    image_size: Literal["auto"] | int = "auto"
+    """Pixels; auto scales 32 px by the variant's resolution ratio."""
+    output_stride: Literal[4, 8, 16, 32] | None = None
+    """Input pixels per pixel of the final map; default 8 below 128 px and 32 from there on."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Download, verify and describe a data set, and write a sheet of sample images."""
+
+    dataset: DatasetName = "cifar100"
+    """Data set."""
+    data_dir: str = "data"
+    """Folder with the data set, or where it is downloaded to."""
+    output: str | None = None
+    """Sample sheet to write (PNG); default DATA_DIR/DATASET-samples.png."""
+
+
+def _precision(value: str | bool) -> str:
+    word = _WORDS.get(value, value)
+    return "bf16" if word == "yes" else str(word)
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The fields that decide what a run computes: two runs that differ in one must not share a folder."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if not field.metadata.get("operational")
+    }

@@ -1,0 +1,120 @@
+"""Ranks: who am I, on which device, and how do we add things up. A world of 1 is not a special case."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size`, computing on `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init(device: str = "auto") -> World:
+    """Join the process group that torchrun announced in the environment, or be a world of one.
+
+    Args:
+        device: auto, cuda or cpu. The backend is nccl on CUDA and gloo on the CPU.
+
+    Raises:
+        ValueError: cuda is asked for where no GPU is visible, or fewer GPUs than local ranks.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = choose_device(device, local_rank)
+    if "RANK" not in os.environ:
+        return World(0, 1, chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The torch device for auto, cuda or cpu; on CUDA it becomes the current one.
+
+    Raises:
+        ValueError: cuda is asked for where no GPU is visible, or fewer GPUs than local ranks.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA GPU is visible here; use --device cpu, or check nvidia-smi")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own: start at most {torch.cuda.device_count()} processes here"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Reduce over ranks in place; alone, nothing."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True everywhere if any rank says so; a host synchronisation where there is more than one rank."""
+    if world_size() == 1:
+        return flag
+    return bool(all_reduce_(torch.tensor(float(flag), device=device), dist.ReduceOp.MAX).item())
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        # Every rank's loss depends on every rank's term, so the gradient of a sum is the sum of the gradients.
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def gather_rows(row: torch.Tensor) -> torch.Tensor:
+    """Every rank's row, differentiably: [C] -> [world, C], equal on all ranks."""
+    table = row.new_zeros(world_size(), row.numel())
+    table[dist.get_rank()] = row
+    return _AllReduceSum.apply(table)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on all ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,73 @@
+"""Where a figure comes from: machine, versions, commit, command, date."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effnet_fast import __version__
+
+_PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """What must be known to read a result: JSON-ready, with None for what is absent."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "effnet_fast": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": driver(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def version(package: str) -> str | None:
+    """An installed package's version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with `+` behind it where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    return head + ("+" if _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version, or None."""
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

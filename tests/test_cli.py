@@ -1,0 +1,194 @@
+"""The command line: every mistake is one line, every flag users know works as written."""
+
+import errno
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+import yaml
+
+from effnet_fast import cli, config
+
+KNOWN = (
+    "--model efficientnet-b0 --batch_size 256 --num_epochs 200 --learning_rate 0.1 --weight_decay 5e-4 "
+    "--num_workers 8 --data_dir data --save_dir results --mixed_precision"
+)
+
+
+def settings(line, verb="train"):
+    return cli.parse(cli.VERBS[verb], verb, line.split())
+
+
+def test_the_known_flags_are_the_defaults():
+    assert settings(KNOWN) == config.TrainConfig(mixed_precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", "auto"),
+        ("--mixed_precision", "bf16"),
+        ("--mixed_precision --seed 3", "bf16"),
+        ("--mixed_precision no", "no"),
+        ("--mixed_precision off", "no"),
+        ("--mixed_precision=fp16", "fp16"),
+    ],
+)
+def test_mixed_precision(line, expected):
+    assert settings(line).mixed_precision == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"), [("no", "no"), ("off", "no"), ("fp16", "fp16"), ("yes", "bf16"), ("bf16", "bf16")]
+)
+def test_mixed_precision_in_yaml(tmp_path, word, expected):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"mixed_precision: {word}\nresume: no\nlearning_rate: 1e-3\n")
+    read = settings(f"--config {path} --learning_rate 0.2")
+    assert (read.mixed_precision, read.resume, read.learning_rate) == (expected, "no", 0.2)
+
+
+def test_switches_stand_alone_or_with_a_value():
+    assert settings("--dry_run --compile --deterministic").dry_run
+    assert settings("--compile").compile == "yes"
+    assert settings("--compile no --sync_batchnorm false").sync_batchnorm is False
+
+
+def test_printed_config_is_read_back(tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["train", "--learning_rate", "0.3", "--output_stride", "16", "--print_config"])
+    assert done.value.code == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert settings(f"--config {path}") == config.TrainConfig(learning_rate=0.3, output_stride=16)
+
+
+def test_every_flag_has_help(capsys):
+    for verb in cli.VERBS:
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--help"])
+        text = capsys.readouterr().out
+        assert "default: " in text or verb == "plot"
+        for line in text.splitlines():
+            assert "help not found" not in line
+
+
+def test_recipes_are_valid():
+    from importlib import resources
+
+    recipes = [f for f in resources.files("effnet_fast.recipes").iterdir() if f.name.endswith(".yaml")]
+    assert recipes
+    for recipe in recipes:
+        assert isinstance(settings(f"--config {recipe}"), config.TrainConfig)
+
+
+TINY = "--dataset synthetic --output_stride 32 --limit_train 64 --limit_eval 64 --batch_size 32 --num_epochs 1"
+
+
+def mistake(capsys, line):
+    """Run a command in this process; the one line it says."""
+    with pytest.raises(SystemExit) as done:
+        cli.main(line.split())
+    said = capsys.readouterr().err
+    assert done.value.code == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("fly", "unknown verb 'fly'"),
+        ("train --batchsize 3", "--batchsize"),
+        ("train --model efficientnet-b8", "did you mean efficientnet-b"),
+        ("train --batch_size 0", "--batch_size must be at least 1"),
+        ("train --batch_size x", "batch_size"),
+        ("train --learning_rate -0.1", "--learning_rate must not be negative"),
+        ("train --optimizer lion", "optimizer"),
+        ("train --output_stride 5", "output_stride"),
+        ("train --val_fraction 1.5", "--val_fraction must be from 0 to below 1"),
+        ("train --auto_augment rand --loader resident", "use --loader dali"),
+        ("train --config nowhere.yaml", "nowhere.yaml"),
+        ("train --dataset synthetic --batch_size 999999", "larger than the"),
+        ("train --dataset synthetic --batch_size 32 --grad_accumulation 5", "must divide evenly"),
+        ("train --dataset synthetic --limit_train 5 --batch_size 8", "larger than the 5 training images"),
+        ("eval --checkpoint nowhere.pt", "there is no checkpoint at nowhere.pt"),
+        ("eval", "checkpoint"),
+        ("plot nowhere", "nowhere"),
+        ("plot", "runs"),
+        ("info --model vgg16", "unknown model"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, line, words):
+    assert words in mistake(capsys, line)
+
+
+def test_yaml_that_is_none(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("learning_rate: [")
+    mistake(capsys, f"train --config {tmp_path / 'bad.yaml'}")
+    (tmp_path / "unknown.yaml").write_text("learning_speed: 3")
+    assert "learning_speed" in mistake(capsys, f"train --config {tmp_path / 'unknown.yaml'}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys):
+    assert "no CUDA GPU is visible" in mistake(capsys, "train --dataset synthetic --device cuda")
+
+
+def test_missing_data_without_network(tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    assert str(tmp_path) in mistake(capsys, f"train --data_dir {tmp_path}")
+
+
+def test_a_broken_archive(tmp_path, capsys):
+    (tmp_path / "cifar-100-python.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
+    assert "cifar-100-python.tar.gz" in mistake(capsys, f"train --data_dir {tmp_path}")
+
+
+def test_unwritable_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    said = mistake(capsys, f"train {TINY} --save_dir {tmp_path / 'file'}")
+    assert "choose another --save_dir" in said
+
+
+def test_full_disk_at_a_checkpoint(tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "free some space" in mistake(capsys, f"train {TINY} --save_dir {tmp_path}")
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(f"train {TINY} --save_dir {tmp_path} --run_name a".split())
+    said = mistake(capsys, f"train {TINY} --save_dir {tmp_path} --model efficientnet-b1 --resume {tmp_path}/a/last.pt")
+    assert "model efficientnet-b0 there, efficientnet-b1 here" in said
+
+
+def test_the_module_runs_as_torchrun_calls_it():
+    command = [sys.executable, "-m", "effnet_fast", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("effnet-fast ")
+
+
+def test_debugging_shows_where(monkeypatch):
+    monkeypatch.setenv("EFFNET_FAST_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown verb"):
+        cli.main(["fly"])
+
+
+def test_config_file_of_a_run_is_a_recipe(tmp_path):
+    path = tmp_path / "config.yaml"
+    import dataclasses
+
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config.TrainConfig(mixed_precision="no", resume="no"))))
+    assert settings(f"--config {path}").mixed_precision == "no"

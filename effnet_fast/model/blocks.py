@@ -1,0 +1,205 @@
+"""The bricks: convolution + BatchNorm + Swish, squeeze-and-excitation, and the inverted bottleneck MBConv.
+
+This is the one door to effnet_kernels: no other file of effnet_fast imports it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effnet_fast import distributed
+
+Padding = Literal["symmetric", "same"]
+
+
+@dataclass(frozen=True)
+class Style:
+    """What all blocks of a network share.
+
+    Attributes:
+        padding: see `Conv`.
+        bn_eps, bn_momentum: see `BatchNorm`.
+    """
+
+    padding: Padding = "symmetric"
+    bn_eps: float = 1e-3
+    bn_momentum: float = 0.01
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm over [N, C, H, W], whose statistics can be shared among ranks on any device (Ioffe and Szegedy 2015).
+
+    torch's SyncBatchNorm refuses CPU tensors; this one computes the same on gloo and nccl. Ranks must bring equally
+    many values. Parameters and running statistics are float32 [C], whatever the activations' type.
+
+    Args:
+        channels: C.
+        eps: added to the variance.
+        momentum: share of the new batch in the running statistics (torch's convention).
+
+    Raises:
+        ValueError: in training mode, one value per channel.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-3, momentum: float = 0.01) -> None:
+        super().__init__()
+        self.eps = eps
+        self.momentum = momentum
+        self.synchronised = False
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.synchronised and distributed.world_size() > 1:
+            return self._synchronised_forward(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+    def _synchronised_forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+        means, variances = distributed.gather_rows(torch.cat([mean, var])).chunk(2, dim=1)
+        mean = means.mean(0)
+        # Chan et al. 1983 for equal counts: no cancellation however large the mean.
+        var = variances.mean(0) + (means - mean).square().mean(0)
+        count = x.numel() // x.shape[1] * distributed.world_size()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        shift = self.bias - mean * scale
+        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}"
+
+
+class Conv(nn.Conv2d):
+    """Convolution without bias that keeps ceil(size / stride) pixels.
+
+    Args:
+        padding: `symmetric` pads k // 2 on every side; `same` pads as TensorFlow's SAME does: as little as
+            serves, the odd pixel at the bottom and right. They differ where a stride meets an even size.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, padding: Padding = "symmetric"
+    ) -> None:
+        self.asymmetric = padding == "same" and stride > 1
+        pad = 0 if self.asymmetric else kernel // 2
+        super().__init__(inputs, outputs, kernel, stride, pad, groups=groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asymmetric:
+            top, bottom = self._same_padding(x.shape[-2])
+            left, right = self._same_padding(x.shape[-1])
+            x = F.pad(x, (left, right, top, bottom))
+        return super().forward(x)
+
+    def _same_padding(self, size: int) -> tuple[int, int]:
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+        return total // 2, total - total // 2
+
+
+class ConvNormAct(nn.Module):
+    """Convolution, BatchNorm and (where `act`) Swish: [N, C, H, W] -> [N, C', ceil(H / stride), ceil(W / stride)]."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        *,
+        style: Style,
+        act: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = Conv(inputs, outputs, kernel, stride, groups, style.padding)
+        self.norm = BatchNorm(outputs, style.bn_eps, style.bn_momentum)
+        self.act = nn.SiLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate from the spatial mean: x * sigmoid(W2 swish(W1 mean(x) + b1) + b2) (Hu et al. 2018)."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, squeezed, 1)
+        self.expand = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((2, 3), keepdim=True)
+        return x * torch.sigmoid(self.expand(F.silu(self.reduce(mean))))
+
+
+def drop_path(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth: zero whole samples of [N, ...] with probability `rate`, scale the others by 1 / (1 - rate).
+
+    Huang et al. 2016; the scaling at training time follows the EfficientNet authors' code.
+    """
+    keep = 1 - rate
+    mask = torch.empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
+    return x * (mask / keep)
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck with squeeze-and-excitation (Sandler et al. 2018, Tan and Le 2019).
+
+    1x1 expansion (none where `expand` is 1), depthwise k x k, gate, 1x1 projection without activation; with a
+    residual under stochastic depth where input and output have one shape.
+
+    Args:
+        inputs, outputs: channels.
+        kernel, stride: of the depthwise convolution.
+        expand: channels of the depthwise convolution per input channel.
+        style: padding and BatchNorm's constants.
+        se_ratio: channels of the gate's bottleneck per input channel.
+        drop_path: probability that a sample skips the block in training.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int,
+        expand: int,
+        *,
+        style: Style,
+        se_ratio: float = 0.25,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden = inputs * expand
+        self.drop_path = drop_path
+        self.residual = stride == 1 and inputs == outputs
+        self.expand = ConvNormAct(inputs, hidden, 1, style=style) if expand != 1 else nn.Identity()
+        self.depthwise = ConvNormAct(hidden, hidden, kernel, stride, groups=hidden, style=style)
+        self.se = SqueezeExcite(hidden, max(1, int(inputs * se_ratio)))
+        self.project = ConvNormAct(hidden, outputs, 1, act=False, style=style)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.se(self.depthwise(self.expand(x))))
+        if not self.residual:
+            return y
+        if self.training and self.drop_path > 0:
+            y = drop_path(y, self.drop_path)
+        return x + y

@@ -1,0 +1,201 @@
+"""What a model costs, counted on the built model: parameters, MACs, activations, memory, minimum bytes per step."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fvcore.nn.jit_analysis import JitModelAnalysis
+from fvcore.nn.jit_handles import conv_flop_jit, get_shape, linear_flop_jit
+from torch import Tensor
+
+from effnet_fast.model.efficientnet import EfficientNet, batch_norms, create_model
+
+FP32, BF16 = 4, 2  # bytes of an element
+EXAMPLE_BATCH = 256  # images of the step whose traffic `describe` tells
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """The cost of one image, and what does not depend on the number of images.
+
+    Attributes:
+        parameters: trainable numbers.
+        macs: multiply-accumulates of the convolutions and linear layers of one forward pass. fvcore counts these and
+            calls them "flops"; a multiply-accumulate is two floating-point operations, so `flops` is 2 * macs.
+        activations: numbers that convolutions and linear layers write in one forward pass (fvcore's convention).
+        inputs_read: numbers that they read in one forward pass, weights not counted.
+        saved: numbers that autograd keeps of one image for the backward pass.
+        final_map: (C, H, W) of what the global pooling sees.
+    """
+
+    parameters: int
+    macs: int
+    activations: int
+    inputs_read: int
+    saved: int
+    final_map: tuple[int, int, int]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one forward pass: two per multiply-accumulate."""
+        return 2 * self.macs
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, gradients and the momentum of SGD, in bytes: float32 each, under mixed precision too.
+
+        AdamW and the paper's RMSprop keep one more; so does an EMA of the weights.
+        """
+        return 3 * self.parameters * FP32
+
+    def training_bytes_per_image(self, element_bytes: int) -> int:
+        """Memory that each image of a batch takes in training, in bytes: `saved` numbers of `element_bytes` each.
+
+        An estimate for the uncompiled PyTorch path: a compiled or fused one recomputes some of them, and workspaces
+        and passing gradients come on top.
+        """
+        return self.saved * element_bytes
+
+    def minimum_step_bytes(self, batch_size: int, element_bytes: int) -> int:
+        """Bytes that one training step must move to and from memory at the least, with no two layers fused.
+
+        (BatchNorm needs the whole of a layer's output before the next layer can begin, so training cannot fuse two.)
+
+        Per image, with x a layer's input, y its output and dx, dy their gradients, each tensor moves once per pass:
+        forward reads x and writes y; backward reads x and dy and writes dx: 3 * inputs_read + 2 * activations in all.
+        BatchNorm, Swish, gate and residual are taken to ride along for free. Per step, the float32 weights are read
+        forward and backward and their gradients written, then SGD reads weight, gradient and momentum and writes
+        weight and momentum: 8 passes. Divided by the memory bandwidth it bounds the time of a step from below.
+        """
+        per_image = 3 * self.inputs_read + 2 * self.activations
+        return batch_size * per_image * element_bytes + 8 * self.parameters * FP32
+
+
+def complexity(model: EfficientNet, image_size: int) -> Complexity:
+    """Count what a model costs at [3, image_size, image_size] images. The model itself is left as it was.
+
+    Counted on copies: one that traces an image through on the CPU (fvcore reads the trace), one without storage whose
+    shapes tell the memory.
+    """
+    shapes = copy.deepcopy(model).to("meta").train()
+    for norm in batch_norms(shapes):
+        norm.synchronised = False  # one rank may count alone
+    counts = _layer_counts(model, image_size)
+    channels, height, width = shapes.forward_features(_images(2, image_size, "meta")).shape[1:]
+    return Complexity(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=counts["macs"],
+        activations=counts["activations"],
+        inputs_read=counts["inputs_read"],
+        # The difference drops what is kept once per batch: weights and the statistics of BatchNorm.
+        saved=_saved_numbers(shapes, 3, image_size) - _saved_numbers(shapes, 2, image_size),
+        final_map=(channels, height, width),
+    )
+
+
+def describe(name: str, num_classes: int, image_size: int, output_stride: int | None) -> dict[str, Any]:
+    """What `effnet-fast info` tells of a model: plain numbers and lists, fit for JSON.
+
+    Args:
+        output_stride: None is 8 below 128 px and 32 from there on.
+
+    Raises:
+        ValueError: an unknown model or an impossible value.
+    """
+    model = create_model(name, num_classes, image_size, output_stride)
+    cost = complexity(model, image_size)
+    return {
+        "model": name,
+        "num_classes": num_classes,
+        "image_size": image_size,
+        "output_stride": model.architecture.output_stride,
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        "flops": cost.flops,
+        "activations": cost.activations,
+        "final_map": list(cost.final_map),
+        "state_bytes": cost.state_bytes,
+        "training_bytes_per_image": {
+            "bf16": cost.training_bytes_per_image(BF16),
+            "fp32": cost.training_bytes_per_image(FP32),
+        },
+        "minimum_step_bytes": {
+            "batch_size": EXAMPLE_BATCH,
+            "bf16": cost.minimum_step_bytes(EXAMPLE_BATCH, BF16),
+            "fp32": cost.minimum_step_bytes(EXAMPLE_BATCH, FP32),
+        },
+    }
+
+
+def info_table(description: dict[str, Any]) -> str:
+    """What `describe` returns, laid out for people: one quantity a line, at most 80 characters wide."""
+    side = description["image_size"]
+    memory, traffic = description["training_bytes_per_image"], description["minimum_step_bytes"]
+    rows = [
+        ("parameters", f"{description['parameters']:,}", "trainable numbers"),
+        ("MACs", f"{description['macs']:,}", "multiply-accumulates, one image forward"),
+        ("FLOPs", f"{description['flops']:,}", '2 x MACs (fvcore\'s "flops" are MACs)'),
+        ("activations", f"{description['activations']:,}", "numbers its layers write, one image"),
+        ("final map", " x ".join(map(str, description["final_map"])), "channels x height x width"),
+        ("training state", _size(description["state_bytes"]), "weights, gradients, momentum; fp32"),
+        ("memory per image", f"{_size(memory['bf16'])} / {_size(memory['fp32'])}", "kept for backward; bf16 / fp32"),
+        (
+            "traffic per step",
+            f"{_size(traffic['bf16'])} / {_size(traffic['fp32'])}",
+            f"least for {traffic['batch_size']} images; bf16 / fp32",
+        ),
+    ]
+    title = (
+        f"{description['model']}, {description['num_classes']} classes, {side} x {side} px, "
+        f"output stride {description['output_stride']}"
+    )
+    return "\n".join([title, *(f"  {name:16}  {value:>19}  {meaning}" for name, value, meaning in rows)])
+
+
+def _size(count: int) -> str:
+    """Bytes in decimal units: 42.09 MB."""
+    scale, unit = next(row for row in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (0, "MB")) if count >= row[0])
+    return f"{count / (scale or 1e6):.4g} {unit}"
+
+
+def _images(batch_size: int, image_size: int, device: str) -> Tensor:
+    return torch.zeros(batch_size, 3, image_size, image_size, device=device)
+
+
+@torch.no_grad()
+def _layer_counts(model: EfficientNet, image_size: int) -> Counter[str]:
+    analysis = JitModelAnalysis(copy.deepcopy(model).cpu().eval(), _images(1, image_size, "cpu"))
+    analysis.set_op_handle("aten::_convolution", _convolution_counts, "aten::linear", _linear_counts)
+    return analysis.unsupported_ops_warnings(False).by_operator()
+
+
+def _convolution_counts(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    return _counts(conv_flop_jit(inputs, outputs)["conv"], inputs, outputs)
+
+
+def _linear_counts(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    return _counts(linear_flop_jit(inputs, outputs), inputs, outputs)
+
+
+def _counts(macs: int, inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    read, written = (torch.Size(get_shape(value)).numel() for value in (inputs[0], outputs[0]))
+    return Counter(macs=int(macs), inputs_read=read, activations=written)
+
+
+def _saved_numbers(model: EfficientNet, batch_size: int, image_size: int) -> int:
+    """Numbers in the floating-point storages that a forward pass leaves to autograd, each storage once."""
+    storages: dict[int, tuple[Tensor, int]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = (tensor, storage.nbytes() // tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(_images(batch_size, image_size, "meta"))
+    return sum(numbers for _, numbers in storages.values())

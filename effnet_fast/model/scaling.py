@@ -1,0 +1,131 @@
+"""Compound scaling: from multipliers of depth, width and resolution to the layout of a network.
+
+Pure arithmetic. Source: Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks,
+ICML 2019 (arXiv 1905.11946), table 1 (the baseline), equation 3 (the compound rule), and the authors' code for the
+rounding of channels and repeats.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+PAPER_FACTORS = (1.2, 1.1, 1.15)  # alpha, beta, gamma: depth, width, resolution
+STEM_CHANNELS = 32
+HEAD_CHANNELS = 1280
+BASE_RESOLUTION = 224
+SMALL_IMAGE = 128  # pixels; below it 32-fold reduction leaves too little of an image to classify
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of MBConv blocks; the stride belongs to the first of them."""
+
+    kernel: int
+    stride: int
+    expand: int
+    channels: int
+    repeats: int
+
+
+BASELINE = (
+    Stage(kernel=3, stride=1, expand=1, channels=16, repeats=1),
+    Stage(kernel=3, stride=2, expand=6, channels=24, repeats=2),
+    Stage(kernel=5, stride=2, expand=6, channels=40, repeats=2),
+    Stage(kernel=3, stride=2, expand=6, channels=80, repeats=3),
+    Stage(kernel=5, stride=1, expand=6, channels=112, repeats=3),
+    Stage(kernel=5, stride=2, expand=6, channels=192, repeats=4),
+    Stage(kernel=3, stride=1, expand=6, channels=320, repeats=1),
+)
+
+# What loses its stride of 2 first: the stem, then the 24-channel stage, then the 40-channel stage.
+_KEPT_EARLY_STRIDES = {32: (2, 2, 2), 16: (1, 2, 2), 8: (1, 1, 2), 4: (1, 1, 1)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Multipliers of the baseline's width, depth and input resolution, and the dropout that goes with them."""
+
+    width: float = 1.0
+    depth: float = 1.0
+    resolution: float = 1.0
+    dropout: float = 0.2
+
+
+VARIANTS = {
+    "efficientnet-b0": Variant(1.0, 1.0, 224 / BASE_RESOLUTION, 0.2),
+    "efficientnet-b1": Variant(1.0, 1.1, 240 / BASE_RESOLUTION, 0.2),
+    "efficientnet-b2": Variant(1.1, 1.2, 260 / BASE_RESOLUTION, 0.3),
+    "efficientnet-b3": Variant(1.2, 1.4, 300 / BASE_RESOLUTION, 0.3),
+    "efficientnet-b4": Variant(1.4, 1.8, 380 / BASE_RESOLUTION, 0.4),
+    "efficientnet-b5": Variant(1.6, 2.2, 456 / BASE_RESOLUTION, 0.4),
+    "efficientnet-b6": Variant(1.8, 2.6, 528 / BASE_RESOLUTION, 0.5),
+    "efficientnet-b7": Variant(2.0, 3.1, 600 / BASE_RESOLUTION, 0.5),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A network's channels, strides and repeats after scaling and rounding."""
+
+    stem_channels: int
+    stem_stride: int
+    stages: tuple[Stage, ...]
+    head_channels: int
+
+
+def compound(phi: float, alpha: float, beta: float, gamma: float, dropout: float = 0.2) -> Variant:
+    """Equation 3 of the paper: depth alpha^phi, width beta^phi, resolution gamma^phi."""
+    return Variant(width=beta**phi, depth=alpha**phi, resolution=gamma**phi, dropout=dropout)
+
+
+def round_channels(channels: int, width: float, divisor: int = 8) -> int:
+    """Scale and round to the nearest multiple of `divisor`, never below 90 % of the scaled value."""
+    scaled = channels * width
+    rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * scaled else rounded
+
+
+def round_repeats(repeats: int, depth: float) -> int:
+    """Scale and round up."""
+    return math.ceil(repeats * depth)
+
+
+def scaled_size(native: int, resolution: float) -> int:
+    """Input pixels for a data set whose images come at `native` pixels (B1 at 32: 34, B7: 86)."""
+    return round(native * resolution)
+
+
+def default_output_stride(image_size: int) -> int:
+    """8 for small images, else the paper's 32."""
+    return 8 if image_size < SMALL_IMAGE else 32
+
+
+def layout(width: float, depth: float, output_stride: int) -> Layout:
+    """Scale the baseline.
+
+    Args:
+        width, depth: multipliers, above 0.
+        output_stride: input pixels per pixel of the final map: 32, 16, 8 or 4.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    if output_stride not in _KEPT_EARLY_STRIDES:
+        raise ValueError(f"output_stride must be 32, 16, 8 or 4, not {output_stride}")
+    if width <= 0 or depth <= 0:
+        raise ValueError(f"width and depth multipliers must be above 0, not {width} and {depth}")
+    stem_stride, *early = _KEPT_EARLY_STRIDES[output_stride]
+    strides = {1: early[0], 2: early[1]}
+    stages = tuple(
+        replace(
+            stage,
+            stride=strides.get(i, stage.stride),
+            channels=round_channels(stage.channels, width),
+            repeats=round_repeats(stage.repeats, depth),
+        )
+        for i, stage in enumerate(BASELINE)
+    )
+    scaled = Layout(round_channels(STEM_CHANNELS, width), stem_stride, stages, round_channels(HEAD_CHANNELS, width))
+    assert stem_stride * math.prod(stage.stride for stage in stages) == output_stride
+    return scaled

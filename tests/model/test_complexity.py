@@ -1,0 +1,210 @@
+"""Cost of the built models against golden numbers, the paper, and counts by forward hooks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fvcore.nn import ActivationCountAnalysis
+from torch import nn
+
+from effnet_fast.model import batch_norms, create_model
+from effnet_fast.model.complexity import BF16, FP32, Complexity, complexity, describe, info_table
+
+GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden_complexity.json").read_text())
+
+# Tan and Le 2019, table 2 (MACs, called FLOPS there); parameters as the authors' code builds them.
+PAPER = {
+    "efficientnet-b0": (5_288_548, 0.39e9),
+    "efficientnet-b1": (7_794_184, 0.70e9),
+    "efficientnet-b2": (9_109_994, 1.0e9),
+    "efficientnet-b3": (12_233_232, 1.8e9),
+    "efficientnet-b4": (19_341_616, 4.2e9),
+    "efficientnet-b5": (30_389_784, 9.9e9),
+    "efficientnet-b6": (43_040_704, 19e9),
+    "efficientnet-b7": (66_347_960, 37e9),
+}
+
+# MACs at 32 px and 100 classes by output stride, worked out by hand to two or three digits before there was code.
+SMALL_IMAGES = {
+    "efficientnet-b0": {32: 8.5e6, 16: 32e6, 8: 116e6, 4: 407e6},
+    "efficientnet-b4": {32: 34e6, 16: 126e6, 8: 471e6, 4: 1.69e9},
+    "efficientnet-b7": {32: 117e6, 16: 433e6, 8: 1.65e9, 4: 5.9e9},
+}
+
+
+def row_id(row: dict[str, Any]) -> str:
+    return f"{row['model'][-2:]}-{row['image_size']}px-stride{row['output_stride']}"
+
+
+def traced(rows: list[dict[str, Any]]) -> list[Any]:
+    """Rows as parameters; building and tracing a large model takes seconds."""
+    large = [row["macs"] > 2e9 or row["parameters"] > 15e6 for row in rows]
+    return [
+        pytest.param(row, id=row_id(row), marks=[pytest.mark.slow] if slow else [])
+        for row, slow in zip(rows, large, strict=True)
+    ]
+
+
+def counts_by_hooks(model: nn.Module, image_size: int) -> Counter[str]:
+    """MACs, layer inputs and layer outputs of one image, counted apart from fvcore on tensors without storage."""
+    counts: Counter[str] = Counter()
+
+    def count(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        per_output = math.prod(layer.weight.shape[1:])  # input channels of a group x kernel area, or input features
+        counts.update(macs=output.numel() * per_output, inputs_read=inputs[0].numel(), activations=output.numel())
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return counts
+
+
+def built_on_meta(row: dict[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return create_model(row["model"], row["num_classes"], row["image_size"], row["output_stride"])
+
+
+def test_golden_covers_the_paper_and_small_images():
+    covered = {(row["model"], row["image_size"], row["output_stride"]) for row in GOLDEN}
+    sizes = dict(zip(PAPER, (224, 240, 260, 300, 380, 456, 528, 600), strict=True))
+    assert covered == {(name, size, 32) for name, size in sizes.items()} | {
+        (name, 32, stride) for name, strides in SMALL_IMAGES.items() for stride in strides
+    }
+
+
+@pytest.mark.parametrize("row", GOLDEN, ids=row_id)
+def test_hooks_agree_with_golden(row):
+    model = built_on_meta(row)
+    counts = counts_by_hooks(model, row["image_size"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == row["parameters"]
+    assert counts["macs"] == row["macs"]
+    assert counts["activations"] == row["activations"]
+
+
+@pytest.mark.parametrize("row", traced(GOLDEN))
+def test_complexity_is_golden(row):
+    described = describe(row["model"], row["num_classes"], row["image_size"], row["output_stride"])
+    assert {key: described[key] for key in row} == row
+
+
+@pytest.mark.parametrize("row", [row for row in GOLDEN if row["image_size"] > 32], ids=row_id)
+def test_golden_is_the_papers(row):
+    parameters, macs = PAPER[row["model"]]
+    assert row["parameters"] == parameters
+    assert row["macs"] == pytest.approx(macs, rel=0.06)
+
+
+@pytest.mark.parametrize("row", [row for row in GOLDEN if row["image_size"] == 32], ids=row_id)
+def test_golden_is_as_worked_out_for_small_images(row):
+    assert row["macs"] == pytest.approx(SMALL_IMAGES[row["model"]][row["output_stride"]], rel=0.02)
+    assert row["final_map"][1:] == [32 // row["output_stride"]] * 2
+
+
+@pytest.fixture(scope="module")
+def b0() -> nn.Module:
+    return create_model("efficientnet-b0", num_classes=100, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def b0_cost(b0) -> Complexity:
+    return complexity(b0, 32)
+
+
+def test_activations_follow_fvcores_convention(b0, b0_cost):
+    counted = ActivationCountAnalysis(b0.eval(), torch.zeros(1, 3, 32, 32)).unsupported_ops_warnings(False)
+    assert b0_cost.activations == counted.total()
+
+
+def test_saved_numbers_are_those_autograd_keeps_of_real_images(b0, b0_cost):
+    """On the CPU, of real tensors; within 1 %, since what is kept once a batch is not taken off here."""
+    batch_size = 8
+    weights = {parameter.data_ptr() for parameter in b0.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        b0.train()(torch.rand(batch_size, 3, 32, 32))
+    per_image = sum(tensor.numel() for tensor in kept.values()) / batch_size
+    assert b0_cost.saved == pytest.approx(per_image, rel=0.01)
+
+
+def test_bytes_follow_the_documented_formulas(b0_cost):
+    counts = counts_by_hooks(create_model("efficientnet-b0").to("meta"), 32)
+    weights = 4 * b0_cost.parameters
+    assert b0_cost.flops == 2 * b0_cost.macs
+    assert b0_cost.state_bytes == 3 * weights
+    assert (b0_cost.training_bytes_per_image(BF16), b0_cost.training_bytes_per_image(FP32)) == (
+        2 * b0_cost.saved,
+        4 * b0_cost.saved,
+    )
+    moved = 3 * counts["inputs_read"] + 2 * counts["activations"]
+    assert b0_cost.minimum_step_bytes(64, BF16) == 64 * 2 * moved + 8 * weights
+
+
+def test_complexity_leaves_the_model_as_it_was(b0):
+    b0.train()
+    before = {name: tensor.clone() for name, tensor in b0.state_dict().items()}
+    complexity(b0, 32)
+    assert b0.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in b0.state_dict().items())
+    assert not any(module._forward_hooks for module in b0.modules())
+
+
+def test_one_rank_of_several_counts_alone(b0_cost, monkeypatch):
+    model = create_model("efficientnet-b0")
+    for norm in batch_norms(model):
+        norm.synchronised = True
+    monkeypatch.setattr("effnet_fast.distributed.world_size", lambda: 2)
+    assert complexity(model, 32) == b0_cost
+
+
+def test_complexity_is_silent(b0, caplog, capfd):
+    complexity(b0, 32)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+
+
+def test_padding_of_tensorflow_costs_the_same():
+    symmetric = complexity(create_model("efficientnet-b0", output_stride=32), 33)
+    same = complexity(create_model("efficientnet-b0", output_stride=32, padding="same"), 33)
+    assert (same.parameters, same.macs, same.activations) == (
+        symmetric.parameters,
+        symmetric.macs,
+        symmetric.activations,
+    )
+
+
+def test_describe_chooses_the_stride_and_is_fit_for_json():
+    described = describe("efficientnet-b0", 10, 32, None)
+    assert (described["output_stride"], described["final_map"]) == (8, [1280, 4, 4])
+    assert json.loads(json.dumps(described)) == described
+
+
+def test_describe_refuses_an_unknown_model():
+    with pytest.raises(ValueError, match="did you mean efficientnet-b1"):
+        describe("efficientnet-b11", 100, 32, None)
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_table_names_macs_and_flops_and_fits_a_terminal(size):
+    described = describe("efficientnet-b0", 100, size, None)
+    lines = info_table(described).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("MACs" in line and f"{described['macs']:,}" in line for line in lines)
+    assert any("FLOPs" in line and f"{described['flops']:,}" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_table_of_the_largest_model_fits_a_terminal():
+    assert max(map(len, info_table(describe("efficientnet-b7", 1000, 600, 32)).splitlines())) <= 80

@@ -1,0 +1,58 @@
+"""Exponential moving average of a model's weights and BatchNorm statistics (Polyak and Juditsky 1992)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Keeps average = decay * average + (1 - decay) * weights, all on the device.
+
+    The decay warms up as min(decay, (1 + t) / (10 + t)) over updates t, so that the random start is soon forgotten.
+
+    Args:
+        model: whose floating-point parameters and buffers are averaged; its tensors must keep their identity.
+        decay: per step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        entries = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+        self.names = list(entries)
+        self.live: list[Tensor] = list(entries.values())
+        self.average: list[Tensor] = [t.clone() for t in self.live]
+
+    @torch.no_grad()
+    def update(self, step: int, keep: Tensor) -> None:
+        """Take in the weights after optimizer step `step`; where `keep` (one float32 on the device) is 0, nothing."""
+        share = keep * (1 - min(self.decay, (1 + step) / (10 + step)))
+        torch._foreach_mul_(self.average, 1 - share)
+        torch._foreach_add_(self.average, torch._foreach_mul(self.live, share))
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within, the model's own tensors hold the average; what is written to them there is kept in the average."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for live, average in zip(self.live, self.average, strict=True):
+            held = live.clone()
+            live.copy_(average)
+            average.copy_(held)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.average, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, average in zip(self.names, self.average, strict=True):
+            average.copy_(state[name])

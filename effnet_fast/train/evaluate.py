@@ -1,0 +1,99 @@
+"""Loss, top-1, top-5 and the confusion matrix of a model over every image of a split, on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effnet_fast import distributed
+from effnet_fast.model import batch_norms
+from effnet_fast.train.step import autocast
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation found.
+
+    Attributes:
+        loss: cross-entropy per image, natural log.
+        top1, top5: percent.
+        confusion: int64 [K, K] on the CPU; rows are the truth, columns the prediction.
+    """
+
+    loss: float
+    top1: float
+    top5: float
+    confusion: Tensor
+
+    @property
+    def images(self) -> int:
+        return int(self.confusion.sum())
+
+
+def evaluate(model: nn.Module, batches: Batches, *, num_classes: int, precision: str, device: torch.device) -> Result:
+    """Evaluate on this rank's batches and add all ranks up. Labels of -1 are padding and count for nothing.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+    with evaluating(model):
+        for images, labels in batches:
+            with autocast(precision, device):
+                logits = model(images).float()
+            losses = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+            best = logits.topk(min(5, num_classes), dim=1).indices
+            hits = (best == labels[:, None]).any(1).sum()
+            sums += torch.stack([losses, hits])
+            # Padding lands in the cell of class 0 with weight 0.
+            real = labels >= 0
+            confusion.index_add_(0, (labels * num_classes + best[:, 0]).clamp(min=0), real.long())
+    distributed.all_reduce_(sums)
+    distributed.all_reduce_(confusion)
+    table = confusion.view(num_classes, num_classes).cpu()
+    count = int(table.sum())
+    if count == 0:
+        raise ValueError("there is no image to evaluate on")
+    loss, hits = sums.tolist()
+    return Result(loss / count, 100 * int(table.trace()) / count, 100 * hits / count, table)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Batches, count: int, *, precision: str, device: torch.device) -> None:
+    """Re-estimate BatchNorm's statistics as the plain mean over `count` training batches (Wu and Johnson 2021).
+
+    In a short run the running averages lag behind the weights: at momentum 0.01 they look some hundred steps back.
+    """
+    norms = batch_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        for norm in norms:
+            norm.train()
+        for i, (images, _) in enumerate(islice(batches, count)):
+            for norm in norms:
+                norm.momentum = 1 / (i + 1)
+            with autocast(precision, device):
+                model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and back to the mode that was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,110 @@
+"""The epochs: step, report, save, evaluate."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from effnet_fast import distributed
+from effnet_fast.distributed import World
+
+
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint keeps it.
+
+    Attributes:
+        epoch, batch: the batch that comes next.
+        step: optimizer steps done.
+        best: highest validation top-1 so far, percent.
+        finished: the run has done all its epochs.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best: float = -1.0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Every:
+    """What a loop does now and then."""
+
+    log_steps: int
+    save_steps: int  # 0: at the end of epochs only
+    report: Callable[[], None]
+    save: Callable[[], None]
+    evaluate: Callable[[], None]
+
+
+class Stop:
+    """Why a run should stop: a signal was caught or its time is up. All ranks agree.
+
+    A context manager: signals are caught within. The second Ctrl-C interrupts at once.
+
+    Args:
+        world: of the run.
+        seconds: from now; 0 is no limit.
+        poll_steps: with several ranks, steps between two agreements, each a host synchronisation.
+    """
+
+    def __init__(self, world: World, seconds: float = 0.0, poll_steps: int = 10) -> None:
+        self.world = world
+        self.deadline = time.monotonic() + seconds if seconds > 0 else float("inf")
+        self.poll_steps = poll_steps if world.size > 1 else 1
+        self.signal = 0
+        self.out_of_time = False
+
+    def __enter__(self) -> Stop:
+        self._handlers = {number: signal.signal(number, self._caught) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _caught(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def asked(self, step: int) -> bool:
+        if step % self.poll_steps:
+            return False
+        late = time.monotonic() > self.deadline
+        if not distributed.any_rank(bool(self.signal) or late, self.world.device):
+            return False
+        self.out_of_time = not distributed.any_rank(bool(self.signal), self.world.device)
+        return True
+
+
+def fit(step, loader, watch, progress: Progress, epochs: int, every: Every, stop: Stop) -> None:
+    """Train from where `progress` stands until the last epoch or a stop; then the state is saved."""
+    for epoch in range(progress.epoch, epochs):
+        for images, labels in watch(loader.epoch(epoch, progress.batch)):
+            # Learn from one batch.
+            step(images, labels, progress.step)
+            progress.step += 1
+            progress.batch += 1
+            # Say how it goes; this is where the host waits for the device.
+            if progress.step % every.log_steps == 0:
+                every.report()
+            # Leave in good order when asked to.
+            if stop.asked(progress.step):
+                if stop.out_of_time:
+                    every.evaluate()
+                every.save()
+                return
+            # Keep what would be lost.
+            if every.save_steps and progress.step % every.save_steps == 0:
+                every.save()
+        # An epoch is done: evaluate, then keep it.
+        if progress.step % every.log_steps:
+            every.report()
+        progress.epoch, progress.batch = epoch + 1, 0
+        every.evaluate()
+        progress.finished = progress.epoch == epochs
+        every.save()

@@ -1,0 +1,155 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, and progress on the console."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from effnet_fast.train.checkpoint import write_atomically
+from effnet_fast.train.meters import Reading
+
+T = TypeVar("T")
+
+
+class Recorder:
+    """Writes a run's rows; on ranks other than the main one it only keeps time.
+
+    Args:
+        folder: of the run.
+        main: whether this rank writes.
+        step: optimizer steps done before; rows beyond it, of a run that was killed, are dropped.
+        total_steps: of the whole run.
+        steps_per_epoch: optimizer steps in an epoch.
+    """
+
+    def __init__(self, folder: Path, *, main: bool, step: int, total_steps: int, steps_per_epoch: int) -> None:
+        self.main = main
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._busy = self._waiting = 0.0
+        self._images = 0
+        self._began, self._first = time.perf_counter(), step
+        if main:
+            self._open(folder, step)
+
+    def _open(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        rows = _rows_until(path, step)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._file = path.open("a", buffering=1)
+        self._events = SummaryWriter(folder / "tensorboard", purge_step=step)
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            self._task = self._bar.add_task("training", total=self.total_steps, completed=step, figures="")
+            self._bar.start()
+
+    def watch(self, batches: Iterable[tuple[T, T]]) -> Iterator[tuple[T, T]]:
+        """Pass batches on, keeping the time spent waiting for them apart from the time spent on them."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self._waiting += time.perf_counter() - start
+            if batch is None:
+                return
+            start = time.perf_counter()
+            yield batch
+            self._busy += time.perf_counter() - start
+            self._images += len(batch[1])  # type: ignore[arg-type]
+
+    def train(self, step: int, reading: Reading, learning_rate: float, world: int) -> None:
+        """A row of training: means since the last one."""
+        seconds = max(self._busy + self._waiting, 1e-9)
+        row = {
+            "kind": "train",
+            "step": step,
+            "epoch": round(step / self.steps_per_epoch, 4),
+            "loss": reading.loss,
+            "top1": reading.top1,
+            "learning_rate": learning_rate,
+            "grad_norm": reading.grad_norm,
+            "skipped": reading.skipped,
+            "img_per_s": self._images * world / seconds,
+            "wait_share": self._waiting / seconds,
+        }
+        self._busy = self._waiting = 0.0
+        self._images = 0
+        self._write(row)
+        self._show(row)
+
+    def evaluation(self, step: int, row: dict[str, Any]) -> None:
+        """A row of an evaluation: split, loss, top1, top5, seconds, and ema_* beside them."""
+        row = {"kind": "eval", "step": step, "epoch": round(step / self.steps_per_epoch, 4), **row}
+        self._write(row)
+        average = f"  EMA top-1 {row['ema_top1']:.2f} %" if "ema_top1" in row else ""
+        self.say(
+            f"epoch {row['epoch']:g}  {row['split']} loss {row['loss']:.4f}  top-1 {row['top1']:.2f} %"
+            f"  top-5 {row['top5']:.2f} %{average}  ({row['seconds']:.1f} s)"
+        )
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the bar if there is one."""
+        if self.main:
+            self.console.print(text)
+
+    def close(self) -> None:
+        if self.main:
+            if self._bar is not None:
+                self._bar.stop()
+            self._events.close()
+            self._file.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        group = row["split"] if row["kind"] == "eval" else "train"
+        for name, value in row.items():
+            if isinstance(value, float) and name != "epoch":
+                self._events.add_scalar(f"{group}/{name}", value, row["step"])
+
+    def _show(self, row: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        figures = (
+            f"loss {row['loss']:.4f}  top-1 {row['top1']:.1f} %  lr {row['learning_rate']:.4f}"
+            f"  {row['img_per_s']:.0f} img/s  waiting {100 * row['wait_share']:.0f} %"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], figures=figures)
+            return
+        # By wall clock since the run began, so that evaluations count too.
+        pace = (time.perf_counter() - self._began) / max(row["step"] - self._first, 1)
+        left = (self.total_steps - row["step"]) * pace
+        self.say(f"step {row['step']}/{self.total_steps}  {figures}  ETA {_duration(left)}")
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # torn by a kill
+            continue
+        if row["step"] <= step:
+            rows.append(row)
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,170 @@
+"""The training step: what it computes, what a bad gradient leaves alone, and that it never waits for the device."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effnet_fast.distributed import World
+from effnet_fast.model.blocks import BatchNorm
+from effnet_fast.train import optim
+from effnet_fast.train.ema import Ema
+from effnet_fast.train.mixing import Mixing, mix_images
+from effnet_fast.train.step import Step
+
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), BatchNorm(8), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+
+
+def make_step(model, **options):
+    settings = {
+        "learning_rate": 0.1,
+        "precision": "no",
+        "clip_grad": 0.0,
+        "accumulation": 1,
+        "label_smoothing": 0.1,
+        "mixing": Mixing(0, 0, seed=0, rank=0),
+        "ema": Ema(model, 0.9),
+        "world": CPU,
+        "seed": 0,
+    }
+    optimizer = optim.make_optimizer(options.pop("optimizer", "sgd"), model, momentum=0.9, weight_decay=1e-3)
+    return Step(model, model, optimizer, lambda step: 1.0, **(settings | options))
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 3, 8, 8, generator=generator), torch.randint(0, 10, (8,), generator=generator)
+
+
+def snapshot(step):
+    return {k: v.clone() for k, v in step.module.state_dict().items()} | {
+        f"ema.{k}": v.clone() for k, v in step.ema.state_dict().items()
+    }
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+def test_a_step_is_plain_sgd_on_the_smoothed_loss():
+    model, twin = network(), network()
+    step = make_step(model)
+    reference = torch.optim.SGD(
+        [{**g, "lr": 0.1} for g in optim.parameter_groups(twin, 1e-3)], lr=0.1, momentum=0.9, nesterov=True
+    )
+    for i in range(3):
+        images, labels = batch(i)
+        step(images, labels, i)
+        reference.zero_grad()
+        loss = F.cross_entropy(twin(images), labels, label_smoothing=0.1)
+        loss.backward()
+        reference.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_bounds_the_update():
+    model = network()
+    step = make_step(model, clip_grad=0.01)
+    step(*batch(), 0)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert norm == pytest.approx(0.01, rel=1e-3)  # the fused update writes the scaled gradients back
+    assert step.meters.read().grad_norm > 0.01
+
+
+def test_mixed_targets_weigh_both_labels():
+    model = network().eval()
+    mixing = Mixing(0.0, 1.0, seed=0, rank=0)
+    images, labels = batch()
+    step = make_step(model, mixing=mixing, label_smoothing=0.0)
+    numbers = torch.tensor(mixing.draw(4, 8))
+    logits = model(mix_images(images, numbers))
+    expected = numbers[1] * F.cross_entropy(logits, labels) + (1 - numbers[1]) * F.cross_entropy(logits, labels.flip(0))
+    step(images, labels, 4)
+    assert step.meters.read().loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_accumulated_pieces_add_up_to_the_batch():
+    whole, pieces = network(), network()
+    for model in (whole, pieces):
+        for module in model:
+            if isinstance(module, BatchNorm):
+                module.eval()  # pieces have statistics of their own
+    make_step(whole)(*batch(), 0)
+    make_step(pieces, accumulation=4)(*batch(), 0)
+    for a, b in zip(whole.parameters(), pieces.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
+@pytest.mark.parametrize("bad_at", [0, 2])
+def test_a_bad_step_changes_nothing_and_is_named(optimizer, bad_at):
+    model = network()
+    step = make_step(model, optimizer=optimizer)
+    for i in range(bad_at):
+        step(*batch(i), i)
+    before = snapshot(step)
+    images, labels = batch(9)
+    images[3, 0, 0, 0] = float("nan")
+    step(images, labels, bad_at)
+    assert_equal(snapshot(step), before)
+    # What follows is held back too, so that the state kept is the one that broke.
+    step(*batch(10), bad_at + 1)
+    assert_equal(snapshot(step), before)
+    assert step.meters.read().bad_step == bad_at
+
+
+def test_fp16_overflow_is_skipped_and_lowers_the_scale():
+    model = network()
+    step = make_step(model, precision="fp16")
+    step.precision = "no"  # the scale is what is tested; half-precision kernels are the GPU's
+    images, labels = batch()
+    step.scale.scale.fill_(3e38)
+    before = snapshot(step)
+    step(images * 1e3, labels, 0)
+    assert_equal(snapshot(step), before)
+    assert step.scale.scale.item() == pytest.approx(1.5e38)
+    reading = step.meters.read()
+    assert (reading.skipped, reading.bad_step) == (1, None)
+    step.scale.scale.fill_(1024.0)
+    step(images, labels, 1)
+    twin = network()
+    make_step(twin)(images, labels, 1)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_the_step_never_waits_for_the_device(precision, monkeypatch):
+    step = make_step(
+        network(), precision=precision, clip_grad=1.0, accumulation=2, mixing=Mixing(0.5, 0.5, seed=0, rank=0)
+    )
+    step(*batch(), 0)
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("the step read a value from the device")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    for i in range(1, 4):
+        step(*batch(i), i)
+
+
+def test_state_round_trip_goes_on_bit_for_bit():
+    first, second = make_step(network()), make_step(network())
+    for i in range(3):
+        first(*batch(i), i)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for step in (first, second):
+        for i in range(3, 6):
+            step(*batch(i), i)
+    assert_equal(snapshot(first), snapshot(second))

@@ -1,0 +1,130 @@
+"""What a classifier confuses: accuracy by class as CSV, the confusion matrix as a picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from numpy.typing import NDArray
+
+from effnet_fast.report import picture
+
+MOST_NAMES = 120  # beyond this many classes their names cannot be read beside the matrix
+LISTED = 20
+
+
+def write_per_class(path: str | Path, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
+    """Write one CSV row a class: class, images, correct, top1 (percent, empty where there are no images).
+
+    Args:
+        classes: K names.
+        confusion: int64 [K, K], images by true class (row) and predicted class (column).
+
+    Raises:
+        ValueError: the path cannot be written.
+    """
+    _check(classes, confusion)
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", "images", "correct", "top1"])
+            for name, images, correct in zip(classes, confusion.sum(1), confusion.diagonal(), strict=True):
+                writer.writerow([name, images, correct, f"{100 * correct / images:.2f}" if images else ""])
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+
+
+@rc_context({"text.parse_math": False})  # a class name may hold dollar signs
+def plot_confusion(path: str | Path, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
+    """Draw the confusion matrix, each row as shares of its true class, the worst pairs and classes listed beside it.
+
+    The scale is logarithmic: on a linear one the diagonal hides every confusion of a few percent.
+
+    Args:
+        path: picture to write; .png, .svg or .pdf says its format.
+        classes: K names.
+        confusion: int64 [K, K], images by true class (row) and predicted class (column).
+
+    Raises:
+        ValueError: another suffix, no images at all, or a path that cannot be written.
+    """
+    _check(classes, confusion)
+    path = Path(path)
+    picture.check_suffix(path)
+    images = confusion.sum()
+    if images == 0:
+        raise ValueError("no images to draw a confusion matrix of: evaluate on at least one")
+    figure = Figure(figsize=(16, 12), dpi=140, layout="constrained")
+    matrix, listing = figure.subplots(1, 2, width_ratios=(3.4, 1))
+    _draw_matrix(figure, matrix, classes, confusion)
+    _list_worst(listing, classes, confusion)
+    top1 = 100 * confusion.trace() / images
+    figure.suptitle(f"Confusion matrix: {images:,} images, {len(classes)} classes, top-1 {top1:.2f} %", fontsize=14)
+    picture.save(figure, path)
+
+
+def most_confused(confusion: NDArray[np.int64], count: int) -> list[tuple[int, int]]:
+    """The pairs (true, predicted) of different classes with the largest share of the true class, largest first.
+
+    Pairs that never occur are left out, so there may be fewer than `count`.
+    """
+    wrong = _shares(confusion)
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:count]
+    truth, predicted = np.unravel_index(order, wrong.shape)
+    return [(int(t), int(p)) for t, p in zip(truth, predicted, strict=True) if wrong[t, p] > 0]
+
+
+def _check(classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
+    assert confusion.shape == (len(classes), len(classes)), (confusion.shape, len(classes))
+
+
+def _shares(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """float64 [K, K]: each row divided by its sum; a class without images stays zero."""
+    return confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+
+
+def _draw_matrix(figure: Figure, axes: Axes, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
+    percent = 100 * _shares(confusion)
+    smallest = percent[percent > 0].min()
+    colours = colormaps["magma_r"].with_extremes(bad="white")
+    shown = axes.imshow(
+        np.ma.masked_equal(percent, 0), cmap=colours, norm=LogNorm(min(smallest, 1), 100), interpolation="nearest"
+    )
+    axes.set(xlabel="predicted class", ylabel="true class")
+    if len(classes) <= MOST_NAMES:
+        size = min(10, 560 / len(classes))
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size)
+        axes.set_yticks(range(len(classes)), classes, fontsize=size)
+        axes.tick_params(length=0, pad=2)
+    ticks = LogLocator(subs=(1, 2, 5))
+    scale = figure.colorbar(
+        shown, ax=axes, location="bottom", shrink=0.5, aspect=50, pad=0.01, ticks=ticks, format="%g"
+    )
+    scale.minorticks_off()
+    scale.set_label("share of the true class's images (%); white: none")
+
+
+def _list_worst(axes: Axes, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
+    """The most confused pairs and the classes of lowest accuracy, as text."""
+    percent = 100 * _shares(confusion)
+    pairs = [
+        f"{percent[truth, predicted]:5.1f} %  {classes[truth]} → {classes[predicted]}"
+        for truth, predicted in most_confused(confusion, LISTED)
+    ]
+    seen = np.flatnonzero(confusion.sum(1))
+    lowest = seen[np.argsort(percent.diagonal()[seen], kind="stable")][:LISTED]
+    accuracies = [f"{percent[k, k]:5.1f} %  {classes[k]}" for k in lowest]
+    for top, title, lines in ((1, "Most confused: true → predicted", pairs), (0.5, "Lowest top-1", accuracies)):
+        axes.text(0, top, title, va="top", fontsize=12)
+        axes.text(0, top - 0.025, "\n".join(lines) or "none", va="top", family="monospace", fontsize=9, linespacing=1.7)
+    axes.axis("off")

@@ -1,0 +1,574 @@
+"""The roof: from a config to a model, loaders and an optimizer, and to one verb. Only this room joins them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from effnet_fast import data, distributed, provenance
+from effnet_fast.config import DataConfig, EvalConfig, InfoConfig, PlotConfig, TrainConfig, identity
+from effnet_fast.data.draws import Augment
+from effnet_fast.data.loader import Loader, LoaderSpec, choose, make_loader
+from effnet_fast.distributed import World
+from effnet_fast.model import EfficientNet, batch_norms, create_model, from_description, scaling, variant
+from effnet_fast.train import checkpoint, optim
+from effnet_fast.train.ema import Ema
+from effnet_fast.train.evaluate import Result, evaluate, recalibrate
+from effnet_fast.train.loop import Every, Progress, Stop, fit
+from effnet_fast.train.mixing import Mixing
+from effnet_fast.train.record import Recorder
+from effnet_fast.train.schedule import make_schedule
+from effnet_fast.train.step import Step
+
+# A run of fewer steps than this many of BatchNorm's time constants re-estimates its statistics before evaluations.
+STALE_TIME_CONSTANTS = 20
+CALIBRATION_BATCHES = 50
+
+
+# ---------------------------------------------------------------------------------------------------------- train
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run after every `auto` is decided, before anything is built on a device."""
+
+    config: TrainConfig
+    world: World
+    dataset: data.Dataset
+    image_size: int
+    precision: str
+    compile: bool
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.config.num_epochs
+
+    @property
+    def eval_split(self) -> str:
+        """The split whose curve is shown: the held-out images where there are any."""
+        return "val" if self.dataset.val is not None else "test"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.save_dir) / self.config.name
+
+
+def train(config: TrainConfig) -> int:
+    """Run `effnet-fast train`; returns the exit status: 0, or 128 + the signal that stopped it.
+
+    Raises:
+        ValueError, OSError: for what the user can mend, each with one line.
+        FloatingPointError: the loss or the gradient is no longer finite.
+    """
+    world = distributed.init(config.device)
+    try:
+        plan = _plan(config, world)
+        if config.dry_run:
+            if world.is_main:
+                print(_forecast(plan))
+            return 0
+        return _Training(plan).run()
+    finally:
+        distributed.shutdown()
+
+
+def _plan(config: TrainConfig, world: World) -> Plan:
+    ways = world.size * config.grad_accumulation
+    if config.batch_size % ways:
+        raise ValueError(
+            f"--batch_size {config.batch_size} must divide evenly among {world.size} rank(s) x "
+            f"{config.grad_accumulation} accumulation step(s)"
+        )
+    shape = variant(config.model)
+    dataset = data.load_dataset(
+        config.dataset,
+        Path(config.data_dir),
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+        limit_train=config.limit_train,
+        limit_eval=config.limit_eval,
+        on_bad_image=config.on_bad_image,
+    )
+    steps_per_epoch = len(dataset.train) // config.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(f"--batch_size {config.batch_size} is larger than the {len(dataset.train)} training images")
+    auto_size = config.image_size == "auto"
+    return Plan(
+        config=config,
+        world=world,
+        dataset=dataset,
+        image_size=scaling.scaled_size(dataset.native_size, shape.resolution) if auto_size else int(config.image_size),
+        precision=resolve_precision(str(config.mixed_precision), world.device),
+        compile=config.compile == "yes" or (config.compile == "auto" and world.device.type == "cuda"),
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def resolve_precision(asked: str, device: torch.device) -> str:
+    """bf16, fp16 or no; auto is bf16 on CUDA."""
+    if asked == "auto":
+        return "bf16" if device.type == "cuda" else "no"
+    return asked
+
+
+def set_backends(deterministic: bool) -> None:
+    """The one place that sets cuDNN's, cuBLAS's and TF32's switches."""
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _build_model(plan: Plan) -> EfficientNet:
+    config = plan.config
+    torch.manual_seed(config.seed)
+    model = create_model(
+        config.model,
+        num_classes=len(plan.dataset.classes),
+        image_size=plan.image_size,
+        output_stride=config.output_stride,
+        dropout=config.dropout,
+        drop_path=config.drop_path,
+    )
+    for norm in batch_norms(model):
+        norm.synchronised = config.sync_batchnorm
+    return model.to(plan.world.device)
+
+
+def _callable_model(plan: Plan, module: EfficientNet) -> nn.Module:
+    model: nn.Module = module
+    if plan.world.size > 1:
+        model = DistributedDataParallel(
+            module,
+            broadcast_buffers=False,  # synchronised, or averaged before each evaluation
+            gradient_as_bucket_view=True,
+            # Together with accumulation's no_sync it aborts in torch 2.13.
+            static_graph=plan.config.grad_accumulation == 1,
+        )
+    return torch.compile(model) if plan.compile else model  # type: ignore[return-value]
+
+
+def _loader_spec(plan: Plan, augment: Augment | None) -> LoaderSpec:
+    config, world = plan.config, plan.world
+    return LoaderSpec(
+        batch_size=config.batch_size // world.size,
+        image_size=plan.image_size,
+        mean=plan.dataset.mean,
+        std=plan.dataset.std,
+        device=world.device,
+        dtype=loader_dtype(plan.precision, world.device),
+        seed=config.seed,
+        rank=world.rank,
+        world=world.size,
+        num_workers=_workers(config.num_workers),
+        augment=augment,
+    )
+
+
+def loader_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Half the bytes to hand over where the first convolution computes in 16 bits anyway."""
+    return torch.float16 if precision != "no" and device.type == "cuda" else torch.float32
+
+
+def _workers(asked: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(asked, cores))
+
+
+def augmentation(config: TrainConfig) -> Augment:
+    """What training does to an image."""
+    return Augment(
+        rotation=config.rotation,
+        color_jitter=config.color_jitter,
+        random_erasing=config.random_erasing,
+        auto_augment=config.auto_augment,
+    )
+
+
+class _Training:
+    """A training run's parts, joined."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        config, world = plan.config, plan.world
+        set_backends(config.deterministic)
+        self.folder = plan.folder
+        self.progress = Progress()
+        self.model = _build_model(plan)
+        optimizer = optim.make_optimizer(
+            config.optimizer, self.model, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        self.step = Step(
+            _callable_model(plan, self.model),
+            self.model,
+            optimizer,
+            make_schedule(config.schedule, plan.steps, plan.steps_per_epoch, config.warmup_epochs),
+            learning_rate=config.learning_rate,
+            precision=plan.precision,
+            clip_grad=config.clip_grad,
+            accumulation=config.grad_accumulation,
+            label_smoothing=config.label_smoothing,
+            mixing=Mixing(config.mixup, config.cutmix, seed=config.seed, rank=world.rank),
+            ema=Ema(self.model, config.ema_decay) if config.ema_decay > 0 else None,
+            world=world,
+            seed=config.seed,
+        )
+        self.last_result: dict[str, Any] = {}
+        self._is_best = False
+
+    def run(self) -> int:
+        plan, config = self.plan, self.plan.config
+        saved = self._open_folder()
+        if saved is not None and saved["progress"]["finished"]:
+            self._say(f"{self.folder} is finished; nothing to do (--resume no starts it afresh)")
+            return 0
+        self._make_loaders()
+        if saved is not None:
+            self._restore(saved)
+        self.recorder = Recorder(
+            self.folder,
+            main=plan.world.is_main,
+            step=self.progress.step,
+            total_steps=plan.steps,
+            steps_per_epoch=plan.steps_per_epoch,
+        )
+        self._announce()
+        every = Every(config.log_every_steps, config.save_every_steps, self._report, self._save, self._evaluate)
+        try:
+            with Stop(plan.world, config.time_budget) as stop:
+                fit(self.step, self.loader, self.recorder.watch, self.progress, config.num_epochs, every, stop)
+        finally:
+            self.recorder.close()
+            self.loader.close()
+            self.eval_loader.close()
+        self._conclude(stop)
+        return 128 + stop.signal if stop.signal else 0
+
+    # -- the folder
+
+    def _open_folder(self) -> dict[str, Any] | None:
+        """Make the run's folder and read what to resume from, if anything."""
+        resume = str(self.plan.config.resume)
+        path = self.folder / "last.pt" if resume in ("auto", "no") else Path(resume)
+        saved = None
+        if resume != "no" and (resume != "auto" or path.exists()):
+            saved = checkpoint.load(path)
+            _refuse_another_config(path, saved, self.plan)
+        if self.plan.world.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if saved is None:
+                    self._clear_folder()
+                settings = yaml.safe_dump(dataclasses.asdict(self.plan.config), sort_keys=False)
+                (self.folder / "config.yaml").write_text(settings)
+                (self.folder / "environment.json").write_text(json.dumps(provenance.environment(), indent=2) + "\n")
+            except OSError as error:
+                raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
+        distributed.barrier()
+        return saved
+
+    def _clear_folder(self) -> None:
+        for name in ("last.pt", "best.pt", "metrics.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.step.load_state_dict(saved)
+        self.progress = Progress(**saved["progress"])
+        states = saved["loader"]
+        if len(states) == self.plan.world.size:
+            self.loader.load_state_dict(states[self.plan.world.rank])
+
+    def _save(self) -> None:
+        states = distributed.gather_objects(self.loader.state_dict())
+        if not self.plan.world.is_main:
+            return
+        state = {
+            **self.step.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+            "loader": states,
+            "config": dataclasses.asdict(self.plan.config),
+            "architecture": dataclasses.asdict(self.model.architecture),
+            "classes": list(self.plan.dataset.classes),
+            "mean": list(self.plan.dataset.mean),
+            "std": list(self.plan.dataset.std),
+            "fingerprint": self.plan.dataset.fingerprint,
+            "result": self.last_result,
+        }
+        checkpoint.save(self.folder / "last.pt", state)
+        if self._is_best:
+            checkpoint.save(self.folder / "best.pt", state)
+            self._is_best = False
+
+    # -- what the loop calls
+
+    def _make_loaders(self) -> None:
+        plan, dataset = self.plan, self.plan.dataset
+        held = dataset.val if dataset.val is not None else dataset.test
+        kind, self.loader_reason = choose(plan.config.loader, dataset.train)
+        self.loader: Loader = make_loader(kind, dataset.train, _loader_spec(plan, augmentation(plan.config)))
+        self.eval_loader: Loader = make_loader(kind, held, _loader_spec(plan, None))
+
+    def _report(self) -> None:
+        reading = self.step.meters.read()
+        if reading.bad_step is not None:
+            self._keep_bad_step(reading.bad_step)
+        self.recorder.train(self.progress.step, reading, self.step.rate(self.progress.step - 1), self.plan.world.size)
+
+    def _keep_bad_step(self, bad_step: int) -> None:
+        """Save the state that the bad step met, with its batch, and stop."""
+        epoch, batch = divmod(bad_step, self.plan.steps_per_epoch)
+        images, labels = next(iter(self.loader.epoch(epoch, batch)))
+        path = self.folder / f"not-finite-{self.plan.world.rank}.pt"
+        checkpoint.save(
+            path, {**self.step.state_dict(), "images": images, "labels": labels, "epoch": epoch, "step": bad_step}
+        )
+        raise FloatingPointError(
+            f"the loss or gradient was not finite at step {bad_step} (epoch {epoch}, batch {batch}); the weights "
+            f"before it and its batch are in {path}: try a lower --learning_rate, a smaller --clip_grad or bf16"
+        )
+
+    def _evaluate(self) -> None:
+        config = self.plan.config
+        start = time.perf_counter()
+        if not config.sync_batchnorm:
+            self.step.buffers.average_over_ranks()
+        raw = self._evaluate_weights()
+        row: dict[str, Any] = {"split": self.plan.eval_split, "loss": raw.loss, "top1": raw.top1, "top5": raw.top5}
+        if self.step.ema is not None:
+            with self.step.ema.swapped():
+                average = self._evaluate_weights()
+            row |= {"ema_loss": average.loss, "ema_top1": average.top1, "ema_top5": average.top5}
+        row["seconds"] = time.perf_counter() - start
+        self.last_result = row
+        self.recorder.evaluation(self.progress.step, row)
+        score = row.get("ema_top1", row["top1"])
+        if self.plan.dataset.val is not None and score > self.progress.best:
+            self.progress.best, self._is_best = score, True
+
+    def _evaluate_weights(self) -> Result:
+        plan = self.plan
+        shared: dict[str, Any] = {"precision": plan.precision, "device": plan.world.device}
+        if self._stale:
+            batches = self.loader.epoch(self.progress.epoch)
+            recalibrate(self.model, batches, CALIBRATION_BATCHES, **shared)
+        batches = self.eval_loader.epoch(0)
+        return evaluate(self.model, batches, num_classes=len(plan.dataset.classes), **shared)
+
+    @property
+    def _stale(self) -> bool:
+        return self.plan.steps * self.model.architecture.bn_momentum < STALE_TIME_CONSTANTS
+
+    # -- what the user reads
+
+    def _say(self, text: str) -> None:
+        if self.plan.world.is_main:
+            print(text, flush=True)
+
+    def _announce(self) -> None:
+        plan, progress = self.plan, self.progress
+        self.recorder.say(
+            f"{plan.config.model} at {plan.image_size} px, output stride {self.model.architecture.output_stride}, on "
+            f"{plan.world.size} x {plan.world.device.type} in {plan.precision if plan.precision != 'no' else 'fp32'}"
+            f"{', compiled' if plan.compile else ''}; {self.loader_reason}"
+        )
+        dropped = len(plan.dataset.train) - plan.steps_per_epoch * plan.config.batch_size
+        tail = f"; {dropped} images, other ones each epoch, are left over and dropped" if dropped else ""
+        self.recorder.say(
+            f"{plan.dataset.name}: {len(plan.dataset.train)} training images, {plan.config.num_epochs} epochs of "
+            f"{plan.steps_per_epoch} steps{tail}"
+        )
+        if self._stale:
+            self.recorder.say(
+                f"a short run ({plan.steps} steps): BatchNorm's statistics are re-estimated on "
+                f"{CALIBRATION_BATCHES} training batches before each evaluation"
+            )
+        if progress.step:
+            self.recorder.say(f"going on at step {progress.step} of {plan.steps} (epoch {progress.epoch + 1})")
+        if plan.world.size == 1 and torch.cuda.device_count() > 1:
+            self.recorder.say(
+                f"one of {torch.cuda.device_count()} GPUs is used; for all: torchrun --standalone "
+                f"--nproc_per_node={torch.cuda.device_count()} -m effnet_fast train ..."
+            )
+
+    def _conclude(self, stop: Stop) -> None:
+        if not self.plan.world.is_main:
+            return
+        if not self.progress.finished:
+            why = "time is up" if stop.out_of_time else "stopped"
+            print(f"{why} at step {self.progress.step} of {self.plan.steps}; the same command goes on from there")
+        if not (self.folder / "metrics.jsonl").stat().st_size:
+            return
+        from effnet_fast.report.curves import plot_curves
+
+        plot_curves([self.folder], self.folder / "curves.png")
+        found = (
+            name for name in ("last.pt", "best.pt", "curves.png", "metrics.jsonl") if (self.folder / name).exists()
+        )
+        print(f"in {self.folder}: {', '.join(found)}, tensorboard/, config.yaml, environment.json")
+
+
+def _refuse_another_config(path: Path, saved: dict[str, Any], plan: Plan) -> None:
+    asked = identity(plan.config)
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    before = identity(TrainConfig(**{name: value for name, value in saved["config"].items() if name in known}))
+    differences = [f"{name} {before[name]} there, {asked[name]} here" for name in asked if asked[name] != before[name]]
+    if saved["fingerprint"] != plan.dataset.fingerprint:
+        differences.append("the images or labels differ")
+    if differences:
+        raise ValueError(
+            f"{path} is of a run with another config ({'; '.join(differences)}): "
+            "choose another --run_name, or --resume no to start afresh"
+        )
+
+
+def _forecast(plan: Plan) -> str:
+    """What `--dry_run` says."""
+    from effnet_fast.model.complexity import complexity
+
+    model = _build_model(plan)
+    cost = complexity(model, plan.image_size)
+    config = plan.config
+    kind, _ = choose(config.loader, plan.dataset.train)
+    per_rank = config.batch_size // plan.world.size // config.grad_accumulation
+    bytes_per_value = 4 if plan.precision == "no" else 2
+    memory = per_rank * cost.training_bytes_per_image(bytes_per_value) + cost.state_bytes
+    images = plan.steps * config.batch_size
+    rows = {
+        "model": f"{config.model}, {cost.parameters:,} parameters, {plan.image_size} px, output stride "
+        f"{model.architecture.output_stride}, final map {cost.final_map}",
+        "cost": f"{cost.macs:,} MACs an image; {3 * cost.macs * images:.3g} in all (backward counted as 2 forwards)",
+        "data": f"{plan.dataset.name}: {len(plan.dataset.train)} train, "
+        f"{len(plan.dataset.val) if plan.dataset.val is not None else 0} val, {len(plan.dataset.test)} test images; "
+        f"loader {kind}",
+        "steps": f"{plan.steps} ({config.num_epochs} epochs x {plan.steps_per_epoch}), batch {config.batch_size} = "
+        f"{plan.world.size} rank(s) x {config.grad_accumulation} x {per_rank}",
+        "memory": f"about {memory / 2**20:,.0f} MiB on each device (estimated)",
+        "device": f"{plan.world.device.type}, {plan.precision if plan.precision != 'no' else 'fp32'}"
+        f"{', compiled' if plan.compile else ''}",
+        "folder": str(plan.folder),
+    }
+    return "\n".join(f"{name:8}{value}" for name, value in rows.items())
+
+
+# ---------------------------------------------------------------------------------------------------------- eval
+
+
+def evaluate_checkpoint(config: EvalConfig) -> int:
+    """Run `effnet-fast eval`: print loss, top-1 and top-5; write per-class accuracy (CSV) and confusion matrix (PNG).
+
+    Raises:
+        ValueError, OSError: for what the user can mend, each with one line.
+    """
+    from effnet_fast.report.confusion import plot_confusion, write_per_class
+
+    path = Path(config.checkpoint)
+    saved = checkpoint.load(path)
+    trained = TrainConfig(**saved["config"])
+    device = distributed.choose_device(config.device)
+    set_backends(deterministic=False)
+    dataset = data.load_dataset(
+        trained.dataset,
+        Path(config.data_dir or trained.data_dir),
+        seed=trained.seed,
+        val_fraction=trained.val_fraction,
+        limit_eval=config.limit_eval,
+        on_bad_image=trained.on_bad_image,
+    )
+    split = getattr(dataset, config.split)
+    if split is None:
+        raise ValueError(
+            f"the run held out no validation images (--val_fraction 0); use --split test, not {config.split}"
+        )
+    model = _load_model(saved, config.weights, device)
+    precision = resolve_precision(str(config.mixed_precision), device)
+    spec = LoaderSpec(
+        batch_size=min(config.batch_size, len(split)),
+        image_size=model.architecture.image_size,
+        mean=tuple(saved["mean"]),
+        std=tuple(saved["std"]),
+        device=device,
+        dtype=loader_dtype(precision, device),
+        seed=0,
+        rank=0,
+        world=1,
+        num_workers=_workers(config.num_workers),
+        augment=None,
+    )
+    kind, reason = choose(config.loader, split)
+    loader = make_loader(kind, split, spec)
+    result = evaluate(model, loader.epoch(0), num_classes=len(saved["classes"]), precision=precision, device=device)
+    loader.close()
+    print(
+        f"{path}: {config.split} loss {result.loss:.4f}  top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %"
+        f"  ({result.images} images; {reason})"
+    )
+    folder = Path(config.output_dir) if config.output_dir else path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    table, picture = folder / f"{config.split}-per-class.csv", folder / f"{config.split}-confusion.png"
+    write_per_class(table, saved["classes"], result.confusion.numpy())
+    plot_confusion(picture, saved["classes"], result.confusion.numpy())
+    print(f"written: {table}, {picture}")
+    return 0
+
+
+def _load_model(saved: dict[str, Any], weights: str, device: torch.device) -> EfficientNet:
+    model = from_description(saved["architecture"])
+    if weights == "ema" and saved["ema"] is None:
+        raise ValueError("the run kept no moving average (--ema_decay 0); use --weights raw")
+    model.load_state_dict(saved["model"])
+    if weights != "raw" and saved["ema"] is not None:
+        model.load_state_dict(saved["ema"], strict=False)
+    return model.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------- the rest
+
+
+def plot(config: PlotConfig) -> int:
+    """Run `effnet-fast plot`: overlay the curves of runs."""
+    from effnet_fast.report.curves import plot_curves
+
+    runs = [Path(run) for run in config.runs]
+    output = Path(config.output) if config.output else runs[0] / "curves.png"
+    plot_curves(runs, output)
+    print(f"written: {output}")
+    return 0
+
+
+def info(config: InfoConfig) -> int:
+    """Run `effnet-fast info`: what a model costs."""
+    from effnet_fast.model.complexity import describe, info_table
+
+    auto_size = config.image_size == "auto"
+    size = scaling.scaled_size(32, variant(config.model).resolution) if auto_size else int(config.image_size)
+    facts = describe(config.model, config.num_classes, size, config.output_stride)
+    print(json.dumps(facts, indent=2) if config.json else info_table(facts))
+    return 0
+
+
+def show_data(config: DataConfig) -> int:
+    """Run `effnet-fast data`: download, verify and describe a data set, and draw a sheet of samples."""
+    from effnet_fast.data.sheet import describe, sample_sheet
+
+    dataset = data.load_dataset(config.dataset, Path(config.data_dir))
+    print(describe(dataset))
+    output = Path(config.output) if config.output else Path(config.data_dir) / f"{config.dataset}-samples.png"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sample_sheet(dataset, output)
+    print(f"written: {output}")
+    return 0

@@ -1,0 +1,167 @@
+"""What is installed, what git keeps, and what an import costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXPOSED = {"effnet_fast", "effnet_kernels"}
+SOURCE_SUFFIXES = {".py", ".pyi", ".yaml", ".yml", ".toml", ".sh", ".md", ".json", ".ipynb", ".csv", ".sbatch"}
+SOURCE_FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests", ".ci")
+SOURCE_FILES = ("Makefile", "LICENSE", "README.md", "pyproject.toml", ".gitignore", ".ci/run")
+HEAVY = ("torch", "triton", "nvidia", "captum", "optuna", "matplotlib", "fvcore")
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> str:
+    """Standard output of this interpreter, run with the installed package and without the tests' path."""
+    finished = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return finished.stdout
+
+
+@pytest.fixture(scope="session")
+def kept_by_git() -> set[str]:
+    """Files that git tracks, or would take with `git add .`."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("needs git and a checkout")
+    listing = subprocess.check_output(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
+    )
+    return {name for name in listing.split("\0") if (ROOT / name).is_file()}
+
+
+@pytest.fixture(scope="session")
+def wheel(kept_by_git, tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel, built offline from a copy of what git keeps."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in kept_by_git:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name)
+    python("-c", f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})", cwd=source)
+    (built,) = folder.glob("*.whl")
+    return zipfile.ZipFile(built)
+
+
+def sources(folder: str) -> set[str]:
+    """Python files and recipes under a folder of the repository, relative to it."""
+    found = {*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml")}
+    return {path.relative_to(ROOT / folder).as_posix() for path in found}
+
+
+def test_wheel_exposes_exactly_two_packages(wheel):
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == EXPOSED
+
+
+def test_wheel_holds_every_source_and_recipe(wheel):
+    expected = {f"effnet_fast/{name}" for name in sources("effnet_fast")}
+    expected |= {f"effnet_kernels/{name}" for name in sources("kernels/effnet_kernels")}
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} >= expected
+
+
+def test_wheel_carries_licence_and_command(wheel):
+    names = wheel.namelist()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    (entry_points,) = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
+    assert "effnet-fast = effnet_fast.cli:main" in wheel.read(entry_points).decode()
+
+
+def test_wheel_keeps_dali_and_triton_to_linux(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    requirements = [line for line in wheel.read(name).decode().splitlines() if line.startswith("Requires-Dist:")]
+    for package in ("triton", "nvidia-dali"):
+        (requirement,) = [line for line in requirements if line.removeprefix("Requires-Dist: ").startswith(package)]
+        assert 'sys_platform == "linux"' in requirement
+
+
+def test_installation_exposes_exactly_two_packages(tmp_path):
+    """Asked from a folder outside the repository, as a user of the package stands in one."""
+    installed = {name for name, owners in metadata.packages_distributions().items() if "effnet-fast" in owners}
+    assert {name for name in installed if not name.startswith("__editable__")} == EXPOSED
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier()} | EXPOSED
+    script = (
+        "import sys; from importlib.util import find_spec\n"
+        "for name in sys.argv[1:]:\n"
+        "    spec = find_spec(name)\n"
+        "    print(name, *(spec and (spec.submodule_search_locations or [spec.origin]) or []), sep='\\t')"
+    )
+    lines = python("-I", "-c", script, *sorted(folders), cwd=tmp_path).splitlines()
+    places = {name: paths for name, *paths in (line.split("\t") for line in lines)}
+    ours = {name for name, paths in places.items() if any(Path(path).is_relative_to(ROOT / name) for path in paths)}
+    assert ours <= EXPOSED
+    assert all(places[name] for name in EXPOSED)
+
+
+def test_git_ignores_no_source(kept_by_git):
+    """An unanchored `data/` in .gitignore would drop effnet_fast/data/ without a word."""
+    on_disk = {
+        path.relative_to(ROOT).as_posix()
+        for folder in SOURCE_FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in SOURCE_SUFFIXES and not any(part.endswith(".egg-info") for part in path.parts)
+    }
+    assert on_disk, "no source found: the folders were renamed"
+    assert on_disk | set(SOURCE_FILES) <= kept_by_git
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [None, ["--help"], ["train", "--help"], ["info", "--help"]],
+    ids=["import", "help", "train-help", "info-help"],
+)
+def test_the_face_is_lazy(tmp_path, argv):
+    script = f"""
+import contextlib, io, json, sys
+import effnet_fast
+with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+    if {argv!r} is not None:
+        from effnet_fast.cli import main
+        main({argv!r})
+print(json.dumps([len(said.getvalue()), sorted(set({HEAVY!r}) & set(sys.modules))]))
+"""
+    said, heavy = json.loads(python("-c", script, cwd=tmp_path))
+    assert heavy == []
+    assert argv is None or said > 200
+
+
+@pytest.mark.parametrize(
+    ("argv", "limit_s"), [(["--help"], 1.0), (["train", "--help"], 3.0)], ids=["help", "train-help"]
+)
+def test_help_answers_quickly(tmp_path, argv, limit_s):
+    """The best of five: on a busy machine the others measure the machine."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        python("-m", "effnet_fast", *argv, cwd=tmp_path)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < limit_s, f"median {statistics.median(seconds):.2f} s"
+
+
+def test_trains_without_triton_and_dali(tmp_path):
+    script = """
+import sys
+for name in ("triton", "nvidia", "nvidia.dali", "captum", "optuna"):
+    sys.modules[name] = None
+from effnet_fast.cli import main
+main(
+    "train --dataset synthetic --device cpu --output_stride 32 --limit_train 64 --limit_eval 32 --batch_size 32 "
+    "--num_epochs 1 --log_every_steps 1 --run_name bare --save_dir .".split()
+)
+"""
+    said = python("-c", script, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert "DALI is not installed" in said
+    assert (tmp_path / "bare" / "last.pt").stat().st_size > 1_000_000

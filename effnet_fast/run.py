@@ -395,7 +395,7 @@ class _Training:
         if self._stale:
             self.recorder.say(
                 f"a short run ({plan.steps} steps): BatchNorm's statistics are re-estimated on "
-                f"{CALIBRATION_BATCHES} training batches before each evaluation"
+                f"{min(CALIBRATION_BATCHES, plan.steps_per_epoch)} training batches before each evaluation"
             )
         if progress.step:
             self.recorder.say(f"going on at step {progress.step} of {plan.steps} (epoch {progress.epoch + 1})")

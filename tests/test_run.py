@@ -1,0 +1,219 @@
+"""Training from end to end on a handful of images: what a run leaves, and how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from effnet_fast import cli, create_model
+from effnet_fast.train import checkpoint
+
+TINY = (
+    "train --dataset synthetic --output_stride 32 --limit_train 96 --limit_eval 40 --batch_size 16 --num_epochs 2 "
+    "--learning_rate 0.05 --log_every_steps 2 --loader resident --num_workers 1"
+)
+
+
+def run(line, expected=0):
+    with pytest.raises(SystemExit) as done:
+        cli.main(line.split())
+    assert done.value.code == expected
+
+
+def rows(folder, kind=None):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if kind in (None, row["kind"])]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    run(f"{TINY} --save_dir {folder} --run_name done --ema_decay 0.9 --mixup 0.2 --cutmix 1.0")
+    return folder / "done"
+
+
+def test_what_a_run_leaves(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "last.pt", "curves.png", "tensorboard"}
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert {"commit", "gpu", "driver", "date", "command"} <= environment.keys()
+    train, evaluations = rows(finished, "train"), rows(finished, "eval")
+    assert [row["step"] for row in train] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in evaluations] == [6, 12]
+    assert {"loss", "top1", "top5", "ema_top1", "seconds"} <= evaluations[0].keys()
+    assert {"loss", "top1", "learning_rate", "img_per_s", "wait_share", "grad_norm"} <= train[0].keys()
+
+
+def test_the_checkpoint_is_a_plain_dict(finished):
+    state = torch.load(finished / "last.pt", weights_only=True)
+    model = create_model("efficientnet-b0", output_stride=32)
+    assert state["model"].keys() == model.state_dict().keys()
+    model.load_state_dict(state["model"])
+    assert state["ema"].keys() == state["model"].keys()
+    assert len(state["classes"]) == 100
+    assert state["progress"] == {"epoch": 2, "batch": 0, "step": 12, "best": -1.0, "finished": True}
+
+
+def test_a_finished_run_says_so(finished, capsys):
+    run(f"{TINY} --save_dir {finished.parent} --run_name done --ema_decay 0.9 --mixup 0.2 --cutmix 1.0")
+    assert "is finished; nothing to do" in capsys.readouterr().out
+
+
+def test_another_config_under_the_same_name_is_refused(finished, capsys):
+    run(f"{TINY} --save_dir {finished.parent} --run_name done --ema_decay 0.99 --mixup 0.2 --cutmix 1.0", expected=2)
+    assert "ema_decay 0.9 there, 0.99 here" in capsys.readouterr().err
+
+
+def test_eval_writes_its_table_and_picture(finished, capsys, tmp_path):
+    run(f"eval --checkpoint {finished}/last.pt --limit_eval 40 --output_dir {tmp_path} --loader resident")
+    raw = rows(finished, "eval")[-1]
+    assert f"top-1 {raw['ema_top1']:.2f} %" in capsys.readouterr().out
+    run(f"eval --checkpoint {finished}/last.pt --limit_eval 40 --output_dir {tmp_path} --weights raw --loader torch")
+    assert f"loss {raw['loss']:.4f}" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"test-per-class.csv", "test-confusion.png"}
+
+
+def test_eval_refuses_what_the_run_does_not_have(finished, capsys):
+    run(f"eval --checkpoint {finished}/last.pt --split val", expected=2)
+    assert "held out no validation images" in capsys.readouterr().err
+
+
+def test_plot_overlays_runs(finished, tmp_path):
+    run(f"plot {finished} {finished} --output {tmp_path / 'both.svg'}")
+    assert (tmp_path / "both.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_validation_images_choose_the_best_and_the_test_images_are_not_read(tmp_path):
+    run(f"{TINY} --save_dir {tmp_path} --run_name val --val_fraction 0.1 --num_epochs 3")
+    scores = [row["top1"] for row in rows(tmp_path / "val", "eval")]
+    assert {row["split"] for row in rows(tmp_path / "val", "eval")} == {"val"}
+    best = checkpoint.load(tmp_path / "val" / "best.pt")
+    assert best["result"]["top1"] == max(scores) == best["progress"]["best"]
+    assert best["progress"]["epoch"] == scores.index(max(scores)) + 1
+
+
+def test_without_validation_images_nothing_is_chosen(finished):
+    assert not (finished / "best.pt").exists()
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
+    run(f"{TINY} --save_dir {tmp_path / 'none'} --dry_run")
+    said = capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+    for words in ("4,135,648 parameters", "MACs", "96 train", "12 (2 epochs x 6)", "MiB"):
+        assert words in said
+
+
+def test_time_budget_stops_evaluated_and_saved_then_goes_on(tmp_path, capsys):
+    line = f"{TINY} --save_dir {tmp_path} --run_name brief"
+    run(f"{line} --time_budget 0.01")
+    assert "time is up at step 1 of 12" in capsys.readouterr().out
+    assert rows(tmp_path / "brief", "eval")
+    run(line)
+    assert checkpoint.load(tmp_path / "brief" / "last.pt")["progress"]["finished"]
+
+
+def test_a_run_that_breaks_stops_with_what_is_needed_to_look_at_it(tmp_path, capsys):
+    run(f"{TINY} --save_dir {tmp_path} --run_name bad --learning_rate 1e30 --clip_grad 0 --warmup_epochs 0", expected=2)
+    said = capsys.readouterr().err
+    assert "not finite at step" in said
+    assert said.count("\n") == 1
+    kept = torch.load(tmp_path / "bad" / "not-finite-0.pt", weights_only=True)
+    assert kept["images"].shape == (16, 3, 32, 32)
+    assert all(torch.isfinite(v).all() for v in kept["model"].values())
+    assert f"step {kept['step']} " in said
+
+
+def test_a_second_start_afresh_leaves_nothing_of_the_first(tmp_path):
+    line = f"{TINY} --save_dir {tmp_path} --run_name again"
+    run(f"{line} --val_fraction 0.2")
+    run(f"{line} --resume no")
+    assert not (tmp_path / "again" / "best.pt").exists()
+    assert [row["step"] for row in rows(tmp_path / "again", "eval")] == [6, 12]
+
+
+def weights(folder):
+    state = checkpoint.load(folder / "last.pt")
+    return {f"{group}.{name}": t for group in ("model", "ema") for name, t in state[group].items()}
+
+
+def start(line):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "effnet_fast", *line.split()], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if line.startswith(f"step {step}/"):
+            return
+    raise AssertionError("the run ended before that step")
+
+
+@pytest.mark.parametrize("loader", ["resident", "dali"])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    line = (
+        f"{TINY} --save_dir {tmp_path} --loader {loader} --ema_decay 0.9 --mixup 0.2 --cutmix 1 --rotation 15 "
+        "--save_every_steps 2 --log_every_steps 1"
+    )
+    undisturbed = start(f"{line} --run_name whole")
+    process = start(f"{line} --run_name killed")
+    wait_for_step(process, 9)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    undisturbed.communicate()
+    saved = checkpoint.load(tmp_path / "killed" / "last.pt")["progress"]
+    assert saved["step"] >= 6
+    assert not saved["finished"]
+    process = start(f"{line} --run_name killed")
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    assert f"going on at step {saved['step']} of 12" in output
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, killed[name]), name
+    assert [row["step"] for row in rows(tmp_path / "killed", "train")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_in_good_order(tmp_path, number, code):
+    line = f"{TINY} --save_dir {tmp_path} --run_name stopped --num_epochs 50 --log_every_steps 1"
+    process = start(line)
+    wait_for_step(process, 2)
+    process.send_signal(number)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert time.monotonic() - began < 30
+    assert "the same command goes on from there" in output
+    progress = checkpoint.load(tmp_path / "stopped" / "last.pt")["progress"]
+    assert progress["step"] >= 2
+
+
+def test_two_ranks_train_and_evaluate_every_image_once(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line = f"{TINY} --save_dir {tmp_path} --run_name ranks --num_epochs 1 --limit_eval 37 --grad_accumulation 2"
+    done = subprocess.run(
+        [*torchrun, "-m", "effnet_fast", *line.split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = checkpoint.load(tmp_path / "ranks" / "last.pt")
+    assert state["progress"]["finished"]
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in state["model"])
+    # 37 images on 2 ranks: a top-1 in steps of 1/37 shows that each was counted once.
+    hits = state["result"]["top1"] * 37 / 100
+    assert hits == pytest.approx(round(hits), abs=1e-9)

@@ -1,0 +1,71 @@
+"""Data sets by name, their splits chosen; the loaders beside them turn these into batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from effnet_fast.config import DatasetName
+from effnet_fast.data.dataset import ArraySplit, Dataset, FileSplit, Split, hold_out, limit
+
+__all__ = ["ArraySplit", "Dataset", "FileSplit", "Split", "load_dataset"]
+
+
+def load_dataset(
+    name: DatasetName,
+    data_dir: str | Path,
+    *,
+    seed: int = 0,
+    val_fraction: float = 0.0,
+    limit_train: int | None = None,
+    limit_eval: int | None = None,
+    on_bad_image: Literal["skip", "fail"] = "skip",
+    download: bool = True,
+) -> Dataset:
+    """Load a data set, hold out validation images, then limit the splits.
+
+    Args:
+        name: which; `synthetic` is always the same, whatever the seed.
+        data_dir: its folder, see `load_cifar` and `load_folder`.
+        seed: which images are held out, and which remain within the limits.
+        val_fraction: share of the training images that becomes `val`; 0 holds out none.
+        limit_train: training images that remain (after holding out).
+        limit_eval: images that remain of `test`, and of `val`.
+        on_bad_image: see `load_folder`.
+        download: whether the network may be asked.
+
+    Raises:
+        ValueError: an unknown name, or numbers that do not fit the data set.
+        ValueError, OSError: as `load_cifar` and `load_folder`.
+    """
+    dataset = _load(name, Path(data_dir), on_bad_image, download)
+    if val_fraction:
+        dataset = hold_out(dataset, val_fraction, seed)
+    return dataclasses.replace(
+        dataset,
+        train=_limited(dataset.train, limit_train, seed),
+        test=_limited(dataset.test, limit_eval, seed),
+        val=None if dataset.val is None else _limited(dataset.val, limit_eval, seed),
+    )
+
+
+def _limited(split: Split, count: int | None, seed: int) -> Split:
+    return split if count is None else limit(split, count, seed)
+
+
+def _load(name: DatasetName, data_dir: Path, on_bad_image: Literal["skip", "fail"], download: bool) -> Dataset:
+    # Imported one at a time: archives bring urllib and a lock, folders PIL.
+    if name == "cifar100" or name == "cifar10":
+        from effnet_fast.data.cifar import load_cifar
+
+        return load_cifar(name, data_dir, download)
+    if name == "folder":
+        from effnet_fast.data.folder import load_folder
+
+        return load_folder(data_dir, on_bad_image)
+    if name == "synthetic":
+        from effnet_fast.data.synthetic import load_synthetic
+
+        return load_synthetic()
+    raise ValueError(f"unknown data set {name!r}: use cifar100, cifar10, folder or synthetic")

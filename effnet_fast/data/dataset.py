@@ -1,0 +1,168 @@
+"""What a data set is to the rest of the house: two or three splits, class names, channel statistics.
+
+Splits are chosen here (validation hold-out, limits): stratified, and by the seed alone, so that every rank, every
+resumed run and `eval` see the same images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from effnet_fast.data.draws import stream, uniforms
+
+# A stream of random numbers apart from those of order and augmentation in draws.py.
+_SUBSET = stream(0x100)
+
+Channels = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """Images in memory.
+
+    Attributes:
+        images: uint8 [N, H, W, 3].
+        labels: int64 [N].
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.int64]) -> ArraySplit:
+        return ArraySplit(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Images as files of any size.
+
+    Attributes:
+        paths: N image files.
+        labels: int64 [N].
+    """
+
+    paths: tuple[Path, ...]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.int64]) -> FileSplit:
+        return FileSplit(tuple(self.paths[i] for i in indices), self.labels[indices])
+
+
+Split = ArraySplit | FileSplit
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set with everything a model needs to be trained on it and used afterwards.
+
+    Attributes:
+        name: cifar100, cifar10, synthetic, or the folder's name.
+        classes: class names; their positions are the labels.
+        mean, std: of each channel, for pixels scaled to 0..1.
+        train, test: the published splits.
+        val: held out of train, or None.
+        native_size: pixels of the images as they come (32 for CIFAR), which `--image_size auto` scales.
+        fingerprint: hex digest of all images and labels in their order, as loaded: holding out and limiting, which
+            follow from the settings, leave it as it is.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    mean: Channels
+    std: Channels
+    train: Split
+    test: Split
+    native_size: int
+    fingerprint: str
+    val: Split | None = None
+
+
+def stratified(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Choose `count` images so that every class keeps its share.
+
+    Shares are rounded by largest remainder, ties drawn by the seed; within a class, a larger count only adds images
+    (but for rounding).
+
+    Args:
+        labels: int64 [N].
+        count: how many, 0 to N.
+        seed: which.
+
+    Returns:
+        Their positions, sorted, int64 [count].
+
+    Raises:
+        ValueError: count is negative or more than N.
+    """
+    if not 0 <= count <= len(labels):
+        raise ValueError(f"cannot choose {count} of {len(labels)} images: ask for 0 to {len(labels)}")
+    draws = uniforms(seed, _SUBSET, np.arange(len(labels)), 1)[:, 0]
+    _, first, sizes = np.unique(labels, return_index=True, return_counts=True)
+    quota, remainder = np.divmod(sizes * count, len(labels)) if len(labels) else (sizes, sizes)
+    quota[np.lexsort((draws[first], -remainder))[: count - quota.sum()]] += 1
+    by_class = np.lexsort((draws, labels))
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(by_class[rank < np.repeat(quota, sizes)])
+
+
+def limit(split: Split, count: int, seed: int) -> Split:
+    """A stratified part of a split, in the split's own order.
+
+    Raises:
+        ValueError: count is below 1 or more than the split has.
+    """
+    if not 1 <= count <= len(split):
+        raise ValueError(f"a limit of {count} does not fit a split of {len(split)} images: use 1 to {len(split)}")
+    return split.take(stratified(split.labels, count, seed))
+
+
+def hold_out(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+    """Move a stratified share of the training images into `val`.
+
+    Raises:
+        ValueError: there is a val already, the share has no image, or a class would keep no training image.
+    """
+    if dataset.val is not None:
+        raise ValueError(f"{dataset.name} has its own validation images: hold out none (--val_fraction 0)")
+    labels = dataset.train.labels
+    count = round(fraction * len(labels))
+    if count < 1:
+        raise ValueError(f"--val_fraction {fraction} of {len(labels)} training images is no image: use a larger one")
+    held = stratified(labels, min(count, len(labels)), seed)
+    kept = np.setdiff1d(np.arange(len(labels)), held, assume_unique=True)
+    empty = np.flatnonzero(np.bincount(labels[kept], minlength=len(dataset.classes)) == 0)
+    if len(empty):
+        name = dataset.classes[empty[0]]
+        raise ValueError(f"--val_fraction {fraction} leaves class {name} no training image: use a smaller one")
+    return dataclasses.replace(dataset, train=dataset.train.take(kept), val=dataset.train.take(held))
+
+
+def channel_statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of each channel over all pixels of uint8 [N, H, W, 3], scaled to 0..1."""
+    counts = np.stack([np.bincount(images[..., channel].reshape(-1), minlength=256) for channel in range(3)])
+    shares, levels = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+    mean = shares @ levels
+    return channels(mean), deviation(mean, shares @ levels**2)
+
+
+def deviation(mean: NDArray[np.float64], square: NDArray[np.float64]) -> Channels:
+    """Standard deviation from the means [3] of values and of their squares; a grey level at least, to divide by."""
+    std = np.sqrt(np.maximum(square - mean**2, 255.0**-2))
+    return channels(std)
+
+
+def channels(values: NDArray[np.float64]) -> Channels:
+    """[3] as plain numbers, which checkpoints can hold."""
+    red, green, blue = values.tolist()
+    return red, green, blue

@@ -1,0 +1,22 @@
+"""What tests of several rooms share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cifar100_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the real cifar-100-python/: EFFNET_FAST_CIFAR100, or unpacked from beside the repository."""
+    named = os.environ.get("EFFNET_FAST_CIFAR100")
+    if named:
+        return Path(named)
+    script = Path(__file__).parents[2] / "shared" / "data" / "unpack_cifar100.py"
+    if not script.is_file():
+        pytest.skip("needs CIFAR-100: set EFFNET_FAST_CIFAR100 to a folder that holds cifar-100-python/")
+    folder = tmp_path_factory.mktemp("cifar100")
+    subprocess.run([sys.executable, script, folder], check=True, stdout=subprocess.DEVNULL)
+    return folder

@@ -1,0 +1,267 @@
+"""Folders of images: what is readable, what is refused, and the manifest that remembers it."""
+
+import io
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effnet_fast.data import folder as room
+from effnet_fast.data import load_dataset
+from effnet_fast.data.folder import MANIFEST, load_folder
+
+
+def picture(seed=0, size=(12, 10), mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def save(path, **fields):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(**fields).save(path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two classes with three training and two test images each, of 12 x 10 pixels."""
+    for k, name in enumerate(("bee", "ant")):
+        for i in range(3):
+            save(tmp_path / "train" / name / f"{i}.png", seed=10 * k + i)
+        for i in range(2):
+            save(tmp_path / "test" / name / f"{i}.jpg", seed=10 * k + i + 5)
+    return tmp_path
+
+
+def test_a_folder_of_images(images):
+    dataset = load_folder(images)
+    assert dataset.name == images.name
+    assert dataset.classes == ("ant", "bee")
+    assert [path.relative_to(images / "train").as_posix() for path in dataset.train.paths] == [
+        *(f"ant/{i}.png" for i in range(3)),
+        *(f"bee/{i}.png" for i in range(3)),
+    ]
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.test.labels.tolist() == [0, 0, 1, 1]
+    assert dataset.native_size == 10
+    assert dataset.val is None
+
+
+def test_statistics_give_each_training_image_the_same_weight(images):
+    save(images / "train" / "ant" / "large.png", size=(40, 30), seed=77)
+    dataset = load_folder(images)
+    pixels = [np.array(Image.open(path)) / 255 for path in dataset.train.paths]
+    mean = np.mean([p.mean((0, 1)) for p in pixels], axis=0)
+    assert dataset.mean == pytest.approx(mean)
+    assert dataset.std == pytest.approx(np.sqrt(np.mean([(p**2).mean((0, 1)) for p in pixels], axis=0) - mean**2))
+
+
+def test_native_size_is_the_median_short_side_up_to_224(images):
+    for i, size in enumerate([(300, 400), (500, 299), (700, 700), (900, 600), (800, 800), (330, 340), (999, 301)]):
+        save(images / "train" / "ant" / f"large{i}.jpg", size=size)
+    assert load_folder(images).native_size == 224
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])
+def test_other_kinds_of_pixels_count_as_rgb(images, mode):
+    ending = "jpg" if mode == "CMYK" else "png"
+    path = save(images / "train" / "ant" / f"other.{ending}", mode=mode)
+    dataset = load_folder(images, on_bad_image="fail")
+    assert path in dataset.train.paths
+
+
+def test_an_animated_png_counts_as_its_first_picture(images):
+    path = images / "train" / "ant" / "moving.PNG"
+    picture(1).save(path, save_all=True, append_images=[picture(2)])
+    found = room._examine_file(path)
+    assert found.mean == pytest.approx((np.array(picture(1)) / 255).mean((0, 1)))
+
+
+def grey16(path):
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path, "PNG")
+
+
+def colour16(path):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\x80\x01" * 24) * 8)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+
+
+def test_colours_of_16_bits_are_cut_to_8(images):
+    path = images / "train" / "ant" / "deep.png"
+    colour16(path)
+    assert room._examine_file(path).mean == pytest.approx((128 / 255,) * 3)
+
+
+def truncated(path):
+    blob = io.BytesIO()
+    picture(size=(64, 64)).save(blob, "JPEG")
+    path.write_bytes(blob.getvalue()[: len(blob.getvalue()) // 2])
+
+
+def gif(path):
+    picture().save(path, "GIF")
+
+
+BAD = {
+    "grey of 16 bits": grey16,
+    "truncated": truncated,
+    "empty": lambda path: path.write_bytes(b""),
+    "neither JPEG nor PNG": lambda path: path.write_text("no image"),
+    "neither JPEG nor PNG ": gif,
+    "No such file": lambda path: path.symlink_to("nowhere"),
+    "Is a directory": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_an_unreadable_image_is_named_and_skipped_or_fails(images, capsys, reason):
+    good = load_folder(images)
+    path = images / "train" / "ant" / "bad.JPEG"
+    BAD[reason](path)
+    dataset = load_folder(images)
+    assert dataset.train.paths == good.train.paths
+    assert dataset.fingerprint == good.fingerprint
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings[0].startswith(f"warning: skipped {path}: ")
+    assert reason.strip() in warnings[0]
+    assert warnings[1:] == ["warning: skipped 1 unreadable of 11 images"]
+    with pytest.raises(ValueError, match="is unreadable") as caught:
+        load_dataset("folder", images, on_bad_image="fail")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_and_hidden_ones_do_not_count(images, capsys):
+    good = load_folder(images)
+    (images / "train" / "ant" / "Thumbs.db").write_text("x")
+    (images / "train" / "ant" / "._0.png").write_text("x")
+    (images / "train" / ".cache").mkdir()
+    (images / "train" / "notes.txt").write_text("x")
+    assert load_folder(images).train.paths == good.train.paths
+    assert not capsys.readouterr().err
+
+
+def test_val_is_the_test_folder_where_there_is_no_other(images):
+    (images / "test").rename(images / "val")
+    dataset = load_folder(images)
+    assert len(dataset.test) == 4
+    assert dataset.test.paths[0].parent.parent.name == "val"
+    assert dataset.val is None
+
+
+def test_val_beside_test_is_the_validation_split(images):
+    save(images / "val" / "bee" / "0.png", seed=99)
+    dataset = load_folder(images)
+    assert len(dataset.test) == 4
+    assert dataset.val.labels.tolist() == [1]
+
+
+def remove(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda d: (d / "train").rename(d / "other"), FileNotFoundError, "must hold train/ and test/"),
+        (lambda d: (d / "test").rename(d / "other"), FileNotFoundError, "must hold train/ and test/"),
+        (lambda d: save(d / "test" / "wasp" / "0.png"), ValueError, "wasp is a class that"),
+        (lambda d: (d / "train" / "wasp").mkdir(), ValueError, "wasp holds no readable JPEG or PNG"),
+        (lambda d: remove(d / "train" / "ant"), ValueError, "ant holds no readable JPEG or PNG"),
+        (lambda d: remove(d / "test"), ValueError, "test holds no readable JPEG or PNG"),
+        (lambda d: ((d / "train").rename(d / "t"), (d / "train").mkdir()), ValueError, "train holds no folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on_is_refused(images, change, kind, message):
+    change(images)
+    with pytest.raises(kind, match=message) as caught:
+        load_folder(images)
+    assert "\n" not in str(caught.value)
+
+
+# The manifest
+
+
+@pytest.fixture
+def examined(monkeypatch):
+    """The files that were examined."""
+    paths, examine = [], room._examine_file
+    monkeypatch.setattr(room, "_examine_file", lambda path: paths.append(path) or examine(path))
+    return paths
+
+
+def test_the_manifest_saves_the_second_look(images, examined):
+    first = load_folder(images)
+    assert len(examined) == 10
+    second = load_folder(images)
+    assert len(examined) == 10
+    assert (second.mean, second.std, second.native_size) == (first.mean, first.std, first.native_size)
+    assert second.fingerprint == first.fingerprint
+
+
+def test_a_changed_image_is_looked_at_again(images, examined):
+    first = load_folder(images)
+    path = images / "train" / "bee" / "1.png"
+    stat = path.stat()
+    save(path, seed=1234)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    second = load_folder(images)
+    assert examined[10:] == [path]
+    assert second.fingerprint != first.fingerprint
+    assert second.mean != first.mean
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"version": 1}', '{"version": 1, "files": {"x": 3}}', '{"version": 0}']
+)
+def test_a_manifest_that_cannot_be_understood_is_replaced(images, content):
+    first = load_folder(images)
+    (images / MANIFEST).write_text(content)
+    assert load_folder(images).mean == first.mean
+    assert len(json.loads((images / MANIFEST).read_text())["files"]) == 10
+
+
+def test_a_folder_that_cannot_be_written_is_examined_each_time(images):
+    (images / MANIFEST).mkdir()
+    (images / MANIFEST / "in the way").touch()
+    assert load_folder(images).mean == load_folder(images).mean
+    assert {path.name for path in images.iterdir()} == {"train", "test", MANIFEST}
+
+
+def test_an_unreadable_image_is_not_remembered(images):
+    path = images / "train" / "ant" / "bad.png"
+    path.write_text("no image")
+    load_folder(images)
+    load_folder(images)
+    assert len(json.loads((images / MANIFEST).read_text())["files"]) == 10
+
+
+def test_processes_find_the_same(images, monkeypatch, capsys):
+    (images / "test" / "ant" / "bad.png").write_text("no image")
+    serial = load_folder(images)
+    (images / MANIFEST).unlink()
+    monkeypatch.setattr(room, "_FEW", 0)
+    parallel = load_folder(images)
+    assert "examining 11 images" in capsys.readouterr().err
+    assert parallel.fingerprint == serial.fingerprint
+    assert (parallel.mean, parallel.std) == (serial.mean, serial.std)
+
+
+def test_the_fingerprint_is_of_content_and_labels(images, tmp_path_factory):
+    first = load_folder(images)
+    moved = images.rename(tmp_path_factory.mktemp("elsewhere") / "moved")
+    for path in moved.rglob("*.png"):
+        os.utime(path, (0, 0))
+    assert load_folder(moved).fingerprint == first.fingerprint
+    (moved / "train" / "ant" / "0.png").rename(moved / "train" / "bee" / "9.png")
+    assert load_folder(moved).fingerprint != first.fingerprint

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATASET ?= synthetic
+SAVE_DIR ?= results
+RUN ?= $(if $(filter synthetic,$(DATASET)),quickstart,$(DATASET))
 ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -15,11 +17,12 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-# The synthetic data has a recipe made for minutes on a CPU; any other data set gets the defaults of `effnet-fast train`.
+# The synthetic data has a recipe made for minutes on a CPU; other data sets get the defaults of `effnet-fast train`.
 RECIPE = $(if $(filter synthetic,$(DATASET)),--config effnet_fast/recipes/quickstart.yaml,--dataset $(DATASET))
 
 train: $(INSTALLED)
-	$(BIN)/effnet-fast train $(RECIPE) $(ARGS)
+	$(BIN)/effnet-fast train $(RECIPE) --save_dir $(SAVE_DIR) --run_name $(RUN) $(ARGS)
+	$(BIN)/effnet-fast eval --checkpoint $(SAVE_DIR)/$(RUN)/last.pt
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

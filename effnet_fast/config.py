@@ -58,9 +58,9 @@ class TrainConfig:
     """sgd with Nesterov momentum, adamw, or the EfficientNet paper's rmsprop (decay 0.9, eps 1e-3)."""
     schedule: Literal["cosine", "one-cycle", "step", "exponential", "constant"] = "cosine"
     """Learning rate over steps; `step` divides by 5 at 30, 60 and 80 % of the run, `exponential` is the paper's
-    0.97 every 2.4 epochs."""
+    0.97 every 2.4 epochs, `one-cycle` rises for 30 % of the run."""
     warmup_epochs: float = 5.0
-    """Linear warm-up from zero, in epochs (one-cycle: half of its rise); at most a quarter of the run is used."""
+    """Linear warm-up from zero, in epochs, at most a quarter of the run (one-cycle has its own)."""
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes (0 to 1)."""
     mixup: float = 0.0
@@ -83,7 +83,8 @@ class TrainConfig:
     dropout: float | None = None
     """Dropout before the classifier (0 to 1); default the variant's own (0.2 for B0)."""
     drop_path: float = 0.2
-    """Stochastic depth of the last block (0 to 1), rising linearly from 0 at the first."""
+    """Stochastic depth (0 to 1): block i of n is skipped with probability DROP_PATH * i / n. For runs of a few epochs
+    0 is better."""
 
     rotation: float = 0.0
     """Largest rotation in degrees, either way."""
@@ -104,9 +105,10 @@ class TrainConfig:
     """What an unreadable image of a folder does: it is named, counted and skipped, or the run fails."""
 
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
-    """Autocast type; auto is bf16 on CUDA and no on the CPU, fp16 uses a gradient scaler. The bare flag is bf16."""
+    """Autocast type; auto is bf16 on CUDA and no on the CPU, fp16 uses a gradient scaler, no is float32 (with TF32
+    products on CUDA). The bare flag is bf16."""
     compile: Switch | bool = "auto"
-    """torch.compile; auto is yes on CUDA and no on the CPU. The bare flag is yes."""
+    """torch.compile; auto is yes on CUDA and no on the CPU, where it was measured not to pay. The bare flag is yes."""
     sync_batchnorm: bool = True
     """Share BatchNorm statistics among ranks, so that any number of ranks computes the same step."""
     deterministic: bool = False

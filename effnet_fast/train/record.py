@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from effnet_fast.train.checkpoint import write_atomically
 from effnet_fast.train.meters import Reading
@@ -49,9 +49,9 @@ class Recorder:
         self._events = SummaryWriter(folder / "tensorboard", purge_step=step)
         self._bar: Progress | None = None
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
-            self._task = self._bar.add_task("training", total=self.total_steps, completed=step, figures="")
+            columns = (BarColumn(bar_width=10), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("starting", total=self.total_steps, completed=step)
             self._bar.start()
 
     def watch(self, batches: Iterable[tuple[T, T]]) -> Iterator[tuple[T, T]]:
@@ -122,17 +122,17 @@ class Recorder:
     def _show(self, row: dict[str, Any]) -> None:
         if not self.main:
             return
-        figures = (
-            f"loss {row['loss']:.4f}  top-1 {row['top1']:.1f} %  lr {row['learning_rate']:.4f}"
-            f"  {row['img_per_s']:.0f} img/s  waiting {100 * row['wait_share']:.0f} %"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], figures=figures)
-            return
         # By wall clock since the run began, so that evaluations count too.
         pace = (time.perf_counter() - self._began) / max(row["step"] - self._first, 1)
-        left = (self.total_steps - row["step"]) * pace
-        self.say(f"step {row['step']}/{self.total_steps}  {figures}  ETA {_duration(left)}")
+        figures = (
+            f"loss {row['loss']:.3f}  top-1 {row['top1']:.1f} %  lr {row['learning_rate']:.4f}"
+            f"  {row['img_per_s']:.0f} img/s  waiting {100 * row['wait_share']:.0f} %"
+            f"  ETA {_duration((self.total_steps - row['step']) * pace)}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], description=figures)
+        else:
+            self.say(f"step {row['step']}/{self.total_steps}  {figures}")
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:

@@ -1,0 +1,38 @@
+"""The resident loader: all images stay on the device as uint8, and batches are cut from them there.
+
+An epoch's order and augmentation parameters are drawn once and sent to the device once; after that a batch costs a few
+kernels and no host synchronisation. It is DALI's peer for images that fit in memory, and the oracle of its tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effnet_fast.data.augment import Augmentation, upload
+from effnet_fast.data.dataset import ArraySplit
+from effnet_fast.data.loader import Loader, LoaderSpec, labels_of
+from effnet_fast.data.resize import resize
+
+
+class ResidentLoader(Loader):
+    """Loads from arrays; see `Loader`."""
+
+    def __init__(self, split: ArraySplit, spec: LoaderSpec) -> None:
+        super().__init__(split, spec)
+        self._augmentation = Augmentation(spec)
+        images = np.require(resize(split.images, spec.image_size), requirements=["C", "W"])  # as torch wants arrays
+        self._canvas = self._augmentation.canvas(torch.from_numpy(images).to(spec.device))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        indices = self.shard.indices(epoch)[start:]
+        parameters = self._augmentation.parameters(epoch, indices.ravel())
+        index = upload(indices.clip(0), self.spec.device)
+        labels = upload(labels_of(self.split, indices), self.spec.device)
+        for step in range(len(indices)):
+            rows = slice(step * self.spec.batch_size, (step + 1) * self.spec.batch_size)
+            drawn = None if parameters is None else parameters.take(rows)
+            yield self._augmentation(self._canvas, index[step], drawn), labels[step]

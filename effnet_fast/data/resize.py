@@ -1,0 +1,68 @@
+"""Images brought to the model's size: decoding (Pillow) and antialiased bilinear resizing (NumPy)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CHUNK = 32  # images at a time, so that the float32 intermediates stay in the cache
+
+
+@lru_cache(maxsize=8)
+def _weights(source: int, target: int) -> NDArray[np.float32]:
+    """Rows of bilinear weights [target, source]; borders repeat the outermost pixel, as in DALI.
+
+    Pixel centres are at half integers. Shrinking widens the triangle by the scale, which averages what it covers.
+    """
+    scale = source / target
+    radius = max(1.0, scale)
+    centres = (np.arange(target) + 0.5) * scale
+    reach = int(np.ceil(radius)) + 1
+    taps = np.floor(centres)[:, None] + np.arange(-reach, reach + 1)
+    weight = np.maximum(0.0, 1 - np.abs(taps + 0.5 - centres[:, None]) / radius)
+    matrix = np.zeros((target, source))
+    np.add.at(matrix, (np.arange(target)[:, None], taps.clip(0, source - 1).astype(int)), weight)
+    return (matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+@lru_cache(maxsize=8)
+def _interleaved_weights(source: int, target: int, channels: int) -> NDArray[np.float32]:
+    """[source * channels, target * channels]: one product resizes whole rows of interleaved channels."""
+    return np.kron(_weights(source, target).T, np.eye(channels, dtype=np.float32))
+
+
+def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Resize uint8 [N, H, W, C] to [N, size, size, C]; images of that size are returned as they are."""
+    n, height, width, channels = images.shape
+    if height == width == size:
+        return images
+    rows, columns = _weights(height, size), _interleaved_weights(width, size, channels)
+    resized = np.empty((n, size, size, channels), np.uint8)
+    for at in range(0, n, _CHUNK):
+        chunk = images[at : at + _CHUNK].astype(np.float32).reshape(-1, height, width * channels)
+        wide = (rows @ chunk).reshape(-1, width * channels) @ columns
+        resized[at : at + _CHUNK] = np.rint(wide, out=wide).reshape(-1, size, size, channels)
+    return resized
+
+
+def read_image(path: Path, size: int) -> NDArray[np.uint8]:
+    """Decode an image file, cut the central square of its shorter side, and resize that: uint8 [size, size, 3].
+
+    Raises:
+        ValueError: the file cannot be read or decoded.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read the image {path}: {reason}") from error
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = np.asarray(image.crop((left, top, left + side, top + side)))
+    return resize(square[None], size)[0]

@@ -1,0 +1,38 @@
+"""The first twenty losses of a run, exactly repeated and kept in the tree: nothing in the chain may drift unnoticed.
+
+To renew the file after a change that means to move them: python tests/train/test_first_losses.py
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).with_name("golden_first_losses.json")
+RUN = (
+    "train --dataset synthetic --limit_train 320 --limit_eval 16 --batch_size 16 --num_epochs 1 --output_stride 32 "
+    "--learning_rate 0.002 --warmup_epochs 0 --mixup 0.2 --cutmix 1 --rotation 15 --color_jitter 0.2 "
+    "--random_erasing 0.25 --loader resident --device cpu --log_every_steps 1"
+)
+
+
+def losses(folder):
+    code = "import torch; torch.set_num_threads(1); from effnet_fast.cli import main; main()"
+    command = [sys.executable, "-c", code, *RUN.split(), "--save_dir", str(folder), "--resume", "no"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    rows = [json.loads(line) for line in next(Path(folder).glob("*/metrics.jsonl")).read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def test_first_losses_repeat_and_equal_the_golden_ones(tmp_path):
+    first = losses(tmp_path / "a")
+    assert first == losses(tmp_path / "b")
+    assert first == pytest.approx(json.loads(GOLDEN.read_text()), abs=1e-4)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        GOLDEN.write_text(json.dumps(losses(folder), indent=1) + "\n")

@@ -1,0 +1,183 @@
+"""What is DALI's own: memory, the running pipeline, checkpoints, the graph for a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import resource
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from effnet_fast.data.dataset import ArraySplit
+from effnet_fast.data.draws import Augment
+from effnet_fast.data.loader import LoaderSpec
+
+dali = pytest.importorskip("nvidia.dali")
+
+from effnet_fast.data.dali import DaliLoader, graph  # noqa: E402 (needs DALI)
+
+N, STEPS = 48, 6
+PIXELS = np.random.default_rng(4).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
+SPLIT = ArraySplit(PIXELS, np.arange(N))
+SPEC = LoaderSpec(
+    batch_size=8,
+    image_size=32,
+    mean=(0.51, 0.49, 0.44),
+    std=(0.26, 0.25, 0.27),
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    seed=5,
+    rank=0,
+    world=1,
+    num_workers=2,
+    augment=Augment(),
+)
+
+
+def spec_with(auto_augment: str) -> LoaderSpec:
+    return dataclasses.replace(SPEC, augment=Augment(auto_augment=auto_augment))  # type: ignore[arg-type]
+
+
+def test_a_batch_that_is_kept_is_not_overwritten() -> None:
+    """Batches share DALI's memory; DALI must leave it alone for as long as we hold them."""
+    loader = DaliLoader(SPLIT, SPEC)
+    kept, copies = [], []
+    for epoch in range(3):
+        for images, labels in loader.epoch(epoch):
+            kept.append((images, labels))
+            copies.append((images.clone(), labels.clone()))
+    assert len(kept) == 18
+    loader.close()
+    for (images, labels), (image_copy, label_copy) in zip(kept, copies, strict=True):
+        assert torch.equal(images, image_copy)
+        assert torch.equal(labels, label_copy)
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def test_memory_that_is_let_go_is_used_again() -> None:
+    loader = DaliLoader(SPLIT, SPEC)
+    list(loader.epoch(0))
+    before, handed_on = resident_bytes(), 0
+    for epoch in range(1, 101):
+        for images, _ in loader.epoch(epoch):
+            handed_on += images.nbytes
+    assert resident_bytes() - before < handed_on / 4  # of 59 MB
+
+
+def test_the_pipeline_runs_on_across_epochs() -> None:
+    loader = DaliLoader(SPLIT, SPEC)
+    fresh = [DaliLoader(SPLIT, SPEC) for _ in range(3)]
+    list(loader.epoch(0))
+    pipeline = loader._pipeline
+    for epoch, other in enumerate(fresh):
+        start = 2 if epoch == 2 else 0  # neither the epoch that was prefetched nor its start
+        for (images, labels), (expected, marks) in zip(
+            loader.epoch(epoch, start), other.epoch(epoch, start), strict=True
+        ):
+            assert torch.equal(labels, marks)
+            assert torch.equal(images, expected)
+    assert loader._pipeline is pipeline
+
+
+def test_an_epoch_may_be_left_and_another_begun() -> None:
+    loader = DaliLoader(SPLIT, SPEC)
+    next(loader.epoch(0))
+    images, labels = next(loader.epoch(3, 4))
+    expected, marks = next(DaliLoader(SPLIT, SPEC).epoch(3, 4))
+    assert torch.equal(labels, marks)
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("auto_augment", ["rand", "trivial"])
+def test_auto_augment_goes_on_bit_for_bit(auto_augment: str) -> None:
+    """Stopped in mid-epoch, written as checkpoints are, and resumed: the same images, prefetched batches or not."""
+    spec = spec_with(auto_augment)
+    loader, seen, file = DaliLoader(SPLIT, spec), [], io.BytesIO()
+    for epoch in (0, 1, 2):
+        for step, (images, labels) in enumerate(loader.epoch(epoch)):
+            seen.append((images, labels))
+            if (epoch, step) == (1, 2):
+                torch.save(loader.state_dict(), file)
+    file.seek(0)
+    resumed = DaliLoader(SPLIT, spec)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    rest = [*resumed.epoch(1, 3), *resumed.epoch(2)]
+    assert len(rest) == 9
+    for (images, labels), (expected, marks) in zip(rest, seen[-9:], strict=True):
+        assert torch.equal(labels, marks)
+        assert torch.equal(images, expected)
+    # Without the state the images are others: the test above is about something.
+    unrestored = next(DaliLoader(SPLIT, spec).epoch(1, 3))[0]
+    assert not torch.equal(unrestored, rest[0][0])
+
+
+def test_auto_augment_goes_on_after_an_epoch_that_was_left() -> None:
+    """Leaving an epoch wastes what was prefetched; a resumed run never prefetched it."""
+    loader, resumed = (DaliLoader(SPLIT, spec_with("trivial")) for _ in range(2))
+    batches = loader.epoch(0)
+    next(batches), next(batches)
+    resumed.load_state_dict(loader.state_dict())
+    assert torch.equal(next(loader.epoch(1))[0], next(resumed.epoch(1))[0])
+
+
+def test_auto_augment_depends_on_seed_and_rank_and_not_on_threads() -> None:
+    spec = spec_with("trivial")
+    plain = next(DaliLoader(SPLIT, SPEC).epoch(0))[0]
+    images = next(DaliLoader(SPLIT, spec).epoch(0))[0]
+    assert (plain != images).flatten(1).any(1).float().mean() > 0.5
+    one_thread = dataclasses.replace(spec, num_workers=1)
+    assert torch.equal(images, next(DaliLoader(SPLIT, one_thread).epoch(0))[0])
+    assert not torch.equal(images, next(DaliLoader(SPLIT, dataclasses.replace(spec, seed=6)).epoch(0))[0])
+    ranks = [DaliLoader(SPLIT, dataclasses.replace(spec, rank=rank, world=2)) for rank in (0, 1)]
+    assert ranks[0]._define().seed != ranks[1]._define().seed
+
+
+def test_only_auto_augment_has_state() -> None:
+    loader = DaliLoader(SPLIT, SPEC)
+    next(loader.epoch(0))
+    assert loader.state_dict() == {}
+    fresh = DaliLoader(SPLIT, spec_with("rand"))
+    assert fresh.state_dict() == {}
+    fresh.load_state_dict({"dali": b"kept"})  # asked again before a batch was made
+    assert fresh.state_dict() == {"dali": b"kept"}
+
+
+def test_building_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for augment in (None, Augment(), Augment(rotation=15, random_erasing=0.5), Augment(auto_augment="rand")):
+            next(DaliLoader(SPLIT, dataclasses.replace(SPEC, augment=augment)).epoch(0))
+
+
+@pytest.mark.parametrize("augment", [None, Augment(), Augment(rotation=15, color_jitter=0.3, random_erasing=0.5)])
+@pytest.mark.parametrize("size", [32, 40])
+def test_the_graph_for_a_gpu_ends_on_it(augment: Augment | None, size: int) -> None:
+    """Definition only: building it needs a GPU."""
+    spec = dataclasses.replace(SPEC, augment=augment, image_size=size, device=torch.device("cuda", 0))
+    loader = DaliLoader(SPLIT, spec)
+    with dali.Pipeline(batch_size=8, num_threads=1, device_id=0):
+        outputs = graph(loader._source, spec)
+    assert [node.device for node in outputs] == ["gpu", "gpu"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("augment", [None, Augment(), Augment(rotation=15, color_jitter=0.3, random_erasing=0.5)])
+def test_the_gpu_makes_the_cpus_batches(augment: Augment | None) -> None:
+    spec = dataclasses.replace(SPEC, augment=augment)
+    on_gpu = dataclasses.replace(spec, device=torch.device("cuda", 0))
+    for (images, labels), (expected, marks) in zip(
+        DaliLoader(SPLIT, on_gpu).epoch(0), DaliLoader(SPLIT, spec).epoch(0), strict=True
+    ):
+        assert images.is_cuda
+        assert torch.equal(labels.cpu(), marks)
+        error = (images.cpu() - expected).abs() * 255 * torch.tensor(spec.std).view(3, 1, 1)
+        assert error.max() <= 3
+        assert error.mean() < 0.01

@@ -1,0 +1,90 @@
+"""DALI against the resident loader, image by image: same conventions, so only rounding may differ.
+
+Tolerances are in steps of 1/255. The augmentations hand on whole values, so where the two arithmetics land on either
+side of a half, a pixel differs by one; `most` bounds how far later steps may carry that, `share` how often it happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from effnet_fast.data.dataset import ArraySplit
+from effnet_fast.data.draws import Augment
+from effnet_fast.data.loader import LoaderSpec, make_loader
+
+pytest.importorskip("nvidia.dali")
+
+N = 96
+PIXELS = np.random.default_rng(3).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
+SPLIT = ArraySplit(PIXELS, np.arange(N))
+SPEC = LoaderSpec(
+    batch_size=32,
+    image_size=32,
+    mean=(0.51, 0.49, 0.44),
+    std=(0.26, 0.25, 0.27),
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    seed=11,
+    rank=0,
+    world=1,
+    num_workers=1,
+    augment=None,
+)
+ALL = Augment(rotation=15, color_jitter=0.4, random_erasing=0.5)
+
+
+def pixels(kind: str, spec: LoaderSpec) -> torch.Tensor:
+    """Two epochs of images, in steps of 1/255."""
+    loader = make_loader(kind, SPLIT, spec)
+    images = torch.cat([images for epoch in (0, 1) for images, _ in loader.epoch(epoch)]).float()
+    loader.close()
+    return images if spec.dtype == torch.uint8 else images * 255 * torch.tensor(spec.std).view(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "augment", "size", "most", "share"),
+    [
+        ("evaluation", None, 32, 0.001, 0.0),
+        ("crop and flip", Augment(), 32, 0.001, 0.0),
+        ("crop", Augment(flip=False), 32, 0.001, 0.0),
+        ("flip", Augment(crop=False), 32, 0.001, 0.0),
+        ("erasing", Augment(random_erasing=0.7), 32, 0.001, 0.0),
+        ("rotation", Augment(rotation=15), 32, 1.001, 0.001),
+        ("rotation alone", Augment(crop=False, flip=False, rotation=180), 32, 1.001, 0.001),
+        ("colour", Augment(color_jitter=0.4), 32, 1.001, 0.001),
+        ("growing", None, 37, 1.001, 0.002),
+        ("shrinking", None, 25, 1.001, 0.002),
+        ("all", ALL, 32, 3.001, 0.002),
+        ("all, growing", ALL, 37, 4.001, 0.003),
+    ],
+)
+def test_dali_and_resident_agree(name: str, augment: Augment | None, size: int, most: float, share: float) -> None:
+    spec = dataclasses.replace(SPEC, augment=augment, image_size=size)
+    error = (pixels("dali", spec) - pixels("resident", spec)).abs()
+    print(f"{name}: at most {error.max():.4f}, mean {error.mean():.6f}, differing {(error > 0.5).float().mean():.6f}")
+    assert error.max() <= most
+    assert (error > 0.5).float().mean() <= share
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3.3), (torch.uint8, 3.0)])
+def test_they_agree_in_every_output_type(dtype: torch.dtype, most: float) -> None:
+    spec = dataclasses.replace(SPEC, augment=ALL, dtype=dtype)
+    error = (pixels("dali", spec) - pixels("resident", spec)).abs()
+    assert error.max() <= most
+    assert (error > 0.5).float().mean() <= 0.002
+
+
+def test_torch_and_resident_are_the_same_arithmetic() -> None:
+    spec = dataclasses.replace(SPEC, augment=ALL, image_size=37)
+    assert torch.equal(pixels("torch", spec), pixels("resident", spec))
+
+
+def test_the_comparison_would_notice() -> None:
+    """Another seed, or half a pixel, is far outside of the tolerances."""
+    plain = pixels("resident", dataclasses.replace(SPEC, augment=ALL))
+    other = pixels("resident", dataclasses.replace(SPEC, augment=ALL, seed=12))
+    assert (plain - other).abs().mean() > 20

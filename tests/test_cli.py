@@ -154,6 +154,14 @@ def test_a_broken_archive(tmp_path, capsys):
     assert "cifar-100-python.tar.gz" in mistake(capsys, f"train --data_dir {tmp_path}")
 
 
+def test_a_truncated_file_of_an_unpacked_data_set(tmp_path, capsys):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test", "meta"):
+        (folder / name).write_bytes(b"\x80\x02}q\x00.")
+    assert str(folder) in mistake(capsys, f"train --data_dir {tmp_path}")
+
+
 def test_unwritable_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     said = mistake(capsys, f"train {TINY} --save_dir {tmp_path / 'file'}")

@@ -1,0 +1,81 @@
+"""What a run writes down, and what the console shows."""
+
+import json
+import time
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from effnet_fast.train import record
+from effnet_fast.train.meters import Reading
+
+READING = Reading(loss=2.0, top1=50.0, grad_norm=1.0, skipped=0, bad_step=None)
+
+
+def recorder(folder, step=0, main=True):
+    return record.Recorder(folder, main=main, step=step, total_steps=10, steps_per_epoch=5)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_beyond_the_checkpoint_and_torn_ones_are_dropped(tmp_path):
+    good = "".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in (2, 4, 6))
+    (tmp_path / "metrics.jsonl").write_text(good + '{"kind": "tr')
+    kept = recorder(tmp_path, step=4)
+    kept.train(6, READING, 0.1, world=1)
+    kept.close()
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6]
+
+
+def test_rate_and_waiting_are_shares_of_the_same_time(tmp_path):
+    def slow_batches():
+        for _ in range(3):
+            time.sleep(0.03)
+            yield None, [0] * 8
+
+    kept = recorder(tmp_path)
+    for _ in kept.watch(slow_batches()):
+        time.sleep(0.01)
+    kept.train(3, READING, 0.1, world=2)
+    kept.close()
+    row = rows(tmp_path)[0]
+    assert 0.5 < row["wait_share"] < 0.95
+    assert row["img_per_s"] < 2 * 24 / 0.12
+    assert row["epoch"] == 0.6
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path):
+    kept = recorder(tmp_path)
+    kept.train(5, READING, 0.1, world=1)
+    kept.evaluation(5, {"split": "val", "loss": 1.0, "top1": 60.0, "top5": 80.0, "seconds": 1.0})
+    kept.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("train/top1")[0].value == 50.0
+    assert events.Scalars("val/top1")[0].step == 5
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    kept = recorder(tmp_path, main=False)
+    kept.train(5, READING, 0.1, world=2)
+    kept.say("hello")
+    kept.close()
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_line_of_80_columns_holds_all_figures(tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(
+        record, "Console", lambda **options: Console(force_terminal=terminal, width=80, color_system=None, **options)
+    )
+    kept = recorder(tmp_path)
+    kept.train(5, READING, 0.1, world=1)
+    kept.close()
+    said = capsys.readouterr().out
+    for words in ("loss 2.000", "top-1 50.0 %", "lr 0.1000", "img/s", "waiting", "ETA 0:00:"):
+        assert words in said
+    assert ("step 5/10" in said) is not terminal

@@ -37,7 +37,8 @@ def init(device: str = "auto") -> World:
     if "RANK" not in os.environ:
         return World(0, 1, chosen)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        on_gpu = chosen.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from effnet_fast import data, distributed, provenance
 from effnet_fast.config import DataConfig, EvalConfig, InfoConfig, PlotConfig, TrainConfig, identity
 from effnet_fast.data.draws import Augment
-from effnet_fast.data.loader import Loader, LoaderSpec, choose, make_loader
+from effnet_fast.data.loader import Loader, LoaderSpec
+from effnet_fast.data.loaders import choose, make_loader
 from effnet_fast.distributed import World
 from effnet_fast.model import EfficientNet, batch_norms, create_model, from_description, scaling, variant
 from effnet_fast.train import checkpoint, optim

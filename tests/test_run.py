@@ -200,6 +200,16 @@ def test_a_signal_saves_and_ends_in_good_order(tmp_path, number, code):
     assert progress["step"] >= 2
 
 
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(tmp_path):
+    line = f"{TINY} --save_dir {tmp_path} --num_epochs 1 --log_every_steps 1 --drop_path 0 --dropout 0"
+    run(f"{line} --run_name eager --compile no")
+    run(f"{line} --run_name compiled --compile")
+    eager, compiled = ([row["loss"] for row in rows(tmp_path / name, "train")] for name in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-3)
+    assert not any("_orig_mod" in name for name in checkpoint.load(tmp_path / "compiled" / "last.pt")["model"])
+
+
 def test_two_ranks_train_and_evaluate_every_image_once(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     line = f"{TINY} --save_dir {tmp_path} --run_name ranks --num_epochs 1 --limit_eval 37 --grad_accumulation 2"

@@ -21,19 +21,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
+from effnet_fast.data.dataset import Split
 from effnet_fast.data.draws import Augment, order
 
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["auto", "dali", "resident", "torch"]
-_INSTALL_DALI = "pip install nvidia-dali-cuda120"
 
 
 @dataclass(frozen=True)
@@ -172,53 +170,3 @@ class Loader(ABC):
 
     def close(self) -> None:  # noqa: B027 (not every loader has something to free)
         """Free threads, processes and memory."""
-
-
-def choose(kind: Kind, split: Split) -> tuple[Kind, str]:
-    """Which loader serves, and the reason in one line.
-
-    Raises:
-        ValueError: the loader asked for cannot serve.
-    """
-    if kind == "resident" and isinstance(split, FileSplit):
-        raise ValueError("--loader resident keeps the images in memory, which image files are not: use dali or torch")
-    if kind == "resident" or kind == "torch":
-        return kind, f"--loader {kind}"
-    version = _dali_version()
-    if version:
-        return "dali", f"DALI {version} is installed"
-    if kind == "dali":
-        raise ValueError(f"--loader dali needs NVIDIA DALI: {_INSTALL_DALI}")
-    serving: Kind = "resident" if isinstance(split, ArraySplit) else "torch"
-    return serving, f"DALI is not installed ({_INSTALL_DALI})"
-
-
-def _dali_version() -> str | None:
-    try:
-        import nvidia.dali
-    except ImportError:
-        return None
-    return nvidia.dali.__version__
-
-
-def make_loader(kind: Kind, split: Split, spec: LoaderSpec) -> Loader:
-    """Make the loader that `choose` names.
-
-    Raises:
-        ValueError: the loader asked for cannot serve, or the batch is larger than the training split.
-    """
-    kind, _ = choose(kind, split)
-    if kind == "dali":
-        from effnet_fast.data.dali import DaliLoader
-
-        return DaliLoader(split, spec)
-    if spec.augment is not None and spec.augment.auto_augment != "none":
-        raise ValueError(f"--auto_augment {spec.augment.auto_augment} is done by DALI: {_INSTALL_DALI}")
-    if kind == "torch":
-        from effnet_fast.data.torch_loader import TorchLoader
-
-        return TorchLoader(split, spec)
-    from effnet_fast.data.resident import ResidentLoader
-
-    assert isinstance(split, ArraySplit)
-    return ResidentLoader(split, spec)

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from effnet_fast.data.augment import Augmentation
 from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
 from effnet_fast.data.draws import Augment, draw, order
-from effnet_fast.data.loader import Loader, LoaderSpec, choose, make_loader
+from effnet_fast.data.loader import Loader, LoaderSpec
+from effnet_fast.data.loaders import choose, make_loader
 from effnet_fast.data.resize import read_image
 
 KINDS = ["resident", "torch", "dali"]

@@ -14,7 +14,8 @@ import torch
 
 from effnet_fast.data.dataset import ArraySplit
 from effnet_fast.data.draws import Augment
-from effnet_fast.data.loader import LoaderSpec, make_loader
+from effnet_fast.data.loader import LoaderSpec
+from effnet_fast.data.loaders import make_loader
 
 pytest.importorskip("nvidia.dali")
 

@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
     """What must be known to read a result: JSON-ready, with None for what is absent."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
+        "command": _command(),
         "effnet_fast": __version__,
         "commit": commit(),
         "python": platform.python_version(),
@@ -34,6 +34,12 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
+
+
+def _command() -> str:
+    """The command line, without the folders of the interpreter and the script."""
+    program = 3 if sys.orig_argv[1:2] == ["-m"] else 2
+    return shlex.join([Path(word).name for word in sys.orig_argv[:program]] + sys.orig_argv[program:])
 
 
 def version(package: str) -> str | None:

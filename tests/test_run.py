@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from effnet_fast import cli, create_model
+from effnet_fast.run import resolve_compile
 from effnet_fast.train import checkpoint
 
 TINY = (
@@ -198,6 +199,21 @@ def test_a_signal_saves_and_ends_in_good_order(tmp_path, number, code):
     assert "the same command goes on from there" in output
     progress = checkpoint.load(tmp_path / "stopped" / "last.pt")["progress"]
     assert progress["step"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "stride", "images", "compiles"),
+    [
+        ("auto", "cuda", 32, 1, True),
+        ("auto", "cpu", 32, 10_000_000, False),
+        ("auto", "cpu", 8, 10_000_000, True),
+        ("auto", "cpu", 8, 10_000, False),
+        ("yes", "cpu", 32, 1, True),
+        ("no", "cuda", 8, 10_000_000, False),
+    ],
+)
+def test_compiles_where_it_pays(asked, device, stride, images, compiles):
+    assert resolve_compile(asked, torch.device(device), stride, images) is compiles
 
 
 @pytest.mark.slow

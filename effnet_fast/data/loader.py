@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
 
-
 @dataclass(frozen=True)
 class LoaderSpec:
     """What a loader shall deliver.

@@ -190,7 +190,7 @@ def _loader_spec(plan: Plan, augment: Augment | None) -> LoaderSpec:
         seed=config.seed,
         rank=world.rank,
         world=world.size,
-        num_workers=_workers(config.num_workers),
+        num_workers=worker_count(config.num_workers),
         augment=augment,
     )
 
@@ -200,7 +200,8 @@ def loader_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float16 if precision != "no" and device.type == "cuda" else torch.float32
 
 
-def _workers(asked: int) -> int:
+def worker_count(asked: int) -> int:
+    """`--num_workers`, at least one and at most the cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(asked, cores))
 
@@ -522,7 +523,7 @@ def evaluate_checkpoint(config: EvalConfig) -> int:
         seed=0,
         rank=0,
         world=1,
-        num_workers=_workers(config.num_workers),
+        num_workers=worker_count(config.num_workers),
         augment=None,
     )
     kind, reason = choose(config.loader, split)

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from effnet_fast import cli, create_model
-from effnet_fast.run import resolve_compile
+from effnet_fast.run import resolve_compile, worker_count
 from effnet_fast.train import checkpoint
 
 TINY = (
@@ -216,9 +218,50 @@ def test_compiles_where_it_pays(asked, device, stride, images, compiles):
     assert resolve_compile(asked, torch.device(device), stride, images) is compiles
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mixed_precision bf16 --optimizer adamw --schedule one-cycle --image_size 40",
+        "--mixed_precision fp16 --optimizer rmsprop --schedule exponential --grad_accumulation 2",
+        "--loader dali --auto_augment rand --color_jitter 0.3 --random_erasing 0.5 --schedule step",
+        "--loader torch --rotation 15 --schedule constant --clip_grad 0 --model efficientnet-b1",
+    ],
+)
+def test_every_kind_of_setting_trains(tmp_path, flags):
+    if "dali" in flags:
+        pytest.importorskip("nvidia.dali")
+    run(f"{TINY} --save_dir {tmp_path} --run_name kind --num_epochs 1 {flags}")
+    assert checkpoint.load(tmp_path / "kind" / "last.pt")["progress"]["finished"]
+    assert rows(tmp_path / "kind", "eval")[0]["loss"] > 0
+
+
+def test_a_folder_of_images_trains_and_a_broken_one_is_named(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 4)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 255, (36, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}")
+    (tmp_path / "images" / "train" / "cat" / "broken.jpg").write_bytes(b"no picture")
+    line = f"{TINY} --dataset folder --data_dir {tmp_path / 'images'} --loader auto --image_size 32 --num_epochs 1"
+    line = line.replace("--limit_train 96 --limit_eval 40", "") + f" --save_dir {tmp_path}"
+    run(f"{line} --run_name kept")
+    assert "broken.jpg" in capsys.readouterr().err
+    run(f"{line} --run_name failed --on_bad_image fail", expected=2)
+    assert "broken.jpg" in capsys.readouterr().err
+
+
+def test_workers_are_capped_to_the_cores():
+    assert 1 <= worker_count(10_000) <= os.cpu_count()
+    assert worker_count(0) == worker_count(1) == 1
+
+
 @pytest.mark.slow
 def test_a_compiled_run_learns_the_same(tmp_path):
-    line = f"{TINY} --save_dir {tmp_path} --num_epochs 1 --log_every_steps 1 --drop_path 0 --dropout 0"
+    line = f"{TINY} --save_dir {tmp_path} --num_epochs 1 --log_every_steps 1 --learning_rate 0.002"
+    line += " --drop_path 0 --dropout 0"
     run(f"{line} --run_name eager --compile no")
     run(f"{line} --run_name compiled --compile")
     eager, compiled = ([row["loss"] for row in rows(tmp_path / name, "train")] for name in ("eager", "compiled"))

@@ -115,6 +115,8 @@ class TrainConfig:
     deterministic: bool = False
     """Only deterministic algorithms on CUDA, at some cost in speed; the CPU always repeats itself."""
 
+    kernels: Literal["auto", "triton", "torch"] = operational("auto")
+    """Fused Triton kernels of the MBConv block; auto uses them on CUDA, torch never (EFFNET_KERNELS=torch too)."""
     loader: LoaderName = operational("auto")
     """Data path; auto takes DALI where it can be imported, else resident."""
     num_workers: int = operational(8)

@@ -159,6 +159,7 @@ def _build_model(plan: Plan) -> EfficientNet:
         output_stride=config.output_stride,
         dropout=config.dropout,
         drop_path=config.drop_path,
+        kernels=config.kernels,
     )
     for norm in batch_norms(model):
         norm.synchronised = config.sync_batchnorm

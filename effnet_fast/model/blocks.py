@@ -14,6 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_fast import distributed
+from effnet_kernels import batch_norm as bn_ops
+from effnet_kernels import bn_silu_squeeze as squeeze_ops
+from effnet_kernels import mbconv as mbconv_ops
+from effnet_kernels import se_gate as gate_ops
+from effnet_kernels.launch import Kernels, use_triton
 
 Padding = Literal["symmetric", "same"]
 
@@ -25,11 +30,15 @@ class Style:
     Attributes:
         padding: see `Conv`.
         bn_eps, bn_momentum: see `BatchNorm`.
+        kernels: `auto` is Triton for CUDA tensors, `torch` the modules below as written, `triton` insists. On Triton,
+            what lies between an MBConv's two 1x1 convolutions is one op, and BatchNorm, Swish and the residual are
+            one op elsewhere: a forward hook on a module inside a block needs `torch`.
     """
 
     padding: Padding = "symmetric"
     bn_eps: float = 1e-3
     bn_momentum: float = 0.01
+    kernels: Kernels = "auto"
 
 
 class BatchNorm(nn.Module):
@@ -65,6 +74,13 @@ class BatchNorm(nn.Module):
             return self._synchronised_forward(x)
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+    def fused(self) -> bn_ops.BatchNorm:
+        """This layer as effnet_kernels takes it."""
+        shared = self.training and self.synchronised and distributed.world_size() > 1
+        return bn_ops.BatchNorm(
+            self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps, shared
         )
 
     def _synchronised_forward(self, x: Tensor) -> Tensor:
@@ -103,10 +119,14 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.asymmetric:
-            top, bottom = self._same_padding(x.shape[-2])
-            left, right = self._same_padding(x.shape[-1])
-            x = F.pad(x, (left, right, top, bottom))
+            x = F.pad(x, self.pads(x))
         return super().forward(x)
+
+    def pads(self, x: Tensor) -> tuple[int, int, int, int]:
+        """Pixels left, right, above and below `x`."""
+        if not self.asymmetric:
+            return (self.kernel_size[0] // 2,) * 4
+        return (*self._same_padding(x.shape[-1]), *self._same_padding(x.shape[-2]))
 
     def _same_padding(self, size: int) -> tuple[int, int]:
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -132,9 +152,32 @@ class ConvNormAct(nn.Module):
         self.conv = Conv(inputs, outputs, kernel, stride, groups, style.padding)
         self.norm = BatchNorm(outputs, style.bn_eps, style.bn_momentum)
         self.act = nn.SiLU() if act else nn.Identity()
+        self.activates = act
+        self.kernels = style.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        y = self.conv(x)
+        if use_triton(self.kernels, y):
+            return self.finish(y)
+        return self.act(self.norm(y))
+
+    def finish(self, y: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """All behind the convolution as one op, times `scale` [N], plus `residual`."""
+        return bn_ops.batch_norm(
+            y,
+            self.norm.fused(),
+            training=self.training,
+            activation=self.activates,
+            residual=residual,
+            sample_scale=scale,
+            kernels=self.kernels,
+        )
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The spatial mean [N, C'] of `forward(x)`; in training on Triton the map itself is never written."""
+        if self.training and use_triton(self.kernels, x):
+            return squeeze_ops.bn_silu_squeeze(self.conv(x), self.norm.fused(), kernels=self.kernels)
+        return self(x).mean((2, 3))
 
 
 class SqueezeExcite(nn.Module):
@@ -149,15 +192,25 @@ class SqueezeExcite(nn.Module):
         mean = x.mean((2, 3), keepdim=True)
         return x * torch.sigmoid(self.expand(F.silu(self.reduce(mean))))
 
+    def fused(self) -> gate_ops.SqueezeExcite:
+        """This layer as effnet_kernels takes it."""
+        assert self.reduce.bias is not None
+        assert self.expand.bias is not None
+        return gate_ops.SqueezeExcite(self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias)
 
-def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Stochastic depth: zero whole samples of [N, ...] with probability `rate`, scale the others by 1 / (1 - rate).
+
+def drop_path_scale(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth: for each sample of [N, ...] zero with probability `rate`, else 1 / (1 - rate); [N].
 
     Huang et al. 2016; the scaling at training time follows the EfficientNet authors' code.
     """
     keep = 1 - rate
-    mask = torch.empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(keep)
-    return x * (mask / keep)
+    return torch.empty(x.shape[0], dtype=x.dtype, device=x.device).bernoulli_(keep) / keep
+
+
+def drop_path(x: Tensor, rate: float) -> Tensor:
+    """Zero whole samples of [N, C, H, W], or scale them up, as `drop_path_scale` draws."""
+    return x * drop_path_scale(x, rate)[:, None, None, None]
 
 
 class MBConv(nn.Module):
@@ -175,6 +228,8 @@ class MBConv(nn.Module):
         drop_path: probability that a sample skips the block in training.
     """
 
+    expand: ConvNormAct | nn.Identity
+
     def __init__(
         self,
         inputs: int,
@@ -189,6 +244,7 @@ class MBConv(nn.Module):
     ) -> None:
         super().__init__()
         hidden = inputs * expand
+        self.kernels = style.kernels
         self.drop_path = drop_path
         self.residual = stride == 1 and inputs == outputs
         self.expand = ConvNormAct(inputs, hidden, 1, style=style) if expand != 1 else nn.Identity()
@@ -196,10 +252,33 @@ class MBConv(nn.Module):
         self.se = SqueezeExcite(hidden, max(1, int(inputs * se_ratio)))
         self.project = ConvNormAct(hidden, outputs, 1, act=False, style=style)
 
+    @property
+    def drops(self) -> bool:
+        return self.residual and self.training and self.drop_path > 0
+
     def forward(self, x: Tensor) -> Tensor:
+        if use_triton(self.kernels, x):
+            return self._fused_forward(x)
         y = self.project(self.se(self.depthwise(self.expand(x))))
-        if not self.residual:
-            return y
-        if self.training and self.drop_path > 0:
+        if self.drops:
             y = drop_path(y, self.drop_path)
-        return x + y
+        return x + y if self.residual else y
+
+    def _fused_forward(self, x: Tensor) -> Tensor:
+        expand = self.expand if isinstance(self.expand, ConvNormAct) else None
+        raw = x if expand is None else expand.conv(x)
+        conv = self.depthwise.conv
+        gated = mbconv_ops.mbconv(
+            raw,
+            None if expand is None else expand.norm.fused(),
+            conv.weight,
+            conv.stride[0],
+            conv.pads(raw),
+            self.depthwise.norm.fused(),
+            self.se.fused(),
+            training=self.training,
+            kernels=self.kernels,
+        )
+        y = self.project.conv(gated)
+        scale = drop_path_scale(y, self.drop_path) if self.drops else None
+        return self.project.finish(y, x if self.residual else None, scale)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.model import scaling
-from effnet_fast.model.blocks import BatchNorm, ConvNormAct, MBConv, Padding, Style
+from effnet_fast.model.blocks import BatchNorm, ConvNormAct, Kernels, MBConv, Padding, Style
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Architecture:
 class EfficientNet(nn.Module):
     """[N, 3, H, W] -> logits [N, num_classes]. Built channels-last; float32 parameters.
 
-    Sub-modules in the order of the data: `stem`, `stages`, `head`, `classifier`.
+    Sub-modules in the order of the data: `stem`, `stages`, `head`, `classifier`. `kernels` as in `create_model`.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.architecture = architecture
         plan = scaling.layout(architecture.width, architecture.depth, architecture.output_stride)
-        style = Style(architecture.padding, architecture.bn_eps, architecture.bn_momentum)
+        style = Style(architecture.padding, architecture.bn_eps, architecture.bn_momentum, kernels)
         self.stem = ConvNormAct(3, plan.stem_channels, 3, plan.stem_stride, style=style)
         self.stages = _stages(plan, architecture.drop_path, style)
         self.head = ConvNormAct(plan.stages[-1].channels, plan.head_channels, 1, style=style)
@@ -66,7 +66,7 @@ class EfficientNet(nn.Module):
         return self.head(self.stages(self.stem(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.forward_features(x).mean((2, 3))
+        pooled = self.head.pooled(self.stages(self.stem(x)))
         return self.classifier(self.dropout(pooled))
 
 
@@ -124,6 +124,7 @@ def create_model(
     padding: Padding = "symmetric",
     bn_eps: float = 1e-3,
     bn_momentum: float = 0.01,
+    kernels: Kernels = "auto",
 ) -> EfficientNet:
     """Build a model by name.
 
@@ -134,6 +135,7 @@ def create_model(
         output_stride: 32, 16, 8 or 4; None is 8 below 128 px and 32 from there on.
         dropout: before the classifier; None is the variant's own.
         drop_path, padding, bn_eps, bn_momentum: see `Architecture`.
+        kernels: auto, triton or torch, see `blocks.Style`; no part of the architecture, so a checkpoint lacks it.
 
     Raises:
         ValueError: an unknown name or an impossible value.
@@ -153,7 +155,7 @@ def create_model(
         bn_eps=bn_eps,
         bn_momentum=bn_momentum,
     )
-    return EfficientNet(architecture)
+    return EfficientNet(architecture, kernels)
 
 
 def list_models() -> list[str]:

@@ -1,0 +1,130 @@
+"""What every op file shares: Triton where it is installed, the choice of a path, and the one door to the device."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # the references serve alone; a kernel's source stays plain text that nobody calls
+
+    class triton:  # type: ignore[no-redef]
+        """Stands in for the decorator only."""
+
+        @staticmethod
+        def jit(function: Any) -> Any:
+            return function
+
+    tl = None
+    HAS_TRITON = False
+
+Kernels = Literal["auto", "triton", "torch"]
+
+STORAGE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_ENVIRONMENT = os.environ.get("EFFNET_KERNELS", "auto")
+
+# A few waves over the 108 to 132 processors of an A100 or H100, with several resident programs on each. A constant
+# rather than a query of the device, so that sums are split alike, and have the same bits, on all of them.
+PROGRAMS = 1024
+
+
+def use_triton(kernels: Kernels, x: Tensor) -> bool:
+    """Whether `x` goes through Triton. `auto` is Triton for CUDA tensors; EFFNET_KERNELS=torch overrules everything.
+
+    Raises ValueError for an unknown choice, or `triton` asked for where it cannot run.
+    """
+    choice = _ENVIRONMENT if kernels == "auto" or _ENVIRONMENT == "torch" else kernels
+    if choice not in ("auto", "triton", "torch"):
+        raise ValueError(f"kernels (or EFFNET_KERNELS) must be auto, triton or torch, not {choice!r}")
+    able = HAS_TRITON and (x.is_cuda or INTERPRETED) and x.dtype in STORAGE_TYPES
+    if choice == "triton" and not able:
+        raise ValueError(f"kernels='triton' cannot serve a {x.dtype} tensor on {x.device}; use kernels='auto'")
+    return choice == "triton" or (choice == "auto" and x.is_cuda and able)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def vector(channels: int) -> int:
+    """The power of two up to 16 that divides `channels`: what a kernel may assume of a row's alignment, in elements."""
+    return math.gcd(channels, 16)
+
+
+def channel_block(channels: int, widest: int = 128) -> int:
+    """Channels per program: the power of two from 32 to `widest` that pads `channels` least, the larger of equals.
+
+    Below 32 channels of 2 bytes a row of the tile would no longer fill whole 32-byte sectors evenly.
+    """
+    blocks = [b for b in (32, 64, 128) if b <= widest]
+    best = min(blocks, key=lambda b: (cdiv(channels, b) * b, -b))
+    return min(best, max(power_of_2(channels), 8))
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """How a pass over [rows, channels] is cut: each program walks over `rows` rows of one channel block."""
+
+    block_m: int
+    block_c: int
+    rows: int
+    num_warps: int
+
+    def constants(self, c: int) -> dict[str, int]:
+        """The kernel's compile-time arguments."""
+        return {"VEC": vector(c), "BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "num_warps": self.num_warps}
+
+    def grid(self, m: int, c: int) -> tuple[int, int]:
+        return cdiv(c, self.block_c), cdiv(m, self.rows)
+
+
+def row_launch(m: int, c: int, elements: int = 2048) -> RowLaunch:
+    """Tiles of `elements` values, 16 to a thread (two 16-byte loads of bf16), and about PROGRAMS programs."""
+    block_c = channel_block(c)
+    block_m = max(elements // block_c, 1)
+    chunks = max(PROGRAMS // cdiv(c, block_c), 1)
+    rows = cdiv(cdiv(m, block_m), chunks) * block_m
+    return RowLaunch(block_m, block_c, rows, num_warps=elements // 512)
+
+
+def row_launch_space(m: int, c: int) -> list[RowLaunch]:
+    """What an autotuner may try in place of `row_launch`'s choice."""
+    return [row_launch(m, c, elements) for elements in (512, 1024, 2048, 4096)]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` [N, C, H, W] with its channels innermost in memory; copies only what is laid out otherwise."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def launch(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+    """Start `kernel`; every launch of the package passes here, so tests record and compile exactly what would run.
+
+    Raises RuntimeError that names the op, the kernel and the shapes when the compiler or the driver refuses.
+    """
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    device = tensors[0].device
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*args, num_warps=num_warps, **constants)
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+        name = getattr(kernel, "__name__", "kernel")
+        raise RuntimeError(f"{op}: {name} failed on {shapes} (EFFNET_KERNELS=torch goes without): {error}") from error

@@ -1,0 +1,237 @@
+"""The inside of an MBConv block (Tan and Le, 2019): all that lies between its two 1x1 convolutions, as one op.
+
+    a = silu(bn1(x)) (a = x without expansion),  d = depthwise(a),  y = se_gate(bn2(d))
+
+It joins the launchers of the other files so that neither silu(bn1(x)) nor silu(bn2(d)) is ever written. In passes
+over the tensor before the depthwise convolution (E) and after it (D):
+
+Forward   E: read for statistics, read by the convolution.  D: written with its statistics, read for the mean, read
+          and written as y.
+Backward  D: dy and d read for the five sums, read again and dd written, dd read by the convolution's backward.
+          E: x read and dz written by the convolution's backward; dz and x read and dx written.
+
+With the 1x1 convolutions around it (E: written, dx read twice; D: y read twice, dy written) 10 E + 13 D; eager PyTorch
+makes about 23 E + 29 D. Saved: x, d, and [N, C] or [C] vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effnet_kernels import depthwise_conv as depthwise
+from effnet_kernels.batch_norm import (
+    BatchNorm,
+    batch_norm_reference,
+    batch_statistics,
+    grad_apply,
+    merge_moments,
+    needs_grad,
+    require_values,
+    running_statistics,
+    sum_over_ranks,
+    update_running,
+)
+from effnet_kernels.depthwise_conv import Padding, depthwise_conv_reference
+from effnet_kernels.launch import Kernels, channels_last, use_triton
+from effnet_kernels.se_gate import SqueezeExcite, se_backward, se_forward, se_gate_reference
+
+
+def mbconv_reference(
+    x: Tensor,
+    bn1: BatchNorm | None,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    bn2: BatchNorm,
+    se: SqueezeExcite,
+    *,
+    training: bool = True,
+) -> Tensor:
+    """The maths of this file in plain PyTorch; arguments as in `mbconv`."""
+    a = x if bn1 is None else batch_norm_reference(x, bn1, training=training, activation=True)
+    d = depthwise_conv_reference(a, weight, stride, padding)
+    return se_gate_reference(d, bn2, se, training=training)
+
+
+def _norm(stats: Tensor, weight: Tensor | None, bias: Tensor | None):
+    return None if weight is None or bias is None else (stats, (weight, bias))
+
+
+@torch.library.custom_op("effnet_kernels::mbconv", mutates_args=())
+def _mbconv(
+    x: Tensor,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    weight: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    stride: int,
+    padding: list[int],
+    eps: float,
+    sync: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    left, right, top, bottom = padding
+    stats1 = x.new_empty(0, dtype=torch.float32) if weight1 is None else batch_statistics(x, eps, sync)
+    norm1, taps = _norm(stats1, weight1, bias1), depthwise.taps_first(weight)
+    d, moments = depthwise.forward(x, taps, stride, (left, right, top, bottom), norm1, moments=True)
+    assert moments is not None
+    stats2 = merge_moments(moments, eps, sync)
+    y, pool, gate, hidden = se_forward(d, stats2, (weight2, bias2), SqueezeExcite(w1, b1, w2, b2))
+    return y, d, stats1, stats2, pool, gate, hidden
+
+
+@_mbconv.register_fake
+def _(x, weight1, bias1, weight, weight2, bias2, w1, b1, w2, b2, stride, padding, eps, sync):
+    left, right, top, bottom = padding
+    n, c, h, w = x.shape
+    k = weight.shape[-1]
+    ho = depthwise.output_size(h, k, stride, top, bottom)
+    wo = depthwise.output_size(w, k, stride, left, right)
+    shapes = ((0,) if weight1 is None else (4, c), (4, c), (n, c), (n, c), (n, w1.shape[0]))
+    maps = (depthwise.empty_channels_last(x, n, c, ho, wo) for _ in range(2))
+    return *maps, *(x.new_empty(s, dtype=torch.float32) for s in shapes)
+
+
+@torch.library.custom_op("effnet_kernels::mbconv_backward", mutates_args=())
+def _mbconv_backward(
+    dy: Tensor,
+    x: Tensor,
+    d: Tensor,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    weight: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    se: list[Tensor],
+    saved: list[Tensor],
+    stride: int,
+    padding: list[int],
+    sync: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    left, right, top, bottom = padding
+    stats1, stats2, pool, gate, hidden = saved
+    bn2 = (weight2, bias2)
+    dd, sums2, se_grads = se_backward(dy, d, stats2, bn2, SqueezeExcite(*se), (pool, gate, hidden), sync)
+    norm1, taps = _norm(stats1, weight1, bias1), depthwise.taps_first(weight)
+    dx, dw, sums1 = depthwise.backward(dd, x, taps, stride, (left, right, top, bottom), norm1)
+    if norm1 is not None and sums1 is not None:
+        dx = grad_apply(dx, x, stats1, norm1[1], None, sum_over_ranks(sums1, sync), activation=False)
+    sums1 = dw.new_empty(0) if sums1 is None else sums1
+    return dx, sums1, depthwise.weight_gradient(dw, weight), sums2, *se_grads
+
+
+@_mbconv_backward.register_fake
+def _(dy, x, d, weight1, bias1, weight, weight2, bias2, se, saved, stride, padding, sync):
+    stats1, stats2 = saved[:2]
+    like = (x, stats1[:2], weight, stats2[:2], *se)
+    return tuple(torch.empty_like(t) for t in like)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight1, bias1, *weights, ctx.stride, ctx.padding, _, ctx.sync = inputs
+    ctx.save_for_backward(x, output[1], weight1, bias1, *weights, *output[2:])
+
+
+def _backward(ctx, dy: Tensor, *_: Tensor):
+    x, d, weight1, bias1, weight, weight2, bias2, *rest = ctx.saved_tensors
+    dx, sums1, dw, sums2, *se_grads = _mbconv_backward(
+        *(channels_last(dy), x, d, weight1, bias1, weight, weight2, bias2, rest[:4], rest[4:]),
+        *(ctx.stride, ctx.padding, ctx.sync),
+    )
+    first = (None, None) if weight1 is None else (sums1[1].to(weight1.dtype), sums1[0].to(bias1.dtype))
+    second = (sums2[1].to(weight2.dtype), sums2[0].to(bias2.dtype))
+    return dx, *first, dw, *second, *se_grads, None, None, None, None
+
+
+_mbconv.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("effnet_kernels::mbconv_eval", mutates_args=())
+def _mbconv_eval(
+    x: Tensor,
+    stats1: Tensor | None,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
+    weight: Tensor,
+    stats2: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    se: list[Tensor],
+    stride: int,
+    padding: list[int],
+) -> Tensor:
+    left, right, top, bottom = padding
+    norm1 = None if stats1 is None else _norm(stats1, weight1, bias1)
+    taps = depthwise.taps_first(weight)
+    d, _ = depthwise.forward(x, taps, stride, (left, right, top, bottom), norm1, moments=False)
+    return se_forward(d, stats2, (weight2, bias2), SqueezeExcite(*se))[0]
+
+
+@_mbconv_eval.register_fake
+def _(x, stats1, weight1, bias1, weight, stats2, weight2, bias2, se, stride, padding):
+    left, right, top, bottom = padding
+    n, c, h, w = x.shape
+    k = weight.shape[-1]
+    ho = depthwise.output_size(h, k, stride, top, bottom)
+    return depthwise.empty_channels_last(x, n, c, ho, depthwise.output_size(w, k, stride, left, right))
+
+
+def mbconv(
+    x: Tensor,
+    bn1: BatchNorm | None,
+    weight: Tensor,
+    stride: int,
+    padding: Padding,
+    bn2: BatchNorm,
+    se: SqueezeExcite,
+    *,
+    training: bool = True,
+    kernels: Kernels = "auto",
+) -> Tensor:
+    """From the expansion's raw output `x` [N, C, H, W] to the projection's input [N, C, HO, WO], of x's type.
+
+    Args:
+        x: the expansion's output before its BatchNorm; the block's own input where there is no expansion.
+        bn1: the expansion's BatchNorm, or None.
+        weight: [C, 1, k, k] of the depthwise convolution, k 3 or 5.
+        stride, padding: of the depthwise convolution; padding as (left, right, top, bottom).
+        bn2: the depthwise convolution's BatchNorm; its eps and sync serve bn1 too.
+        se: the gate's weights.
+        training: False uses the running statistics, and takes the reference when a gradient is wanted.
+
+    Raises:
+        ValueError: one value per channel in training.
+    """
+    norms = () if bn1 is None else (bn1.weight, bn1.bias)
+    wants_grad = needs_grad(x, *norms, weight, bn2.weight, bn2.bias, *se)
+    if not use_triton(kernels, x) or (not training and wants_grad):
+        return mbconv_reference(x, bn1, weight, stride, padding, bn2, se, training=training)
+    assert bn1 is None or (bn1.eps, bn1.sync) == (bn2.eps, bn2.sync)
+    x = channels_last(x)
+    se = SqueezeExcite(*(p.contiguous() for p in se))
+    weight1, bias1 = norms or (None, None)
+    if not training:
+        stats1 = None if bn1 is None else running_statistics(bn1)
+        return _mbconv_eval(
+            *(x, stats1, weight1, bias1, weight, running_statistics(bn2), bn2.weight, bn2.bias, list(se)),
+            *(stride, list(padding)),
+        )
+    if bn1 is not None:
+        require_values(x.shape, bn2.sync)
+    n, _, h, w = x.shape
+    k, (left, right, top, bottom) = weight.shape[-1], padding
+    out = depthwise.output_size(h, k, stride, top, bottom) * depthwise.output_size(w, k, stride, left, right)
+    require_values((n, weight.shape[0], out), bn2.sync)
+    y, _, stats1, stats2, *_ = _mbconv(
+        *(x, weight1, bias1, weight, bn2.weight, bn2.bias, *se),
+        *(stride, list(padding), bn2.eps, bn2.sync),
+    )
+    if bn1 is not None:
+        update_running(bn1, stats1)
+    update_running(bn2, stats2)
+    return y

@@ -1,0 +1,53 @@
+"""Kernels run in Triton's interpreter where there is no GPU, and the harness of this folder can be imported by name."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from triton import language as tl
+from triton.runtime import interpreter
+
+from effnet_kernels import launch
+
+if not (launch.INTERPRETED or torch.cuda.is_available()):
+    raise pytest.UsageError("effnet_kernels was imported before TRITON_INTERPRET=1: set that in tests/conftest.py")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations():
+    """torch.empty gives NaN, so that a kernel which reads or leaves what it did not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def faithful_interpreter():
+    """Round bfloat16 to nearest even as the chip does (the interpreter cuts off), and skip its slow overflow checks."""
+    convert = interpreter._convert_float
+
+    def rounded(values, source, target, mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+            nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+            return np.where(np.isnan(values), bits >> 16 | 0x40, nearest).astype(np.uint16)
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return values.view(np.uint16).astype(np.uint32) << 16
+        return convert(values, source, target, mode)
+
+    builder = interpreter.interpreter_builder
+    options = builder.options
+    interpreter._convert_float = rounded
+    builder.options = dataclasses.replace(options, sanitize_overflow=False)
+    yield
+    interpreter._convert_float = convert
+    builder.options = options

@@ -1,0 +1,157 @@
+"""Compile, without a GPU, exactly what the launch heuristics choose: `python op_launches.py ARCH DTYPE [MODEL...]`.
+
+Meta tensors of a model's real shapes pass through the launchers, whose one door to the device is replaced by a
+recorder; each distinct launch is compiled for the architecture and its resources are printed, a JSON object a line.
+Run apart from the tests, since there Triton interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from effnet_fast.model import scaling
+from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, launch, mbconv, se_gate, silu
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def blocks(model: int, size: int | None = None, output_stride: int = 32) -> list[tuple[int, ...]]:
+    """Distinct MBConv blocks of B0..B7 as (inputs, outputs, pixels, kernel, stride, expansion), at their own size."""
+    variant = scaling.VARIANTS[f"efficientnet-b{model}"]
+    layout = scaling.layout(variant.width, variant.depth, output_stride)
+    size = -(-(size or scaling.scaled_size(scaling.BASE_RESOLUTION, variant.resolution)) // layout.stem_stride)
+    inputs, found = layout.stem_channels, []
+    for stage in layout.stages:
+        for stride in [stage.stride] + [1] * (stage.repeats - 1):
+            found.append((inputs, stage.channels, size, stage.kernel, stride, stage.expand))
+            inputs, size = stage.channels, -(-size // stride)
+    return list(dict.fromkeys(found))
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.empty(shape, device="meta", dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def block_step(n: int, block: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Every launch of one training step of a block: mbconv, and the projection's BatchNorm with its residual."""
+    inputs, outputs, size, k, stride, expansion = block
+    c, r, pad = inputs * expansion, max(1, inputs // 4), [k // 2] * 4
+    x, w = meta(n, c, size, size, dtype=dtype), meta(c, 1, k, k)
+    se = [meta(r, c, 1, 1), meta(r), meta(c, r, 1, 1), meta(c)]
+    first = (None, None) if expansion == 1 else (meta(c), meta(c))
+    second = (meta(c), meta(c))
+    y, d, *saved = mbconv._mbconv._init_fn(x, *first, w, *second, *se, stride, pad, 1e-3, False)
+    mbconv._mbconv_backward._init_fn(y, x, d, *first, w, *second, se, saved, stride, pad, False)
+    p, affine = meta(n, outputs, *y.shape[2:], dtype=dtype), (meta(outputs), meta(outputs))
+    z, stats = batch_norm._batch_norm._init_fn(p, *affine, p, meta(n, dtype=dtype), False, 1e-3, False)
+    batch_norm._batch_norm_backward._init_fn(z, p, stats, *affine, meta(n, dtype=dtype), False, False)
+
+
+def ends_step(n: int, model: int, size: int, dtype: torch.dtype) -> None:
+    """The stem's BatchNorm with Swish, the head's with the spatial mean, and Swish alone."""
+    variant = scaling.VARIANTS[f"efficientnet-b{model}"]
+    stem, head = (scaling.round_channels(base, variant.width) for base in (32, scaling.HEAD_CHANNELS))
+    x, affine = meta(n, stem, size // 2, size // 2, dtype=dtype), (meta(stem), meta(stem))
+    y, stats = batch_norm._batch_norm._init_fn(x, *affine, None, None, True, 1e-3, False)
+    batch_norm._batch_norm_backward._init_fn(y, x, stats, *affine, None, True, False)
+    x, affine = meta(n, head, size // 32, size // 32, dtype=dtype), (meta(head), meta(head))
+    pool, stats = bn_silu_squeeze._bn_silu_squeeze._init_fn(x, *affine, 1e-3, False)
+    bn_silu_squeeze._bn_silu_squeeze_backward._init_fn(pool, x, stats, *affine, False)
+    silu._silu_backward._init_fn(silu._silu._init_fn(x), x)
+
+
+def record(function, *args) -> list[tuple]:
+    """(kernel, grid, arguments, constants) of every launch that `function(*args)` makes."""
+    launches = []
+    modules = (batch_norm, bn_silu_squeeze, depthwise_conv, se_gate, silu)
+    for module in modules:
+        module.launch = lambda op, kernel, grid, *a, **k: launches.append((kernel, grid, a, k))
+    function(*args)
+    for module in modules:
+        module.launch = launch.launch
+    return launches
+
+
+def source(kernel, args, constants) -> tuple[ASTSource, dict]:
+    """What Triton's runtime would make of a launch: types, divisibility by 16, and integers that are 1."""
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps")}
+    signature, values, hints = {}, {}, {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name], values[(i,)] = "constexpr", 1
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            hints[(i,)] = [["tt.divisibility", 16]]
+    for name, value in constants.items():
+        signature[name], values[(kernel.arg_names.index(name),)] = "constexpr", value
+    signature = {name: signature[name] for name in kernel.arg_names}
+    return ASTSource(kernel, signature, constexprs=values, attrs=hints), options
+
+
+def resources(kernel, args, constants, arch: int) -> dict:
+    """Registers, spilled bytes, shared memory, instructions, and bytes a thread moves per global access."""
+    src, options = source(kernel, args, constants)
+    compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, listing = (
+            subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flags in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
+        )
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    accesses = re.findall(r"\b(ld|st)\.global(?:\.[a-z]\w*(?:::\w+)?)*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
+    widths = Counter(f"{op}{int(vector or 1) * int(bits) // 8}" for op, vector, bits in accesses)
+    instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", listing, re.MULTILINE))
+    return {
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "instructions": instructions,
+        "widths": dict(widths),
+    }
+
+
+def main(arch: int, dtype: torch.dtype, models: list[int]) -> None:
+    """Print what each distinct launch of the models needs, at their own sizes and at 32 px; of two blocks if none."""
+    if not models:
+        launches = [call for block in blocks(0, 32, 8)[2:5:2] for call in record(block_step, 512, block, dtype)]
+    else:
+        launches = record(ends_step, 128, 0, 224, dtype)
+    for model in models:
+        for block in blocks(model):
+            launches += record(block_step, 128, block, dtype)
+        for block in blocks(model, 32, 8):
+            launches += record(block_step, 512, block, dtype)
+    done = set()
+    for kernel, _, args, constants in launches:
+        src, options = source(kernel, args, constants)
+        if (key := src.hash() + str(options)) in done:
+            continue
+        done.add(key)
+        types = [str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)]
+        about = {"kernel": kernel.__name__, "arch": arch, "type": types[0], "constants": constants}
+        print(json.dumps(about | resources(kernel, args, constants, arch)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), [int(m) for m in sys.argv[3:]])

@@ -1,0 +1,195 @@
+"""Count the bytes that a training step of an MBConv block moves: `python op_traffic.py` prints the tables.
+
+Triton's interpreter makes each load and store in one place, where they are recorded. A program's accesses count as
+distinct 32-byte sectors, since the chip moves whole sectors and a program's second touch comes from cache. Sectors
+that several programs touch (the halo of a convolution, a layer's vectors) count once as traffic and, apart, as
+re-reads, which the second-level cache mostly serves. What PyTorch itself does between the kernels is counted by its
+tensors' sizes. The 1x1 convolutions around the op belong to the library: each reads and writes its operands once.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpreterBuilder
+
+from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, launch, mbconv, se_gate, silu
+
+SECTOR = 32
+BATCH = 512  # whose share of work per program the audit keeps at its own small batch
+
+
+@dataclass
+class Traffic:
+    """Bytes by kernel: `once`, every sector once a launch; `again`, what further programs touch of the same."""
+
+    once: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    again: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    @property
+    def total(self) -> int:
+        return sum(self.once.values())
+
+
+class _TorchOps(TorchDispatchMode):
+    """Counts inputs and outputs of what is no view and no allocation."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self.traffic = traffic
+        self.paused = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not self.paused and "empty" not in name and not func.is_view and name != "detach":
+            tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor)]
+            self.traffic.once["torch"] += sum(t.numel() * t.element_size() for t in tensors)
+        return out
+
+
+@contextmanager
+def recorded(batch: int):
+    """Traffic of the launches inside, each program with the share of work that it has at batch 512."""
+    traffic = Traffic()
+    sectors: dict[str, list[np.ndarray]] = {"load": [], "store": []}
+    programs: list[tuple] = []
+    originals = {
+        n: getattr(InterpreterBuilder, n) for n in ("create_masked_load", "create_masked_store", "set_grid_idx")
+    }
+
+    def note(kind, ptrs, mask):
+        addresses = np.asarray(ptrs.data)[np.asarray(mask.data, dtype=bool)]
+        sectors[kind].append(np.unique(addresses // SECTOR))
+
+    def load(self, ptrs, mask, *rest):
+        note("load", ptrs, mask)
+        return originals["create_masked_load"](self, ptrs, mask, *rest)
+
+    def store(self, ptrs, value, mask, *rest):
+        note("store", ptrs, mask)
+        return originals["create_masked_store"](self, ptrs, value, mask, *rest)
+
+    def close_program():
+        for kind, touched in sectors.items():
+            if touched:
+                programs.append((kind, np.unique(np.concatenate(touched))))
+                touched.clear()
+
+    def begin(self, *index):
+        close_program()
+        return originals["set_grid_idx"](self, *index)
+
+    def counted_launch(op, kernel, *args, **constants):
+        torch_ops.paused = True
+        launch.launch(op, kernel, *args, **constants)
+        torch_ops.paused = False
+        close_program()
+        for kind in ("load", "store"):
+            touched = [s for k, s in programs if k == kind]
+            if touched:
+                distinct = len(np.unique(np.concatenate(touched)))
+                traffic.once[kernel.__name__] += distinct * SECTOR
+                traffic.again[kernel.__name__] += (sum(map(len, touched)) - distinct) * SECTOR
+        programs.clear()
+
+    torch_ops = _TorchOps(traffic)
+    modules = (batch_norm, bn_silu_squeeze, depthwise_conv, se_gate, silu)
+    share = launch.PROGRAMS
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+    InterpreterBuilder.set_grid_idx = begin
+    for module in modules:
+        module.launch = counted_launch
+    launch.PROGRAMS = depthwise_conv.PROGRAMS = max(share * batch // BATCH, 1)
+    try:
+        with torch_ops:
+            yield traffic
+    finally:
+        for name, function in originals.items():
+            setattr(InterpreterBuilder, name, function)
+        for module in modules:
+            module.launch = launch.launch
+        launch.PROGRAMS = depthwise_conv.PROGRAMS = share
+
+
+@dataclass(frozen=True)
+class BlockTraffic:
+    """Bytes of one training step of a block. e, d: one pass before and after the depthwise convolution."""
+
+    e: int
+    d: int
+    narrow: int
+    kernels: Traffic
+    library: int
+
+    @property
+    def measured(self) -> int:
+        return self.kernels.total + self.library
+
+    def plan(self, e_passes: int, d_passes: int) -> int:
+        """A plan in passes over E and D, with the same passes over the block's narrow input and output."""
+        return e_passes * self.e + d_passes * self.d + self.narrow
+
+
+def block_traffic(batch: int, block: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> BlockTraffic:
+    """Run mbconv and the projection's BatchNorm, forward and backward, on a block as `op_launches.blocks` lists it."""
+    inputs, outputs, size, k, stride, expansion = block
+    assert expansion > 1
+    c, r, pad = inputs * expansion, max(1, inputs // 4), [k // 2] * 4
+
+    def tensor(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        x = torch.randn(shape).to(kind)
+        return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+    x, w = tensor(batch, c, size, size, kind=dtype), tensor(c, 1, k, k)
+    first, second, third = ((tensor(m), tensor(m)) for m in (c, c, outputs))
+    se = [tensor(r, c, 1, 1), tensor(r), tensor(c, r, 1, 1), tensor(c)]
+    pixels = -(-size // stride)
+    dy, p, dp, skip = (tensor(batch, m, pixels, pixels, kind=dtype) for m in (c, outputs, outputs, outputs))
+    scale = torch.ones(batch)
+    residual = skip if stride == 1 and inputs == outputs else None
+    with recorded(batch) as traffic:
+        _, d, *saved = mbconv._mbconv._init_fn(x, *first, w, *second, *se, stride, pad, 1e-3, False)
+        mbconv._mbconv_backward._init_fn(dy, x, d, *first, w, *second, se, saved, stride, pad, False)
+        args = (residual, None if residual is None else scale, False, 1e-3, False)
+        _, stats = batch_norm._batch_norm._init_fn(p, *third, *args)
+        batch_norm._batch_norm_backward._init_fn(dp, p, stats, *third, args[1], False, False)
+    e, d, out = (t.numel() * t.element_size() for t in (x, dy, p))
+    inner = e // expansion
+    # Expansion: x read, E written; backward dE read twice, x read, dx written. Projection: y read, p written; backward
+    # dp read twice, y read, dy written. BatchNorm of p: p read twice and written, with the residual read; backward
+    # dy and p read twice and dp written.
+    library = (3 * e + 3 * inner) + (3 * d + 3 * out)
+    narrow = 3 * inner + 3 * out + (8 + (residual is not None)) * out
+    return BlockTraffic(e, d, narrow, traffic, library)
+
+
+def report(batch: int, block: tuple[int, ...]) -> str:
+    """A Markdown table: bytes of each kernel, in passes over D, and the whole block beside the three plans."""
+    t = block_traffic(batch, block)
+    lines = ["| kernel | MB | touched again, MB |", "|---|---|---|"]
+    for name in t.kernels.once:
+        lines.append(f"| `{name}` | {t.kernels.once[name] / 1e6:.3f} | {t.kernels.again[name] / 1e6:.3f} |")
+    lines.append(f"| the two 1x1 convolutions (library) | {t.library / 1e6:.3f} | |")
+    lines.append(f"| **block, as run** | **{t.measured / 1e6:.3f}** | |")
+    for name, passes in (("eager", (23, 29)), ("BatchNorm and Swish fused", (16, 22)), ("third plan", (11, 12))):
+        plan = t.plan(*passes)
+        lines.append(f"| {name}, {passes[0]} E + {passes[1]} D | {plan / 1e6:.3f} | as run: {t.measured / plan:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from op_launches import blocks
+
+    for chosen in (blocks(0, 32, 8)[i] for i in (2, 3, 4, 6)):
+        batch = 2 * max(256 // chosen[2] ** 2, 1)  # so that the weights, read once a step, do not outweigh the maps
+        print(f"\nB0 at 32 px, output stride 8, block {chosen}, batch {batch}\n\n{report(batch, chosen)}")

@@ -1,0 +1,51 @@
+"""The bytes of an MBConv block, forward and backward, as the model runs it, against the plan they must keep to."""
+
+import pytest
+import torch
+
+from effnet_kernels import launch
+
+if not launch.INTERPRETED:
+    pytest.skip("loads and stores are counted in Triton's interpreter", allow_module_level=True)
+
+from op_launches import blocks
+from op_traffic import block_traffic, recorded, report
+
+from effnet_kernels import batch_norm
+
+
+@pytest.mark.parametrize(
+    ("batch", "block"),
+    [
+        pytest.param(4, (16, 16, 16, 3, 1, 6), id="k3"),
+        pytest.param(8, (16, 24, 8, 5, 2, 6), id="k5-stride2"),
+        *(
+            pytest.param(batch, blocks(0, 32, 8)[i], id=f"b0-block{i}", marks=pytest.mark.slow)
+            for batch, i in ((2, 2), (2, 3), (2, 4), (8, 6))
+        ),
+    ],
+)
+def test_block_keeps_to_the_third_plan(batch, block):
+    """At most 1.15 times 11 passes over E and 12 over D, and the passes over the block's narrow ends."""
+    traffic = block_traffic(batch, block)
+    print(
+        f"\n{block}, batch {batch}: {traffic.measured} bytes, {traffic.measured / traffic.plan(11, 12):.3f} of the plan"
+    )
+    assert traffic.measured <= 1.15 * traffic.plan(11, 12)
+    # A count that missed a pass would pass the limit above: no plan can do with less than these.
+    assert traffic.measured >= traffic.plan(9, 11)
+
+
+def test_counts_sectors_once_a_program():
+    """Statistics of [4 * 64, 32] float32: 32 KiB read once, and a row of moments written by every program."""
+    x = torch.randn(4, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    with recorded(4) as traffic:
+        batch_norm.batch_statistics(x, 1e-3, False)
+    assert 0 <= traffic.once["_moments_kernel"] - x.numel() * 4 <= 16 * 3 * 32 * 4
+    assert traffic.again["_moments_kernel"] == 0
+
+
+def test_report_is_a_table():
+    table = report(2, (8, 8, 4, 3, 1, 6))
+    assert "| `_forward_kernel` |" in table
+    assert "third plan, 11 E + 12 D" in table

@@ -32,7 +32,7 @@ class Style:
         bn_eps, bn_momentum: see `BatchNorm`.
         kernels: `auto` is Triton for CUDA tensors, `torch` the modules below as written, `triton` insists. On Triton,
             what lies between an MBConv's two 1x1 convolutions is one op, and BatchNorm, Swish and the residual are
-            one op elsewhere: a forward hook on a module inside a block needs `torch`.
+            one op elsewhere: a forward hook on a module inside a block, or on the head in training, needs `torch`.
     """
 
     padding: Padding = "symmetric"

@@ -1,4 +1,8 @@
-"""Run under torchrun: one backward pass of EfficientNet-B0 on this rank's part of a fixed batch; rank 0 saves it."""
+"""Run under torchrun with a path and `torch` or `triton`: one backward pass on this rank's part of a fixed batch.
+
+Rank 0 saves gradients and statistics: of EfficientNet-B0 on PyTorch's operators in two types, or of a narrow model on
+the kernels in float32, which Triton's interpreter can do in a minute.
+"""
 
 import sys
 
@@ -6,16 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from effnet_fast import create_model, distributed
-from effnet_fast.model import batch_norms
+from effnet_fast import distributed
+from effnet_fast.model import Architecture, EfficientNet, batch_norms
+
+B0 = Architecture(num_classes=10, output_stride=32, dropout=0.0, drop_path=0.0)
+NARROW = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, dropout=0.0, drop_path=0.0)
 
 
-def gradients(world: distributed.World, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def gradients(
+    world: distributed.World, architecture: Architecture, kernels: str, size: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    model = create_model("efficientnet-b0", 10, output_stride=32, dropout=0.0, drop_path=0.0).to(dtype)
+    model = EfficientNet(architecture, kernels).to(dtype)
     for norm in batch_norms(model):
         norm.synchronised = True
-    images, labels = torch.randn(16, 3, 64, 64, dtype=dtype), torch.randint(0, 10, (16,))
+    images, labels = torch.randn(16, 3, size, size, dtype=dtype), torch.randint(0, 10, (16,))
     wrapped = model
     if world.size > 1:
         wrapped = DistributedDataParallel(
@@ -28,7 +37,12 @@ def gradients(world: distributed.World, dtype: torch.dtype) -> dict[str, torch.T
 
 torch.set_num_threads(1)
 world = distributed.init("cpu")
-result = {str(dtype).removeprefix("torch."): gradients(world, dtype) for dtype in (torch.float64, torch.float32)}
+if sys.argv[2] == "torch":
+    result = {
+        str(t).removeprefix("torch."): gradients(world, B0, "torch", 64, t) for t in (torch.float64, torch.float32)
+    }
+else:
+    result = {"float32": gradients(world, NARROW, "triton", 16, torch.float32)}
 if world.is_main:
     torch.save(result, sys.argv[1])
 distributed.shutdown()

@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "driver": driver(),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
     }
 
 
@@ -57,6 +57,11 @@ def commit() -> str | None:
     if head is None:
         return None
     return head + ("+" if _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def driver() -> str | None:

@@ -67,6 +67,11 @@ class Plan:
         return "val" if self.dataset.val is not None else "test"
 
     @property
+    def arithmetic(self) -> str:
+        """How it computes, to be read."""
+        return ("fp32" if self.precision == "no" else self.precision) + (", compiled" if self.compile else "")
+
+    @property
     def folder(self) -> Path:
         return Path(self.config.save_dir) / self.config.name
 
@@ -97,7 +102,7 @@ def _plan(config: TrainConfig, world: World) -> Plan:
             f"--batch_size {config.batch_size} must divide evenly among {world.size} rank(s) x "
             f"{config.grad_accumulation} accumulation step(s)"
         )
-    shape = variant(config.model)
+    variant(config.model)  # an unknown name is refused before any data is fetched
     dataset = data.load_dataset(
         config.dataset,
         Path(config.data_dir),
@@ -110,8 +115,7 @@ def _plan(config: TrainConfig, world: World) -> Plan:
     steps_per_epoch = len(dataset.train) // config.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f"--batch_size {config.batch_size} is larger than the {len(dataset.train)} training images")
-    auto_size = config.image_size == "auto"
-    image_size = scaling.scaled_size(dataset.native_size, shape.resolution) if auto_size else int(config.image_size)
+    image_size = resolve_image_size(config.image_size, config.model, dataset.native_size)
     stride = config.output_stride or scaling.default_output_stride(image_size)
     images = steps_per_epoch * config.batch_size * config.num_epochs
     return Plan(
@@ -123,6 +127,11 @@ def _plan(config: TrainConfig, world: World) -> Plan:
         compile=resolve_compile(str(config.compile), world.device, stride, images),
         steps_per_epoch=steps_per_epoch,
     )
+
+
+def resolve_image_size(asked: str | int, model: str, native: int) -> int:
+    """Pixels of the input; auto scales the data set's `native` pixels as the variant scales 224."""
+    return scaling.scaled_size(native, variant(model).resolution) if asked == "auto" else int(asked)
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
@@ -203,8 +212,7 @@ def loader_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def worker_count(asked: int) -> int:
     """`--num_workers`, at least one and at most the cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(asked, cores))
+    return max(1, min(asked, provenance.cores()))
 
 
 def augmentation(config: TrainConfig) -> Augment:
@@ -250,11 +258,12 @@ class _Training:
 
     def run(self) -> int:
         plan, config = self.plan, self.plan.config
-        saved = self._open_folder()
+        saved = self._read_checkpoint()
         if saved is not None and saved["progress"]["finished"]:
             self._say(f"{self.folder} is finished; nothing to do (--resume no starts it afresh)")
             return 0
         self._make_loaders()
+        self._open_folder(afresh=saved is None)
         if saved is not None:
             self._restore(saved)
         self.recorder = Recorder(
@@ -278,18 +287,22 @@ class _Training:
 
     # -- the folder
 
-    def _open_folder(self) -> dict[str, Any] | None:
-        """Make the run's folder and read what to resume from, if anything."""
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        """What to resume from, if anything."""
         resume = str(self.plan.config.resume)
-        path = self.folder / "last.pt" if resume in ("auto", "no") else Path(resume)
-        saved = None
-        if resume != "no" and (resume != "auto" or path.exists()):
-            saved = checkpoint.load(path)
-            _refuse_another_config(path, saved, self.plan)
+        path = Path(resume) if resume != "auto" else self.folder / "last.pt"
+        if resume == "no" or (resume == "auto" and not path.exists()):
+            return None
+        saved = checkpoint.load(path)
+        _refuse_another_config(path, saved, self.plan)
+        return saved
+
+    def _open_folder(self, afresh: bool) -> None:
+        """Make the run's folder; an earlier run is cleared from it only here, once nothing is left to be refused."""
         if self.plan.world.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                if saved is None:
+                if afresh:
                     self._clear_folder()
                 settings = yaml.safe_dump(dataclasses.asdict(self.plan.config), sort_keys=False)
                 (self.folder / "config.yaml").write_text(settings)
@@ -297,7 +310,6 @@ class _Training:
             except OSError as error:
                 raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
         distributed.barrier()
-        return saved
 
     def _clear_folder(self) -> None:
         for name in ("last.pt", "best.pt", "metrics.jsonl"):
@@ -401,10 +413,9 @@ class _Training:
         plan, progress = self.plan, self.progress
         self.recorder.say(
             f"{plan.config.model} at {plan.image_size} px, output stride {self.model.architecture.output_stride}, on "
-            f"{plan.world.size} x {plan.world.device.type} in {plan.precision if plan.precision != 'no' else 'fp32'}"
-            f"{', compiled' if plan.compile else ''}; {self.loader_reason}"
+            f"{plan.world.size} x {plan.world.device.type} in {plan.arithmetic}; {self.loader_reason}"
         )
-        dropped = len(plan.dataset.train) - plan.steps_per_epoch * plan.config.batch_size
+        dropped = self.loader.dropped
         tail = f"; {dropped} images, other ones each epoch, are left over and dropped" if dropped else ""
         self.recorder.say(
             f"{plan.dataset.name}: {len(plan.dataset.train)} training images, {plan.config.num_epochs} epochs of "
@@ -440,10 +451,15 @@ class _Training:
         print(f"in {self.folder}: {', '.join(found)}, tensorboard/, config.yaml, environment.json")
 
 
+def _config_of(saved: dict[str, Any]) -> TrainConfig:
+    """The config of a checkpoint's run; settings that no longer exist are passed over."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
+
+
 def _refuse_another_config(path: Path, saved: dict[str, Any], plan: Plan) -> None:
     asked = identity(plan.config)
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    before = identity(TrainConfig(**{name: value for name, value in saved["config"].items() if name in known}))
+    before = identity(_config_of(saved))
     differences = [f"{name} {before[name]} there, {asked[name]} here" for name in asked if asked[name] != before[name]]
     if saved["fingerprint"] != plan.dataset.fingerprint:
         differences.append("the images or labels differ")
@@ -476,8 +492,7 @@ def _forecast(plan: Plan) -> str:
         "steps": f"{plan.steps} ({config.num_epochs} epochs x {plan.steps_per_epoch}), batch {config.batch_size} = "
         f"{plan.world.size} rank(s) x {config.grad_accumulation} x {per_rank}",
         "memory": f"about {memory / 2**20:,.0f} MiB on each device (estimated)",
-        "device": f"{plan.world.device.type}, {plan.precision if plan.precision != 'no' else 'fp32'}"
-        f"{', compiled' if plan.compile else ''}",
+        "device": f"{plan.world.device.type}, {plan.arithmetic}",
         "folder": str(plan.folder),
     }
     return "\n".join(f"{name:8}{value}" for name, value in rows.items())
@@ -496,7 +511,7 @@ def evaluate_checkpoint(config: EvalConfig) -> int:
 
     path = Path(config.checkpoint)
     saved = checkpoint.load(path)
-    trained = TrainConfig(**saved["config"])
+    trained = _config_of(saved)
     device = distributed.choose_device(config.device)
     set_backends(deterministic=False)
     dataset = data.load_dataset(
@@ -572,8 +587,7 @@ def info(config: InfoConfig) -> int:
     """Run `effnet-fast info`: what a model costs."""
     from effnet_fast.model.complexity import describe, info_table
 
-    auto_size = config.image_size == "auto"
-    size = scaling.scaled_size(32, variant(config.model).resolution) if auto_size else int(config.image_size)
+    size = resolve_image_size(config.image_size, config.model, native=32)
     facts = describe(config.model, config.num_classes, size, config.output_stride)
     print(json.dumps(facts, indent=2) if config.json else info_table(facts))
     return 0

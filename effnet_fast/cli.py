@@ -18,9 +18,10 @@ from effnet_fast import __version__, config
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb of the command line: its settings and the function of effnet_fast.run that carries it out."""
+    """A verb of the command line: its settings, and module and function of effnet_fast.run that carry it out."""
 
     settings: type
+    module: str
     function: str
     positional: str | None = None
 
@@ -36,11 +37,11 @@ class Verb:
 
 
 VERBS = {
-    "train": Verb(config.TrainConfig, "train"),
-    "eval": Verb(config.EvalConfig, "evaluate_checkpoint"),
-    "plot": Verb(config.PlotConfig, "plot", positional="runs"),
-    "info": Verb(config.InfoConfig, "info"),
-    "data": Verb(config.DataConfig, "show_data"),
+    "train": Verb(config.TrainConfig, "training", "train"),
+    "eval": Verb(config.EvalConfig, "evaluation", "evaluate_checkpoint"),
+    "plot": Verb(config.PlotConfig, "inspection", "plot", positional="runs"),
+    "info": Verb(config.InfoConfig, "inspection", "info"),
+    "data": Verb(config.DataConfig, "inspection", "show_data"),
 }
 
 
@@ -78,7 +79,7 @@ def _run(name: str, args: list[str]) -> int:
         raise ValueError(f"unknown verb {name!r}; choose one of {', '.join(VERBS)}")
     verb = VERBS[name]
     settings = parse(verb, name, args)
-    room = importlib.import_module("effnet_fast.run")
+    room = importlib.import_module(f"effnet_fast.run.{verb.module}")
     return getattr(room, verb.function)(settings)
 
 

@@ -76,6 +76,10 @@ class TrainConfig:
     seed: int = 0
     """Seed of weights, order, augmentation, mixing, dropout and stochastic depth."""
 
+    width: float | None = None
+    """Multiplier of the baseline's channels; default the variant's own."""
+    depth: float | None = None
+    """Multiplier of the baseline's repeats; default the variant's own."""
     image_size: Literal["auto"] | int = "auto"
     """Pixels; auto scales the data set's own size (32 for CIFAR) by the variant's resolution ratio."""
     output_stride: Literal[4, 8, 16, 32] | None = None
@@ -153,6 +157,9 @@ class TrainConfig:
         for name in ("limit_train", "limit_eval"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")
+        for name in ("width", "depth"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"--{name} must be above 0, not {value}")
         _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
         _require(
             self.auto_augment == "none" or self.loader in ("auto", "dali"),
@@ -215,6 +222,10 @@ class InfoConfig:
     """Architecture, efficientnet-b0 to efficientnet-b7."""
     num_classes: int = 100
     """Classes of the head."""
+    width: float | None = None
+    """Multiplier of the baseline's channels; default the variant's own."""
+    depth: float | None = None
+    """Multiplier of the baseline's repeats; default the variant's own."""
     image_size: Literal["auto"] | int = "auto"
     """Pixels; auto scales 32 px by the variant's resolution ratio."""
     output_stride: Literal[4, 8, 16, 32] | None = None

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from effnet_fast import cli, create_model
-from effnet_fast.run import resolve_compile, worker_count
+from effnet_fast.run.settings import resolve_compile, worker_count
 from effnet_fast.train import checkpoint
 
 TINY = (

@@ -97,16 +97,25 @@ def complexity(model: EfficientNet, image_size: int) -> Complexity:
     )
 
 
-def describe(name: str, num_classes: int, image_size: int, output_stride: int | None) -> dict[str, Any]:
+def describe(
+    name: str,
+    num_classes: int,
+    image_size: int,
+    output_stride: int | None,
+    *,
+    width: float | None = None,
+    depth: float | None = None,
+) -> dict[str, Any]:
     """What `effnet-fast info` tells of a model: plain numbers and lists, fit for JSON.
 
     Args:
         output_stride: None is 8 below 128 px and 32 from there on.
+        width, depth: multipliers of the baseline; None is the variant's own.
 
     Raises:
         ValueError: an unknown model or an impossible value.
     """
-    model = create_model(name, num_classes, image_size, output_stride)
+    model = create_model(name, num_classes, image_size, output_stride, width=width, depth=depth)
     cost = complexity(model, image_size)
     return {
         "model": name,

@@ -119,6 +119,8 @@ def create_model(
     image_size: int = 32,
     output_stride: int | None = None,
     *,
+    width: float | None = None,
+    depth: float | None = None,
     dropout: float | None = None,
     drop_path: float = 0.2,
     padding: Padding = "symmetric",
@@ -133,6 +135,7 @@ def create_model(
         num_classes: outputs.
         image_size: pixels of the input.
         output_stride: 32, 16, 8 or 4; None is 8 below 128 px and 32 from there on.
+        width, depth: multipliers of the baseline; None is the variant's own.
         dropout: before the classifier; None is the variant's own.
         drop_path, padding, bn_eps, bn_momentum: see `Architecture`.
         kernels: auto, triton or torch, see `blocks.Style`; no part of the architecture, so a checkpoint lacks it.
@@ -144,8 +147,8 @@ def create_model(
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     architecture = Architecture(
-        width=chosen.width,
-        depth=chosen.depth,
+        width=chosen.width if width is None else width,
+        depth=chosen.depth if depth is None else depth,
         num_classes=num_classes,
         image_size=image_size,
         output_stride=output_stride or scaling.default_output_stride(image_size),

@@ -138,3 +138,10 @@ def test_compiles_without_a_graph_break():
     model = create_model("efficientnet-b0", output_stride=32)
     explanation = torch._dynamo.explain(model)(torch.randn(2, 3, 32, 32))
     assert explanation.graph_break_count == 0
+
+
+def test_multipliers_stand_in_for_the_variants_own():
+    scaled = create_model("efficientnet-b0", width=1.1, depth=1.2).state_dict()
+    assert {k: v.shape for k, v in scaled.items()} == {
+        k: v.shape for k, v in create_model("efficientnet-b2").state_dict().items()
+    }

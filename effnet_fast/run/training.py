@@ -1,10 +1,9 @@
-"""The roof: from a config to a model, loaders and an optimizer, and to one verb. Only this room joins them."""
+"""The verb train: a plan, its parts, and the run."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -17,12 +16,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effnet_fast import data, distributed, provenance
-from effnet_fast.config import DataConfig, EvalConfig, InfoConfig, PlotConfig, TrainConfig, identity
+from effnet_fast.config import TrainConfig, identity
 from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.data.loaders import choose, make_loader
 from effnet_fast.distributed import World
-from effnet_fast.model import EfficientNet, batch_norms, create_model, from_description, scaling, variant
+from effnet_fast.model import EfficientNet, batch_norms, create_model, scaling, variant
+from effnet_fast.run.restore import config_of
+from effnet_fast.run.settings import (
+    loader_dtype,
+    resolve_compile,
+    resolve_image_size,
+    resolve_precision,
+    set_backends,
+    worker_count,
+)
 from effnet_fast.train import checkpoint, optim
 from effnet_fast.train.ema import Ema
 from effnet_fast.train.evaluate import Result, evaluate, recalibrate
@@ -35,14 +43,6 @@ from effnet_fast.train.step import Step
 # A run of fewer steps than this many of BatchNorm's time constants re-estimates its statistics before evaluations.
 STALE_TIME_CONSTANTS = 20
 CALIBRATION_BATCHES = 50
-
-# On 2 CPU cores compiling B0's training step took 97 s; it then ran 1.17 times as fast at output stride 8 (p20 1.04,
-# p80 1.28, alternating with eager) and 0.95 times at 32. So only long runs on large maps gain.
-CPU_COMPILE_STRIDE = 8
-CPU_COMPILE_IMAGES = 200_000
-
-
-# ---------------------------------------------------------------------------------------------------------- train
 
 
 @dataclass(frozen=True)
@@ -129,35 +129,6 @@ def _plan(config: TrainConfig, world: World) -> Plan:
     )
 
 
-def resolve_image_size(asked: str | int, model: str, native: int) -> int:
-    """Pixels of the input; auto scales the data set's `native` pixels as the variant scales 224."""
-    return scaling.scaled_size(native, variant(model).resolution) if asked == "auto" else int(asked)
-
-
-def resolve_precision(asked: str, device: torch.device) -> str:
-    """bf16, fp16 or no; auto is bf16 on CUDA."""
-    if asked == "auto":
-        return "bf16" if device.type == "cuda" else "no"
-    return asked
-
-
-def resolve_compile(asked: str, device: torch.device, output_stride: int, images: int) -> bool:
-    """Whether to compile; auto is yes on CUDA, and on the CPU where `images` visits at this stride make it pay."""
-    if asked != "auto":
-        return asked == "yes"
-    return device.type == "cuda" or (output_stride <= CPU_COMPILE_STRIDE and images >= CPU_COMPILE_IMAGES)
-
-
-def set_backends(deterministic: bool) -> None:
-    """The one place that sets cuDNN's, cuBLAS's and TF32's switches."""
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    torch.backends.cudnn.allow_tf32 = True
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
 def _build_model(plan: Plan) -> EfficientNet:
     config = plan.config
     torch.manual_seed(config.seed)
@@ -166,6 +137,8 @@ def _build_model(plan: Plan) -> EfficientNet:
         num_classes=len(plan.dataset.classes),
         image_size=plan.image_size,
         output_stride=config.output_stride,
+        width=config.width,
+        depth=config.depth,
         dropout=config.dropout,
         drop_path=config.drop_path,
         kernels=config.kernels,
@@ -203,16 +176,6 @@ def _loader_spec(plan: Plan, augment: Augment | None) -> LoaderSpec:
         num_workers=worker_count(config.num_workers),
         augment=augment,
     )
-
-
-def loader_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Half the bytes to hand over where the first convolution computes in 16 bits anyway."""
-    return torch.float16 if precision != "no" and device.type == "cuda" else torch.float32
-
-
-def worker_count(asked: int) -> int:
-    """`--num_workers`, at least one and at most the cores this process may use."""
-    return max(1, min(asked, provenance.cores()))
 
 
 def augmentation(config: TrainConfig) -> Augment:
@@ -451,15 +414,9 @@ class _Training:
         print(f"in {self.folder}: {', '.join(found)}, tensorboard/, config.yaml, environment.json")
 
 
-def _config_of(saved: dict[str, Any]) -> TrainConfig:
-    """The config of a checkpoint's run; settings that no longer exist are passed over."""
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
-
-
 def _refuse_another_config(path: Path, saved: dict[str, Any], plan: Plan) -> None:
     asked = identity(plan.config)
-    before = identity(_config_of(saved))
+    before = identity(config_of(saved))
     differences = [f"{name} {before[name]} there, {asked[name]} here" for name in asked if asked[name] != before[name]]
     if saved["fingerprint"] != plan.dataset.fingerprint:
         differences.append("the images or labels differ")
@@ -496,111 +453,3 @@ def _forecast(plan: Plan) -> str:
         "folder": str(plan.folder),
     }
     return "\n".join(f"{name:8}{value}" for name, value in rows.items())
-
-
-# ---------------------------------------------------------------------------------------------------------- eval
-
-
-def evaluate_checkpoint(config: EvalConfig) -> int:
-    """Run `effnet-fast eval`: print loss, top-1 and top-5; write per-class accuracy (CSV) and confusion matrix (PNG).
-
-    Raises:
-        ValueError, OSError: for what the user can mend, each with one line.
-    """
-    from effnet_fast.report.confusion import plot_confusion, write_per_class
-
-    path = Path(config.checkpoint)
-    saved = checkpoint.load(path)
-    trained = _config_of(saved)
-    device = distributed.choose_device(config.device)
-    set_backends(deterministic=False)
-    dataset = data.load_dataset(
-        trained.dataset,
-        Path(config.data_dir or trained.data_dir),
-        seed=trained.seed,
-        val_fraction=trained.val_fraction,
-        limit_eval=config.limit_eval,
-        on_bad_image=trained.on_bad_image,
-    )
-    split = getattr(dataset, config.split)
-    if split is None:
-        raise ValueError(
-            f"the run held out no validation images (--val_fraction 0); use --split test, not {config.split}"
-        )
-    model = _load_model(saved, config.weights, device)
-    precision = resolve_precision(str(config.mixed_precision), device)
-    spec = LoaderSpec(
-        batch_size=min(config.batch_size, len(split)),
-        image_size=model.architecture.image_size,
-        mean=tuple(saved["mean"]),
-        std=tuple(saved["std"]),
-        device=device,
-        dtype=loader_dtype(precision, device),
-        seed=0,
-        rank=0,
-        world=1,
-        num_workers=worker_count(config.num_workers),
-        augment=None,
-    )
-    kind, reason = choose(config.loader, split)
-    loader = make_loader(kind, split, spec)
-    result = evaluate(model, loader.epoch(0), num_classes=len(saved["classes"]), precision=precision, device=device)
-    loader.close()
-    print(
-        f"{path}: {config.split} loss {result.loss:.4f}  top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %"
-        f"  ({result.images} images; {reason})"
-    )
-    folder = Path(config.output_dir) if config.output_dir else path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    table, picture = folder / f"{config.split}-per-class.csv", folder / f"{config.split}-confusion.png"
-    write_per_class(table, saved["classes"], result.confusion.numpy())
-    plot_confusion(picture, saved["classes"], result.confusion.numpy())
-    print(f"written: {table}, {picture}")
-    return 0
-
-
-def _load_model(saved: dict[str, Any], weights: str, device: torch.device) -> EfficientNet:
-    model = from_description(saved["architecture"])
-    if weights == "ema" and saved["ema"] is None:
-        raise ValueError("the run kept no moving average (--ema_decay 0); use --weights raw")
-    model.load_state_dict(saved["model"])
-    if weights != "raw" and saved["ema"] is not None:
-        model.load_state_dict(saved["ema"], strict=False)
-    return model.to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------- the rest
-
-
-def plot(config: PlotConfig) -> int:
-    """Run `effnet-fast plot`: overlay the curves of runs."""
-    from effnet_fast.report.curves import plot_curves
-
-    runs = [Path(run) for run in config.runs]
-    output = Path(config.output) if config.output else runs[0] / "curves.png"
-    plot_curves(runs, output)
-    print(f"written: {output}")
-    return 0
-
-
-def info(config: InfoConfig) -> int:
-    """Run `effnet-fast info`: what a model costs."""
-    from effnet_fast.model.complexity import describe, info_table
-
-    size = resolve_image_size(config.image_size, config.model, native=32)
-    facts = describe(config.model, config.num_classes, size, config.output_stride)
-    print(json.dumps(facts, indent=2) if config.json else info_table(facts))
-    return 0
-
-
-def show_data(config: DataConfig) -> int:
-    """Run `effnet-fast data`: download, verify and describe a data set, and draw a sheet of samples."""
-    from effnet_fast.data.sheet import describe, sample_sheet
-
-    dataset = data.load_dataset(config.dataset, Path(config.data_dir))
-    print(describe(dataset))
-    output = Path(config.output) if config.output else Path(config.data_dir) / f"{config.dataset}-samples.png"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    sample_sheet(dataset, output)
-    print(f"written: {output}")
-    return 0

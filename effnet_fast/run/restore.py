@@ -1,0 +1,32 @@
+"""From a checkpoint back to its config and its model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from effnet_fast.config import TrainConfig
+from effnet_fast.model import EfficientNet, from_description
+
+
+def config_of(saved: dict[str, Any]) -> TrainConfig:
+    """The config of a checkpoint's run; settings that no longer exist are passed over."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
+
+
+def load_model(saved: dict[str, Any], weights: str, device: torch.device) -> EfficientNet:
+    """The model of a checkpoint with its weights: auto (the moving average where there is one), ema or raw.
+
+    Raises:
+        ValueError: ema is asked for and the run kept none.
+    """
+    model = from_description(saved["architecture"])
+    if weights == "ema" and saved["ema"] is None:
+        raise ValueError("the run kept no moving average (--ema_decay 0); use --weights raw")
+    model.load_state_dict(saved["model"])
+    if weights != "raw" and saved["ema"] is not None:
+        model.load_state_dict(saved["ema"], strict=False)
+    return model.to(device)

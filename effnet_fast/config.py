@@ -131,6 +131,13 @@ class TrainConfig:
     """auto goes on from the run's last.pt where there is one; PATH starts from that checkpoint; no starts afresh."""
     save_every_steps: int = operational(0)
     """Write last.pt every so many optimizer steps besides every epoch; 0 is off."""
+    save_every_minutes: float = operational(0.0)
+    """Write last.pt every so many minutes besides every epoch; 0 is off."""
+    keep_last: int = operational(2)
+    """Checkpoints kept: last.pt, and the ones before it as last-1.pt, last-2.pt, ...; a damaged last.pt is not the end."""
+    hang_timeout: float = operational(1800.0)
+    """Seconds after which a rank that does not move is reported with its stack and the run ends; 0 waits for ever.
+    It must be longer than compiling takes."""
     log_every_steps: int = operational(50)
     """Optimizer steps between two rows of metrics.jsonl."""
     time_budget: float = operational(0.0)
@@ -142,11 +149,11 @@ class TrainConfig:
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
         object.__setattr__(self, "compile", _WORDS.get(self.compile, self.compile))
         object.__setattr__(self, "resume", _WORDS.get(self.resume, self.resume))
-        for name in ("batch_size", "num_epochs", "grad_accumulation", "log_every_steps"):
+        for name in ("batch_size", "num_epochs", "grad_accumulation", "log_every_steps", "keep_last"):
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("learning_rate", "weight_decay", "warmup_epochs", "mixup", "cutmix", "clip_grad", "rotation"):
             _require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
-        for name in ("save_every_steps", "num_workers", "time_budget"):
+        for name in ("save_every_steps", "save_every_minutes", "hang_timeout", "num_workers", "time_budget"):
             _require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
         for name in ("momentum", "label_smoothing", "ema_decay", "drop_path", "dropout", "val_fraction"):
             value = getattr(self, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ class World:
         return self.rank == 0
 
 
-def init(device: str = "auto") -> World:
+def init(device: str = "auto", timeout: float | None = None) -> World:
     """Join the process group that torchrun announced in the environment, or be a world of one.
 
     Args:
         device: auto, cuda or cpu. The backend is nccl on CUDA and gloo on the CPU.
+        timeout: seconds after which an operation among ranks fails; default torch's own.
 
     Raises:
         ValueError: cuda is asked for where no GPU is visible, or fewer GPUs than local ranks.
@@ -38,7 +40,11 @@ def init(device: str = "auto") -> World:
         return World(0, 1, chosen)
     if not dist.is_initialized():
         on_gpu = chosen.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            device_id=chosen if on_gpu else None,
+            timeout=None if timeout is None else timedelta(seconds=timeout),
+        )
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 
@@ -68,6 +74,19 @@ def shutdown() -> None:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def launch() -> str | None:
+    """The name of the job that torchrun or Slurm may start again: its --rdzv-id, or the Slurm job's number."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return os.environ.get("SLURM_JOB_ID") if job == "none" else job
+
+
+def board() -> dist.Store | None:
+    """A connection of its own to the ranks' key-value store; None for a world of one."""
+    if world_size() == 1:
+        return None
+    return dist.distributed_c10d._get_default_store().clone()
 
 
 def barrier() -> None:

@@ -42,7 +42,8 @@ def finished(tmp_path_factory):
 
 def test_what_a_run_leaves(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "last.pt", "curves.png", "tensorboard"}
+    files = {"config.yaml", "environment.json", "metrics.jsonl", "last.pt", "last-1.pt", "curves.png", ".lock"}
+    assert names == files | {"tensorboard"}
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
     assert {"commit", "gpu", "driver", "date", "command"} <= environment.keys()
@@ -127,7 +128,7 @@ def test_a_run_that_breaks_stops_with_what_is_needed_to_look_at_it(tmp_path, cap
     said = capsys.readouterr().err
     assert "not finite at step" in said
     assert said.count("\n") == 1
-    kept = torch.load(tmp_path / "bad" / "not-finite-0.pt", weights_only=True)
+    kept = torch.load(tmp_path / "bad" / "not-finite.pt", weights_only=True)
     assert kept["images"].shape == (16, 3, 32, 32)
     assert all(torch.isfinite(v).all() for v in kept["model"].values())
     assert f"step {kept['step']} " in said

@@ -16,13 +16,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effnet_fast import data, distributed, provenance
-from effnet_fast.config import TrainConfig, identity
+from effnet_fast.config import TrainConfig
 from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.data.loaders import choose, make_loader
 from effnet_fast.distributed import World
 from effnet_fast.model import EfficientNet, batch_norms, create_model, scaling, variant
-from effnet_fast.run.restore import config_of
+from effnet_fast.run import resume
+from effnet_fast.run.agreement import about_run, about_start, agree
 from effnet_fast.run.settings import (
     loader_dtype,
     resolve_compile,
@@ -33,12 +34,14 @@ from effnet_fast.run.settings import (
 )
 from effnet_fast.train import checkpoint, optim
 from effnet_fast.train.ema import Ema
-from effnet_fast.train.evaluate import Result, evaluate, recalibrate
-from effnet_fast.train.loop import Every, Progress, Stop, fit
+from effnet_fast.train.evaluate import Batches, Result, evaluate, recalibrate
+from effnet_fast.train.hang import Watchdog, watchdog
+from effnet_fast.train.loop import Every, Progress, SaveDue, Stop, fit
 from effnet_fast.train.mixing import Mixing
 from effnet_fast.train.record import Recorder
 from effnet_fast.train.schedule import make_schedule
 from effnet_fast.train.step import Step
+from effnet_fast.train.writer import Writer
 
 # A run of fewer steps than this many of BatchNorm's time constants re-estimates its statistics before evaluations.
 STALE_TIME_CONSTANTS = 20
@@ -83,25 +86,25 @@ def train(config: TrainConfig) -> int:
         ValueError, OSError: for what the user can mend, each with one line.
         FloatingPointError: the loss or the gradient is no longer finite.
     """
-    world = distributed.init(config.device)
+    # The watchdog, which says more, comes first.
+    world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
     try:
-        plan = _plan(config, world)
-        if config.dry_run:
-            if world.is_main:
-                print(_forecast(plan))
-            return 0
-        return _Training(plan).run()
+        agree(about_start(config))
+        with watchdog(world, config.hang_timeout) as watch:
+            plan = _plan(config, world)
+            if config.dry_run:
+                if world.is_main:
+                    print(_forecast(plan))
+                return 0
+            with resume.alone(plan.folder, world):
+                return _Training(plan, watch).run()
     finally:
         distributed.shutdown()
 
 
 def _plan(config: TrainConfig, world: World) -> Plan:
-    ways = world.size * config.grad_accumulation
-    if config.batch_size % ways:
-        raise ValueError(
-            f"--batch_size {config.batch_size} must divide evenly among {world.size} rank(s) x "
-            f"{config.grad_accumulation} accumulation step(s)"
-        )
+    if config.batch_size % world.size:
+        raise ValueError(f"--batch_size {config.batch_size} must divide evenly among {world.size} ranks")
     variant(config.model)  # an unknown name is refused before any data is fetched
     dataset = data.load_dataset(
         config.dataset,
@@ -148,7 +151,7 @@ def _build_model(plan: Plan) -> EfficientNet:
     return model.to(plan.world.device)
 
 
-def _callable_model(plan: Plan, module: EfficientNet) -> nn.Module:
+def _callable_model(plan: Plan, module: EfficientNet, pieces: int) -> nn.Module:
     model: nn.Module = module
     if plan.world.size > 1:
         model = DistributedDataParallel(
@@ -156,7 +159,7 @@ def _callable_model(plan: Plan, module: EfficientNet) -> nn.Module:
             broadcast_buffers=False,  # synchronised, or averaged before each evaluation
             gradient_as_bucket_view=True,
             # Together with accumulation's no_sync it aborts in torch 2.13.
-            static_graph=plan.config.grad_accumulation == 1,
+            static_graph=pieces == 1,
         )
     return torch.compile(model) if plan.compile else model  # type: ignore[return-value]
 
@@ -191,25 +194,32 @@ def augmentation(config: TrainConfig) -> Augment:
 class _Training:
     """A training run's parts, joined."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, watchdog: Watchdog) -> None:
+        self.plan, self.watchdog = plan, watchdog
         config, world = plan.config, plan.world
         set_backends(config.deterministic)
         self.folder = plan.folder
         self.progress = Progress()
+        self.found = resume.read_checkpoint(config, plan.folder, plan.dataset.fingerprint)
+        saved = self.found[1] if self.found else None
         self.model = _build_model(plan)
+        agree(about_run(plan.dataset.fingerprint, self.model, saved))
+        # With other ranks than before, as many images in one pass as before.
+        most_images = saved.get("images_per_pass") if saved else None
+        pieces = resume.accumulation(config, world.size, most_images)
+        self.images_per_pass = most_images or config.batch_size // (world.size * pieces)
         optimizer = optim.make_optimizer(
             config.optimizer, self.model, momentum=config.momentum, weight_decay=config.weight_decay
         )
         self.step = Step(
-            _callable_model(plan, self.model),
+            _callable_model(plan, self.model, pieces),
             self.model,
             optimizer,
             make_schedule(config.schedule, plan.steps, plan.steps_per_epoch, config.warmup_epochs),
             learning_rate=config.learning_rate,
             precision=plan.precision,
             clip_grad=config.clip_grad,
-            accumulation=config.grad_accumulation,
+            accumulation=pieces,
             label_smoothing=config.label_smoothing,
             mixing=Mixing(config.mixup, config.cutmix, seed=config.seed, rank=world.rank),
             ema=Ema(self.model, config.ema_decay) if config.ema_decay > 0 else None,
@@ -221,12 +231,12 @@ class _Training:
 
     def run(self) -> int:
         plan, config = self.plan, self.plan.config
-        saved = self._read_checkpoint()
+        saved = self.found[1] if self.found else None
         if saved is not None and saved["progress"]["finished"]:
             self._say(f"{self.folder} is finished; nothing to do (--resume no starts it afresh)")
             return 0
         self._make_loaders()
-        self._open_folder(afresh=saved is None)
+        self._open_folder()
         if saved is not None:
             self._restore(saved)
         self.recorder = Recorder(
@@ -237,10 +247,11 @@ class _Training:
             steps_per_epoch=plan.steps_per_epoch,
         )
         self._announce()
-        every = Every(config.log_every_steps, config.save_every_steps, self._report, self._save, self._evaluate)
+        save_due = SaveDue(plan.world, config.save_every_steps, config.save_every_minutes)
+        every = Every(config.log_every_steps, save_due, self._report, self._save, self._evaluate)
         try:
-            with Stop(plan.world, config.time_budget) as stop:
-                fit(self.step, self.loader, self.recorder.watch, self.progress, config.num_epochs, every, stop)
+            with Stop(plan.world, config.time_budget) as stop, self._make_writer() as self.writer:
+                fit(self.step, self.loader, self._watch, self.progress, config.num_epochs, every, stop)
         finally:
             self.recorder.close()
             self.loader.close()
@@ -248,64 +259,76 @@ class _Training:
         self._conclude(stop)
         return 128 + stop.signal if stop.signal else 0
 
+    def _watch(self, batches: Batches) -> Batches:
+        where = f"epoch {self.progress.epoch + 1}"
+        return self.recorder.watch(self.watchdog.watch(batches, where, self.progress.batch))
+
     # -- the folder
 
-    def _read_checkpoint(self) -> dict[str, Any] | None:
-        """What to resume from, if anything."""
-        resume = str(self.plan.config.resume)
-        path = Path(resume) if resume != "auto" else self.folder / "last.pt"
-        if resume == "no" or (resume == "auto" and not path.exists()):
-            return None
-        saved = checkpoint.load(path)
-        _refuse_another_config(path, saved, self.plan)
-        return saved
-
-    def _open_folder(self, afresh: bool) -> None:
-        """Make the run's folder; an earlier run is cleared from it only here, once nothing is left to be refused."""
+    def _open_folder(self) -> None:
+        """Fit the run's folder out; an earlier run is cleared from it only here, once nothing is left to be refused."""
         if self.plan.world.is_main:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if afresh:
+                resume.clear_leftovers(self.folder)
+                if self.found is None:
                     self._clear_folder()
+                else:
+                    resume.set_damaged_aside(self.folder, self.found[0])
                 settings = yaml.safe_dump(dataclasses.asdict(self.plan.config), sort_keys=False)
-                (self.folder / "config.yaml").write_text(settings)
-                (self.folder / "environment.json").write_text(json.dumps(provenance.environment(), indent=2) + "\n")
+                checkpoint.write_atomically(self.folder / "config.yaml", settings.encode())
+                environment = json.dumps(provenance.environment(), indent=2) + "\n"
+                checkpoint.write_atomically(self.folder / "environment.json", environment.encode())
             except OSError as error:
-                raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
+                reason = error.strerror or str(error)
+                raise OSError(f"cannot write to {self.folder} ({reason}); choose another --save_dir") from error
         distributed.barrier()
 
     def _clear_folder(self) -> None:
-        for name in ("last.pt", "best.pt", "metrics.jsonl"):
-            (self.folder / name).unlink(missing_ok=True)
+        old = checkpoint.generations(self.folder / checkpoint.LAST)
+        for path in [*old, *(self.folder / name for name in (checkpoint.BEST, "metrics.jsonl"))]:
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+
+    def _make_writer(self) -> Writer:
+        return Writer(self.folder, self.plan.config.keep_last, self.recorder.warn)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.step.load_state_dict(saved)
         self.progress = Progress(**saved["progress"])
-        states = saved["loader"]
-        if len(states) == self.plan.world.size:
-            self.loader.load_state_dict(states[self.plan.world.rank])
+        self.last_result = saved["result"]
+        ranks = saved.get("ranks", [])
+        own = ranks[self.plan.world.rank] if len(ranks) == self.plan.world.size else {}
+        self.loader.load_state_dict(own.get("loader", {}))
+        if own.get("statistics") is not None:
+            self.step.statistics.load(own["statistics"].to(self.plan.world.device))
 
     def _save(self) -> None:
-        states = distributed.gather_objects(self.loader.state_dict())
-        if not self.plan.world.is_main:
+        plan, config = self.plan, self.plan.config
+        # What only one rank knows; BatchNorm's statistics are all ranks' where they are shared.
+        apart = plan.world.size > 1 and not config.sync_batchnorm
+        own = {
+            "loader": self.loader.state_dict(),
+            "statistics": self.step.statistics.copy().cpu() if apart else None,
+        }
+        ranks = distributed.gather_objects(own)
+        state = self.step.state_dict()
+        if not plan.world.is_main:
             return
-        state = {
-            **self.step.state_dict(),
+        about = {
             "progress": dataclasses.asdict(self.progress),
-            "loader": states,
-            "config": dataclasses.asdict(self.plan.config),
+            "ranks": ranks,
+            "images_per_pass": self.images_per_pass,
+            "launch": distributed.launch(),
+            "config": dataclasses.asdict(config),
             "architecture": dataclasses.asdict(self.model.architecture),
-            "classes": list(self.plan.dataset.classes),
-            "mean": list(self.plan.dataset.mean),
-            "std": list(self.plan.dataset.std),
-            "fingerprint": self.plan.dataset.fingerprint,
+            "classes": list(plan.dataset.classes),
+            "mean": list(plan.dataset.mean),
+            "std": list(plan.dataset.std),
+            "fingerprint": plan.dataset.fingerprint,
             "result": self.last_result,
         }
-        checkpoint.save(self.folder / "last.pt", state)
-        if self._is_best:
-            checkpoint.save(self.folder / "best.pt", state)
-            self._is_best = False
+        self.writer.save({**state, **about}, best=self._is_best)
+        self._is_best = False
 
     # -- what the loop calls
 
@@ -317,6 +340,7 @@ class _Training:
         self.eval_loader: Loader = make_loader(kind, held, _loader_spec(plan, None))
 
     def _report(self) -> None:
+        self.writer.check()
         reading = self.step.meters.read()
         if reading.bad_step is not None:
             self._keep_bad_step(reading.bad_step)
@@ -325,11 +349,12 @@ class _Training:
     def _keep_bad_step(self, bad_step: int) -> None:
         """Save the state that the bad step met, with its batch, and stop."""
         epoch, batch = divmod(bad_step, self.plan.steps_per_epoch)
-        images, labels = next(iter(self.loader.epoch(epoch, batch)))
-        path = self.folder / f"not-finite-{self.plan.world.rank}.pt"
-        checkpoint.save(
-            path, {**self.step.state_dict(), "images": images, "labels": labels, "epoch": epoch, "step": bad_step}
-        )
+        pieces = distributed.gather_objects([t.cpu() for t in next(iter(self.loader.epoch(epoch, batch)))])
+        images, labels = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        state = {**self.step.state_dict(), "images": images, "labels": labels, "epoch": epoch, "step": bad_step}
+        path = self.folder / "not-finite.pt"
+        if self.plan.world.is_main:
+            checkpoint.save(path, state)
         raise FloatingPointError(
             f"the loss or gradient was not finite at step {bad_step} (epoch {epoch}, batch {batch}); the weights "
             f"before it and its batch are in {path}: try a lower --learning_rate, a smaller --clip_grad or bf16"
@@ -339,7 +364,7 @@ class _Training:
         config = self.plan.config
         start = time.perf_counter()
         if not config.sync_batchnorm:
-            self.step.buffers.average_over_ranks()
+            self.step.statistics.average_over_ranks()
         raw = self._evaluate_weights()
         row: dict[str, Any] = {"split": self.plan.eval_split, "loss": raw.loss, "top1": raw.top1, "top5": raw.top5}
         if self.step.ema is not None:
@@ -357,9 +382,11 @@ class _Training:
         plan = self.plan
         shared: dict[str, Any] = {"precision": plan.precision, "device": plan.world.device}
         if self._stale:
-            batches = self.loader.epoch(self.progress.epoch)
+            batches = self.watchdog.watch(
+                self.loader.epoch(self.progress.epoch), "re-estimating BatchNorm's statistics"
+            )
             recalibrate(self.model, batches, CALIBRATION_BATCHES, **shared)
-        batches = self.eval_loader.epoch(0)
+        batches = self.watchdog.watch(self.eval_loader.epoch(0), "evaluation")
         return evaluate(self.model, batches, num_classes=len(plan.dataset.classes), **shared)
 
     @property
@@ -389,6 +416,11 @@ class _Training:
                 f"a short run ({plan.steps} steps): BatchNorm's statistics are re-estimated on "
                 f"{min(CALIBRATION_BATCHES, plan.steps_per_epoch)} training batches before each evaluation"
             )
+        if self.step.accumulation != plan.config.grad_accumulation:
+            self.recorder.say(
+                f"on {plan.world.size} rank(s) now: {self.step.accumulation} accumulation step(s) keep the batch of "
+                f"{plan.config.batch_size}"
+            )
         if progress.step:
             self.recorder.say(f"going on at step {progress.step} of {plan.steps} (epoch {progress.epoch + 1})")
         if plan.world.size == 1 and torch.cuda.device_count() > 1:
@@ -414,19 +446,6 @@ class _Training:
         print(f"in {self.folder}: {', '.join(found)}, tensorboard/, config.yaml, environment.json")
 
 
-def _refuse_another_config(path: Path, saved: dict[str, Any], plan: Plan) -> None:
-    asked = identity(plan.config)
-    before = identity(config_of(saved))
-    differences = [f"{name} {before[name]} there, {asked[name]} here" for name in asked if asked[name] != before[name]]
-    if saved["fingerprint"] != plan.dataset.fingerprint:
-        differences.append("the images or labels differ")
-    if differences:
-        raise ValueError(
-            f"{path} is of a run with another config ({'; '.join(differences)}): "
-            "choose another --run_name, or --resume no to start afresh"
-        )
-
-
 def _forecast(plan: Plan) -> str:
     """What `--dry_run` says."""
     from effnet_fast.model.complexity import complexity
@@ -435,7 +454,8 @@ def _forecast(plan: Plan) -> str:
     cost = complexity(model, plan.image_size)
     config = plan.config
     kind, _ = choose(config.loader, plan.dataset.train)
-    per_rank = config.batch_size // plan.world.size // config.grad_accumulation
+    pieces = resume.accumulation(config, plan.world.size, None)
+    per_rank = config.batch_size // plan.world.size // pieces
     bytes_per_value = 4 if plan.precision == "no" else 2
     memory = per_rank * cost.training_bytes_per_image(bytes_per_value) + cost.state_bytes
     images = plan.steps * config.batch_size
@@ -447,7 +467,7 @@ def _forecast(plan: Plan) -> str:
         f"{len(plan.dataset.val) if plan.dataset.val is not None else 0} val, {len(plan.dataset.test)} test images; "
         f"loader {kind}",
         "steps": f"{plan.steps} ({config.num_epochs} epochs x {plan.steps_per_epoch}), batch {config.batch_size} = "
-        f"{plan.world.size} rank(s) x {config.grad_accumulation} x {per_rank}",
+        f"{plan.world.size} rank(s) x {pieces} x {per_rank}",
         "memory": f"about {memory / 2**20:,.0f} MiB on each device (estimated)",
         "device": f"{plan.world.device.type}, {plan.arithmetic}",
         "folder": str(plan.folder),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import os
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 FORMAT = 1
+LAST, BEST = "last.pt", "best.pt"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -20,13 +21,23 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; the file that was there stays as it was.
     """
+    write_atomically(path, serialise(state))
+
+
+def serialise(state: dict[str, Any]) -> memoryview:
+    """The bytes of a checkpoint, a zip in which torch.save notes each record's CRC-32."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getbuffer())
+    return buffer.getbuffer()
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
+def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> None:
     """Replace the file at `path` by `data`, or leave it as it was.
+
+    Args:
+        path: the file.
+        data: all of its bytes.
+        keep: files to keep; with 3, what was `last.pt` becomes `last-1.pt`, and what was that `last-2.pt`.
 
     Raises:
         OSError: with a line that says what to do.
@@ -37,15 +48,40 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        _make_way(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        kept = "; the one before it is kept" if path.exists() else ""
-        advice = "free some space" if error.errno == errno.ENOSPC else "check the folder"
+        kept = "; the one before it is kept" if generations(path) else ""
+        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
         raise OSError(
             f"cannot write {path} ({error.strerror}){kept}: {advice} and run the same command again"
         ) from error
     _sync_folder(path.parent)
+
+
+def generations(path: Path) -> list[Path]:
+    """`path` and the files before it that were kept, newest first; only those that exist."""
+    older = {path.with_name(f"{path.stem}-{number}{path.suffix}"): number for number in _numbers(path)}
+    return [path] * path.exists() + sorted(older, key=older.__getitem__)
+
+
+def _numbers(path: Path) -> list[int]:
+    names = (file.name for file in path.parent.glob(f"{path.stem}-*{path.suffix}"))
+    middles = (name[len(path.stem) + 1 : -len(path.suffix)] for name in names)
+    return [int(middle) for middle in middles if middle.isdecimal()]
+
+
+def _make_way(path: Path, keep: int) -> None:
+    """Shift every generation back by one, and drop those beyond the last `keep`."""
+    if keep == 1 or not path.exists():
+        return
+    kept = generations(path)[: keep - 1]
+    for number in reversed(range(len(kept))):
+        os.replace(kept[number], path.with_name(f"{path.stem}-{number + 1}{path.suffix}"))
+    for number in _numbers(path):
+        if number >= keep:
+            path.with_name(f"{path.stem}-{number}{path.suffix}").unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -58,7 +94,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. No code in the file can run (`weights_only`).
+    """Read a checkpoint onto the CPU. No code in the file can run (`weights_only`), and no flipped bit goes unseen.
 
     Raises:
         FileNotFoundError: there is none.
@@ -66,10 +102,22 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
+    content = io.BytesIO(path.read_bytes())
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        _check_records(content)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is damaged or no checkpoint; use an older one, or train again") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of effnet_fast (format {FORMAT})")
     return state
+
+
+def _check_records(content: io.BytesIO) -> None:
+    """torch.load passes over the CRC-32 that torch.save noted of each record."""
+    with zipfile.ZipFile(content) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise ValueError("torch.save compresses nothing")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} does not match its checksum")
+    content.seek(0)

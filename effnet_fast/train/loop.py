@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -34,32 +35,61 @@ class Every:
     """What a loop does now and then."""
 
     log_steps: int
-    save_steps: int  # 0: at the end of epochs only
+    save_due: Callable[[int], bool]  # takes the steps done; the end of an epoch is always due
     report: Callable[[], None]
     save: Callable[[], None]
     evaluate: Callable[[], None]
 
 
+# With several ranks, steps between two agreements about what only clocks and signals tell; each waits for the device.
+POLL_STEPS = 10
+
+
+class SaveDue:
+    """When a checkpoint is due within an epoch. All ranks agree.
+
+    Args:
+        world: of the run.
+        steps: every so many; 0 is off.
+        minutes: every so many; 0 is off.
+    """
+
+    def __init__(self, world: World, steps: int, minutes: float) -> None:
+        self.world, self.steps, self.seconds = world, steps, 60 * minutes
+        self.poll_steps = POLL_STEPS if world.size > 1 else 1
+        self.last = time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        due = self.steps > 0 and step % self.steps == 0
+        if self.seconds > 0 and not due and step % self.poll_steps == 0:
+            due = distributed.any_rank(time.monotonic() - self.last >= self.seconds, self.world.device)
+        if due:
+            self.last = time.monotonic()
+        return due
+
+
 class Stop:
     """Why a run should stop: a signal was caught or its time is up. All ranks agree.
 
-    A context manager: signals are caught within. The second Ctrl-C interrupts at once.
+    A context manager: signals are caught within; SIGUSR1 is what Slurm can send some time before the end. The second
+    Ctrl-C interrupts at once, but not under torchrun, which passes each on once more.
 
     Args:
         world: of the run.
         seconds: from now; 0 is no limit.
-        poll_steps: with several ranks, steps between two agreements, each a host synchronisation.
     """
 
-    def __init__(self, world: World, seconds: float = 0.0, poll_steps: int = 10) -> None:
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, world: World, seconds: float = 0.0) -> None:
         self.world = world
         self.deadline = time.monotonic() + seconds if seconds > 0 else float("inf")
-        self.poll_steps = poll_steps if world.size > 1 else 1
+        self.poll_steps = POLL_STEPS if world.size > 1 else 1
         self.signal = 0
         self.out_of_time = False
 
     def __enter__(self) -> Stop:
-        self._handlers = {number: signal.signal(number, self._caught) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: signal.signal(number, self._caught) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,7 +97,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _caught(self, number: int, frame: object) -> None:
-        if self.signal:
+        if number == self.signal == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
         self.signal = number
 
@@ -99,7 +129,7 @@ def fit(step, loader, watch, progress: Progress, epochs: int, every: Every, stop
                 every.save()
                 return
             # Keep what would be lost.
-            if every.save_steps and progress.step % every.save_steps == 0:
+            if every.save_due(progress.step):
                 every.save()
         # An epoch is done: evaluate, then keep it.
         if progress.step % every.log_steps:

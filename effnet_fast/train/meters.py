@@ -19,6 +19,7 @@ class Reading:
     Attributes:
         loss: per image, natural log.
         top1: percent; of a mixed image the label with the larger share counts.
+        images: how many were learnt from.
         grad_norm: of the whole gradient before clipping.
         skipped: steps that fp16's scale was too large for.
         bad_step: the first step whose loss or gradient was not finite, or None.
@@ -26,6 +27,7 @@ class Reading:
 
     loss: float
     top1: float
+    images: int
     grad_norm: float
     skipped: int
     bad_step: int | None
@@ -66,7 +68,20 @@ class Meters:
         return Reading(
             loss=values[_LOSS] / count,
             top1=100 * values[_CORRECT] / count,
+            images=round(values[_COUNT]),
             grad_norm=values[_NORM] / steps,
             skipped=round(values[_SKIPPED] / distributed.world_size()),
             bad_step=None if values[_BAD_STEP] < 0 else int(values[_BAD_STEP]),
         )
+
+    def collect(self) -> Tensor:
+        """The sums to save, on all ranks: those over a rank's own images are added up, the others are equal anyway."""
+        sums = self.sums.clone()
+        sums[: _COUNT + 1] = distributed.all_reduce_(sums[: _COUNT + 1].clone())
+        return sums
+
+    def restore(self, sums: Tensor, rank: int) -> None:
+        """Put back what `collect` gave; the sums over images go to one rank, however many there are now."""
+        self.sums.copy_(sums)
+        if rank > 0:
+            self.sums[: _COUNT + 1] = 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import shutil
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +20,39 @@ from effnet_fast.train.checkpoint import write_atomically
 from effnet_fast.train.meters import Reading
 
 T = TypeVar("T")
+
+_ROOM = 1 << 20  # bytes free without which no TensorBoard events are written: its thread dies of a full disk
+
+
+class Lines:
+    """Appends whole lines to a file. Lines that a full disk refuses are kept until it takes them.
+
+    Args:
+        path: the file.
+        warn: takes the line about the first refusal.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._warn: Callable[[str], None] | None = warn
+        self._unwritten = b""
+
+    def add(self, line: str) -> None:
+        self._unwritten += line.encode() + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(self._unwritten) < len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten = b""
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            if self._warn is not None:
+                self._warn(f"warning: cannot write {self._file.name} ({error.strerror}); its rows are kept for later")
+                self._warn = None
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Recorder:
@@ -45,7 +83,8 @@ class Recorder:
         path = folder / "metrics.jsonl"
         rows = _rows_until(path, step)
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._file = path.open("a", buffering=1)
+        self._folder = folder
+        self._lines = Lines(path, self.warn)
         self._events = SummaryWriter(folder / "tensorboard", purge_step=step)
         self._bar: Progress | None = None
         if self.console.is_terminal:
@@ -77,6 +116,7 @@ class Recorder:
             "epoch": round(step / self.steps_per_epoch, 4),
             "loss": reading.loss,
             "top1": reading.top1,
+            "images": reading.images,
             "learning_rate": learning_rate,
             "grad_norm": reading.grad_norm,
             "skipped": reading.skipped,
@@ -103,17 +143,24 @@ class Recorder:
         if self.main:
             self.console.print(text)
 
+    def warn(self, text: str) -> None:
+        """A line on stderr, above the bar if there is one."""
+        print(text, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         if self.main:
             if self._bar is not None:
                 self._bar.stop()
-            self._events.close()
-            self._file.close()
+            with contextlib.suppress(OSError):  # the same rows are in metrics.jsonl
+                self._events.close()
+            self._lines.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         if not self.main:
             return
-        self._file.write(json.dumps(row) + "\n")
+        self._lines.add(json.dumps(row))
+        if shutil.disk_usage(self._folder).free < _ROOM:
+            return
         group = row["split"] if row["kind"] == "eval" else "train"
         for name, value in row.items():
             if isinstance(value, float) and name != "epoch":

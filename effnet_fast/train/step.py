@@ -56,10 +56,10 @@ class LossScale:
 
 
 class Buffers:
-    """A model's floating-point buffers (BatchNorm's statistics), to be put back after a bad step."""
+    """Floating-point buffers (BatchNorm's statistics) as one tensor, e.g. to be put back after a bad step."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self.buffers = buffers
         self.sizes = [b.numel() for b in self.buffers]
 
     def copy(self) -> Tensor:
@@ -74,7 +74,11 @@ class Buffers:
         """Give every rank the mean of all ranks' buffers; ranks that synchronise BatchNorm have it already."""
         if distributed.world_size() > 1:
             mean = distributed.all_reduce_(self.copy()) / distributed.world_size()
-            self._set(mean.split(self.sizes))
+            self.load(mean)
+
+    def load(self, values: Tensor) -> None:
+        """Put back what `copy` gave."""
+        self._set(values.split(self.sizes))
 
     def _set(self, values: Iterable[Tensor]) -> None:
         torch._foreach_copy_(self.buffers, [v.view_as(b) for v, b in zip(values, self.buffers, strict=True)])
@@ -132,7 +136,11 @@ class Step:
         self.meters = Meters(world.device)
         self.scale = LossScale(world.device, enabled=precision == "fp16")
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.buffers = Buffers(module)
+        live = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+        self.buffers = Buffers(list(live.values()))
+        # With the moving average's, what ranks that keep BatchNorm's statistics apart do not have in common.
+        averages = ema.state_dict() if ema is not None else {}
+        self.statistics = Buffers([*live.values(), *(average for name, average in averages.items() if name in live)])
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -202,12 +210,13 @@ class Step:
         self.meters.add_step(norm, overflow & ~bad, bad, step)
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; all ranks must ask for it together."""
         return {
             "model": self.module.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scale.state_dict(),
-            "meters": self.meters.sums,
+            "meters": self.meters.collect(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -216,7 +225,7 @@ class Step:
             self.ema.load_state_dict(state["ema"])
         optim.load_state(self.optimizer, state["optimizer"])
         self.scale.load_state_dict(state["scaler"])
-        self.meters.sums.copy_(state["meters"])
+        self.meters.restore(state["meters"], self.world.rank)
 
 
 def _step_seed(seed: int, rank: int, step: int) -> int:

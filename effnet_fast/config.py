@@ -134,7 +134,8 @@ class TrainConfig:
     save_every_minutes: float = operational(0.0)
     """Write last.pt every so many minutes besides every epoch; 0 is off."""
     keep_last: int = operational(2)
-    """Checkpoints kept: last.pt, and the ones before it as last-1.pt, last-2.pt, ...; a damaged last.pt is not the end."""
+    """Checkpoints kept: last.pt, and the ones before it as last-1.pt, last-2.pt and so on, one of which serves where
+    last.pt is damaged."""
     hang_timeout: float = operational(1800.0)
     """Seconds after which a rank that does not move is reported with its stack and the run ends; 0 waits for ever.
     It must be longer than compiling takes."""

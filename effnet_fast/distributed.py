@@ -86,7 +86,7 @@ def board() -> dist.Store | None:
     """A connection of its own to the ranks' key-value store; None for a world of one."""
     if world_size() == 1:
         return None
-    return dist.distributed_c10d._get_default_store().clone()
+    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def barrier() -> None:

@@ -382,9 +382,7 @@ class _Training:
         plan = self.plan
         shared: dict[str, Any] = {"precision": plan.precision, "device": plan.world.device}
         if self._stale:
-            batches = self.watchdog.watch(
-                self.loader.epoch(self.progress.epoch), "re-estimating BatchNorm's statistics"
-            )
+            batches = self.watchdog.watch(self.loader.epoch(self.progress.epoch), "estimating BatchNorm's statistics")
             recalibrate(self.model, batches, CALIBRATION_BATCHES, **shared)
         batches = self.watchdog.watch(self.eval_loader.epoch(0), "evaluation")
         return evaluate(self.model, batches, num_classes=len(plan.dataset.classes), **shared)

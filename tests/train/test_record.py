@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from effnet_fast.train import record
 from effnet_fast.train.meters import Reading
 
-READING = Reading(loss=2.0, top1=50.0, grad_norm=1.0, skipped=0, bad_step=None)
+READING = Reading(loss=2.0, top1=50.0, images=24, grad_norm=1.0, skipped=0, bad_step=None)
 
 
 def recorder(folder, step=0, main=True):

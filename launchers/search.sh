@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Search hyper-parameters or the compound scaling coefficients.
+#
+#   launchers/search.sh [--dry-run] --stage NAME ...
+#
+# Arguments: those of `effnet-fast search`. Environment: CUDA_VISIBLE_DEVICES chooses the GPU.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "$0")/launch.sh"
+
+launch effnet-fast search "$@"

@@ -54,6 +54,7 @@ class Plan:
 
     config: TrainConfig
     world: World
+    folder: Path
     dataset: data.Dataset
     image_size: int
     precision: str
@@ -73,10 +74,6 @@ class Plan:
     def arithmetic(self) -> str:
         """How it computes, to be read."""
         return ("fp32" if self.precision == "no" else self.precision) + (", compiled" if self.compile else "")
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.save_dir) / self.config.name
 
 
 def train(config: TrainConfig) -> int:
@@ -103,8 +100,9 @@ def train(config: TrainConfig) -> int:
 
 
 def _plan(config: TrainConfig, world: World) -> Plan:
-    if config.batch_size % world.size:
-        raise ValueError(f"--batch_size {config.batch_size} must divide evenly among {world.size} ranks")
+    folder = Path(config.save_dir) / config.name
+    if not checkpoint.generations(folder / checkpoint.LAST):  # else the checkpoint has a say
+        resume.accumulation(config, world.size, None)
     variant(config.model)  # an unknown name is refused before any data is fetched
     dataset = data.load_dataset(
         config.dataset,
@@ -124,6 +122,7 @@ def _plan(config: TrainConfig, world: World) -> Plan:
     return Plan(
         config=config,
         world=world,
+        folder=folder,
         dataset=dataset,
         image_size=image_size,
         precision=resolve_precision(str(config.mixed_precision), world.device),

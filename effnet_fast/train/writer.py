@@ -33,7 +33,7 @@ class Writer:
         self._pending: dict[str, dict[str, Any]] = {}  # file name -> state
         self._owed: dict[str, dict[str, Any]] = {}  # a best.pt that could not be written
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing = self._busy = False
         self._failures = 0
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
@@ -71,8 +71,9 @@ class Writer:
     def _work(self) -> None:
         while True:
             with self._changed:
+                self._busy = False
                 self._changed.wait_for(lambda: self._pending or self._closing)
-                jobs, self._pending = self._pending, {}
+                jobs, self._pending, self._busy = self._pending, {}, True
             if not jobs:
                 return
             try:

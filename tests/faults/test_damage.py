@@ -1,0 +1,132 @@
+"""Damaged checkpoints and data are named; what is whole is used instead."""
+
+import hashlib
+import io
+import pickle
+import random
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from effnet_fast import cli
+from effnet_fast.data.archive import Archive, fetch, read
+from effnet_fast.train import checkpoint
+
+
+def run(line, expected=0):
+    with pytest.raises(SystemExit) as done:
+        cli.main(line.split())
+    assert done.value.code == expected
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for step in (1, 2):
+        state = {"model": {f"layer{i}": torch.full((40,), float(i + step)) for i in range(5)}, "step": step}
+        data = checkpoint.serialise(state)
+        checkpoint.write_atomically(tmp_path / "last.pt", data, keep=2)
+    return tmp_path
+
+
+def test_no_flipped_bit_is_read_as_something_else(folder):
+    """1000 flips: each is refused, or was in a part of the file that says nothing."""
+    path, chance = folder / "last.pt", random.Random(0)
+    whole = path.read_bytes()
+    expected = checkpoint.load(path)
+    refused = 0
+    for _ in range(1000):
+        bit = chance.randrange(8 * len(whole))
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            state = checkpoint.load(path)
+        except ValueError as error:
+            assert f"{path} is " in str(error)
+            refused += 1
+            continue
+        assert state["step"] == expected["step"]
+        assert all(torch.equal(value, state["model"][name]) for name, value in expected["model"].items())
+    assert refused > 500
+
+
+def test_no_truncated_file_is_read(folder):
+    path, chance = folder / "last.pt", random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(200):
+        path.write_bytes(whole[: chance.randrange(len(whole))])
+        with pytest.raises(ValueError, match=r"last\.pt is damaged"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, small, capsys, damage, assert_same_state):
+    line = f"{small} --save_dir {tmp_path} --run_name run"
+    run(line)
+    path = tmp_path / "run" / "last.pt"
+    whole = checkpoint.load(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    if damage == "missing":  # as a kill between two renames leaves it
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flipped" else content[:1000])
+    capsys.readouterr()
+    run(line)
+    said = capsys.readouterr()
+    if damage != "missing":
+        assert f"warning: {path} is damaged" in said.err
+        assert f"going on from {tmp_path}/run/last-1.pt" in said.err
+        assert (tmp_path / "run" / "last.pt.damaged").exists()
+    assert "going on at step 12 of 18" in said.out
+    assert_same_state(checkpoint.load(path), whole)
+    assert checkpoint.load(tmp_path / "run" / "last-1.pt")["progress"]["step"] == 12
+
+
+def test_where_none_can_be_read_the_run_is_refused_and_nothing_is_lost(tmp_path, small, capsys):
+    line = f"{small} --save_dir {tmp_path} --run_name run"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("last.pt", "last-1.pt"):
+        (folder / name).write_bytes(b"torn")
+    run(line, expected=2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "last.pt is damaged" in said
+    assert "--resume no starts afresh" in said
+    assert (folder / "last.pt").read_bytes() == b"torn"
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """An archive as those of CIFAR, unpacked, in small."""
+    content = pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"labels": [0, 1, 2, 3]}, protocol=2)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        member = tarfile.TarInfo("images/train")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "images.tar.gz").write_bytes(packed.getvalue())
+    md5s = [hashlib.md5(part, usedforsecurity=False).hexdigest() for part in (packed.getvalue(), content)]
+    return Archive("Images", "http://127.0.0.1:9/images.tar.gz", md5s[0], "images", {"train": md5s[1]})
+
+
+@pytest.mark.parametrize("damaged", ["images.tar.gz", "images/train"])
+@pytest.mark.parametrize("truncated", [True, False])
+def test_damaged_data_are_refused(tmp_path, archive, damaged, truncated):
+    chance = random.Random(0)
+    fetch(archive, tmp_path)
+    path = tmp_path / damaged
+    whole = path.read_bytes()
+    for _ in range(100):
+        if damaged == "images.tar.gz":
+            shutil.rmtree(tmp_path / "images", ignore_errors=True)
+        bit = chance.randrange(8 * len(whole))
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(whole[: bit // 8] if truncated else changed)
+        with pytest.raises(ValueError, match="truncated or altered"):
+            read(archive, fetch(archive, tmp_path, download=False), "train")

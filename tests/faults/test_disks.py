@@ -1,0 +1,196 @@
+"""Full and read-only disks: the old checkpoint stays, training goes on, and stops if it cannot save twice."""
+
+import errno
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from effnet_fast import cli
+from effnet_fast.train import checkpoint, record
+from effnet_fast.train.writer import Writer, snapshot
+
+
+class Disk:
+    """Stands for the disk under checkpoints: it can be full, or slow."""
+
+    def __init__(self, monkeypatch):
+        self.full = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.writing = threading.Event()
+        fsync = os.fsync
+
+        def slow_fsync(descriptor):
+            self.writing.set()
+            assert self.gate.wait(20)
+            if self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", slow_fsync)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    return Disk(monkeypatch)
+
+
+def settle(writer):
+    """Wait until nothing is left to write."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        with writer._changed:
+            if not writer._pending and not writer._busy:
+                return
+        time.sleep(0.005)
+    raise AssertionError("it is still writing")
+
+
+def test_a_step_does_not_wait_for_the_disk_and_the_newest_state_is_written_whole(tmp_path, disk):
+    weights = torch.zeros(1000)
+    with Writer(tmp_path, keep=1, warn=pytest.fail) as writer:
+        disk.gate.clear()
+        began = time.monotonic()
+        for step in range(20):
+            weights.fill_(step)
+            writer.save({"step": step, "weights": weights}, best=step == 3)
+            assert disk.writing.wait(5)
+        weights.fill_(-1)  # what training does meanwhile must not reach the file
+        assert time.monotonic() - began < 5
+        disk.gate.set()
+    last, best = checkpoint.load(tmp_path / "last.pt"), checkpoint.load(tmp_path / "best.pt")
+    assert (last["step"], best["step"]) == (19, 3)
+    assert torch.equal(last["weights"], torch.full((1000,), 19.0))
+    assert torch.equal(best["weights"], torch.full((1000,), 3.0))
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
+
+
+def test_the_last_few_are_kept(tmp_path):
+    with Writer(tmp_path, keep=3, warn=pytest.fail) as writer:
+        for step in range(5):
+            writer.save({"step": step})
+            settle(writer)
+    kept = checkpoint.generations(tmp_path / "last.pt")
+    assert [path.name for path in kept] == ["last.pt", "last-1.pt", "last-2.pt"]
+    assert [checkpoint.load(path)["step"] for path in kept] == [4, 3, 2]
+    checkpoint.write_atomically(tmp_path / "last.pt", checkpoint.serialise({"step": 5}), keep=2)
+    assert [path.name for path in checkpoint.generations(tmp_path / "last.pt")] == ["last.pt", "last-1.pt"]
+
+
+def test_one_failure_warns_and_the_next_checkpoint_makes_it_good(tmp_path, disk):
+    warnings = []
+    with Writer(tmp_path, keep=1, warn=warnings.append) as writer:
+        writer.save({"step": 1})
+        settle(writer)
+        disk.full = True
+        writer.save({"step": 2}, best=True)
+        settle(writer)
+        writer.check()
+        assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
+        disk.full = False
+        writer.save({"step": 3})
+    assert len(warnings) == 1
+    assert "No space left on device; the one before it is kept: free some space" in warnings[0].replace(
+        "(", ""
+    ).replace(")", "")
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 2  # the best is not forgotten
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
+
+
+def test_a_second_failure_in_a_row_stops_the_run(tmp_path, disk):
+    warnings = []
+    with pytest.raises(OSError, match="No space left on device"), Writer(tmp_path, 2, warnings.append) as writer:
+        writer.save({"step": 1})
+        settle(writer)
+        disk.full = True
+        for step in (2, 3):
+            writer.save({"step": step})
+            settle(writer)
+        writer.check()
+    assert len(warnings) == 1
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
+
+
+def test_a_failure_of_the_very_last_checkpoint_is_an_error(tmp_path, disk):
+    disk.full = True
+    with pytest.raises(OSError, match="No space left"), Writer(tmp_path, 2, lambda line: None) as writer:
+        writer.save({"step": 1})
+
+
+def test_what_is_no_fault_of_the_disk_is_not_swallowed(tmp_path):
+    with pytest.raises(Exception, match="pickle"), Writer(tmp_path, 2, lambda line: None) as writer:
+        writer.save({"step": lambda: None})
+
+
+def test_a_snapshot_is_a_copy():
+    state = {"a": [torch.ones(2), (torch.zeros(3), "x")], "n": 1, "none": None}
+    copied = snapshot(state)
+    state["a"][0].fill_(5)
+    state["a"].append(1)
+    assert torch.equal(copied["a"][0], torch.ones(2))
+    assert len(copied["a"]) == 2
+    assert copied["a"][1][1] == "x"
+
+
+def test_rows_that_a_full_disk_refuses_come_later(tmp_path, tmpfs, fill):
+    warnings = []
+    disk = tmpfs(1)
+    lines = record.Lines(disk / "metrics.jsonl", warnings.append)
+    lines.add("one")
+    filler = fill(disk, leave=0)
+    for word in ("two" * 2000, "three" * 2000):
+        lines.add(word)
+    assert len(warnings) == 1
+    filler.unlink()
+    lines.add("four")
+    lines.close()
+    assert (disk / "metrics.jsonl").read_text().split() == ["one", "two" * 2000, "three" * 2000, "four"]
+
+
+def test_a_read_only_folder_is_one_line(tmpfs, small, capsys):
+    import subprocess
+
+    disk = tmpfs(4)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(SystemExit) as done:
+        cli.main(f"{small} --save_dir {disk} --run_name none".split())
+    assert done.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f"error: cannot write to {disk}/none (Read-only file system); choose another --save_dir\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_survives_a_disk_that_is_full_for_a_while(runs, tmpfs, fill, seed):
+    disk = tmpfs(24)
+    run = runs.train("full", f"--save_dir {disk} --num_epochs 12")
+    run.wait_for(f"step {8 + seed}/")
+    filler = fill(disk, leave=2000)
+    run.wait_for("warning: cannot write")
+    filler.unlink()
+    assert run.end() == 0, run.said
+    assert "Traceback" not in run.said
+    assert checkpoint.load(disk / "full" / "last.pt")["progress"]["finished"]
+    rows = (disk / "full" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 72 + 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_cannot_save_twice_stops_and_keeps_what_it_had(runs, tmpfs, fill, seed):
+    disk = tmpfs(24)
+    run = runs.train("full", f"--save_dir {disk} --num_epochs 40")
+    run.wait_for(f"step {8 + seed}/")
+    filler = fill(disk, leave=2000)
+    assert run.end() == 2, run.said
+    assert "Traceback" not in run.said
+    assert "free some space and run the same command again" in run.said.splitlines()[-1]
+    assert checkpoint.load(disk / "full" / "last.pt")["progress"]["step"] in (6, 12)
+    filler.unlink()
+    again = runs.train("full", f"--save_dir {disk} --num_epochs 40")
+    assert again.end() == 0, again.said
+    assert "going on at step" in again.said

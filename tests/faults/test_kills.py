@@ -1,0 +1,120 @@
+"""A run that is killed or told to stop at any moment goes on to the same bits as an undisturbed one."""
+
+import random
+import signal
+import time
+
+import pytest
+
+FLAGS = "--ema_decay 0.9 --mixup 0.2 --cutmix 1 --rotation 15 --dropout 0.3 --drop_path 0.3"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Checkpoints of undisturbed runs by loader, made once."""
+    from functools import cache
+
+    from effnet_fast import cli
+    from effnet_fast.train import checkpoint
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    @cache
+    def make(small, flags):
+        name = f"run{len(list(folder.iterdir()))}"
+        with pytest.raises(SystemExit) as done:
+            cli.main(f"{small} {flags} --save_dir {folder} --run_name {name}".split())
+        assert done.value.code == 0
+        return checkpoint.load(folder / name / "last.pt")
+
+    return make
+
+
+def kill_again_and_again(runs, flags, seed, kills):
+    """Kill -9 a run at random moments, each time a little later, and let it go on until it ends; how often it hit."""
+    chance = random.Random(seed)
+    hits = 0
+    for kill in range(kills):
+        run = runs.train("killed", flags)
+        # A random step of those left, and a random moment within it, a write or an evaluation.
+        run.wait_for(f"step {chance.randint(1 + 5 * kill, 5 + 5 * kill)}/")
+        time.sleep(chance.random() * 0.1)
+        hits += run.process.poll() is None
+        run.kill()
+    last = runs.train("killed", flags)
+    assert last.end() == 0, last.said
+    return hits
+
+
+def check(runs, undisturbed, small, assert_same_state, flags, seed, kills):
+    hits = kill_again_and_again(runs, f"{flags} --save_every_steps 1", seed, kills)
+    assert hits > 0
+    assert_same_state(runs.saved("killed"), undisturbed(small, flags))
+    rows = runs.rows("killed")
+    assert [row["step"] for row in rows] == list(range(1, 19))
+    assert {row["images"] for row in rows} == {16}
+
+
+def test_killed_twice_a_run_ends_with_the_same_bits(runs, undisturbed, small, assert_same_state):
+    check(runs, undisturbed, small, assert_same_state, FLAGS, seed=0, kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 8))
+@pytest.mark.parametrize("kind", ["resident", "dali"])
+def test_killed_three_times_a_run_ends_with_the_same_bits(runs, undisturbed, small, assert_same_state, seed, kind):
+    """21 kills with each loader; DALI draws RandAugment itself, so its own state is saved and put back."""
+    flags = FLAGS
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali")
+        flags += " --loader dali --auto_augment rand"
+    check(runs, undisturbed, small, assert_same_state, flags, seed, kills=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_other_optimizers_and_fp16(runs, undisturbed, small, assert_same_state, optimizer):
+    flags = f"{FLAGS} --optimizer {optimizer} --learning_rate 0.003 --mixed_precision fp16 --grad_accumulation 2"
+    check(runs, undisturbed, small, assert_same_state, flags, seed=0, kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("seed", range(3))
+def test_stopped_by_a_signal_a_run_loses_no_step(runs, undisturbed, small, assert_same_state, number, seed):
+    step = random.Random(seed).randint(1, 16)
+    run = runs.train("stopped", FLAGS)
+    run.wait_for(f"step {step}/")
+    run.process.send_signal(number)
+    assert run.end() == 128 + number
+    assert runs.saved("stopped")["progress"]["step"] >= step
+    again = runs.train("stopped", FLAGS)
+    assert again.end() == 0
+    assert f"going on at step {runs.rows('stopped')[0]['step']}" not in again.said
+    assert_same_state(runs.saved("stopped"), undisturbed(small, FLAGS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", ["true", "false"])
+def test_two_ranks_killed_end_with_the_same_bits(runs, assert_same_state, sync):
+    """With BatchNorm's statistics kept apart, each rank's own are saved too."""
+    flags = f"{FLAGS} --sync_batchnorm {sync}"
+    whole = runs.train("whole", flags, ranks=2)
+    assert whole.end() == 0, whole.said
+    run = runs.train("killed", f"{flags} --save_every_steps 1", ranks=2)
+    run.wait_for("step 9/")
+    run.kill()
+    again = runs.train("killed", flags, ranks=2)
+    assert again.end() == 0, again.said
+    assert "going on at step" in again.said
+    assert_same_state(runs.saved("killed"), runs.saved("whole"))
+
+
+@pytest.mark.slow
+def test_torchrun_told_to_stop_saves_and_ends(runs):
+    run = runs.train("stopped", "--num_epochs 50", ranks=2)
+    run.wait_for("step 3/")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() != 0
+    assert "the same command goes on from there" in run.said
+    assert runs.saved("stopped")["progress"]["step"] >= 3

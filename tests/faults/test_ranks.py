@@ -1,0 +1,138 @@
+"""Ranks that come and go: the same batch, no image twice in an epoch; and ranks that were started differently."""
+
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effnet_fast.config import TrainConfig
+from effnet_fast.data.draws import order
+from effnet_fast.data.loader import Shard
+from effnet_fast.run import agreement
+from effnet_fast.run.resume import accumulation
+
+
+@given(
+    images=st.integers(16, 200),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 5),
+    worlds=st.lists(st.sampled_from([1, 2, 4, 8, 16]), min_size=1, max_size=6),
+    chance=st.randoms(use_true_random=False),
+)
+def test_however_ranks_come_and_go_no_image_is_seen_twice(images, seed, epoch, worlds, chance):
+    batch = 16
+    steps = images // batch
+    seen, position = [], 0
+    for world in worlds:
+        until = steps if world is worlds[-1] else chance.randint(position, steps)
+        shards = [Shard(images, batch // world, rank, world, seed, training=True) for rank in range(world)]
+        assert {shard.steps for shard in shards} == {steps}
+        for step in range(position, until):
+            seen += [index for shard in shards for index in shard.indices(epoch)[step]]
+        position = max(position, until)
+    assert seen == order(seed, epoch, images)[: len(seen)].tolist()
+    assert len(set(seen)) == len(seen)
+    if worlds[-1:] and position == steps:
+        assert len(seen) == steps * batch
+
+
+def test_the_dropped_tail_changes_every_epoch():
+    shard = Shard(100, 16, 0, 1, seed=0, training=True)
+    tails = [set(range(100)) - set(shard.indices(epoch).ravel().tolist()) for epoch in range(20)]
+    assert {len(tail) for tail in tails} == {shard.dropped} == {4}
+    assert len(set.union(*tails)) > 40
+    assert len({frozenset(tail) for tail in tails}) == 20
+
+
+@pytest.mark.parametrize(("ranks", "pieces"), [(1, 4), (2, 2), (4, 1), (8, 1), (16, 1)], ids=lambda value: str(value))
+def test_fewer_ranks_take_more_pieces_of_the_size_they_began_with(ranks, pieces):
+    config = TrainConfig(batch_size=16)
+    assert accumulation(config, ranks, most_images=4) == pieces
+
+
+def test_when_a_run_begins_the_config_decides():
+    assert accumulation(TrainConfig(batch_size=16, grad_accumulation=4), 2, None) == 4
+    with pytest.raises(ValueError, match="must divide evenly among 3 rank"):
+        accumulation(TrainConfig(batch_size=16), 3, 4)
+    with pytest.raises(ValueError, match=r"2 rank\(s\) x 3 accumulation"):
+        accumulation(TrainConfig(batch_size=16, grad_accumulation=3), 2, None)
+
+
+def test_ranks_that_disagree_are_told_about_what(monkeypatch):
+    config = TrainConfig()
+    facts = agreement.about_start(config)
+    other = agreement.about_start(TrainConfig(learning_rate=0.2, save_every_steps=5)) | {"torch's version": "1.0"}
+    everyone = [("here", facts), ("there", facts), ("elsewhere", other)]
+    monkeypatch.setattr(agreement.distributed, "gather_objects", lambda mine: everyone)
+    with pytest.raises(ValueError, match="the ranks disagree") as refused:
+        agreement.agree(facts)
+    said = str(refused.value)
+    assert "--learning_rate is 0.1 on rank 0 (here) but 0.2 on rank 2 (elsewhere)" in said
+    assert "--save_every_steps is 0 on rank 0 (here) but 5 on rank 2" in said
+    assert "torch's version" in said
+    assert "rank 1" not in said
+
+
+def test_data_model_and_checkpoint_are_compared(monkeypatch):
+    from effnet_fast import create_model
+
+    small, wide = (create_model("efficientnet-b0", output_stride=32, depth=0.3, width=width) for width in (0.25, 0.3))
+    here = agreement.about_run("a" * 64, small, None)
+    there = agreement.about_run("b" * 64, wide, {"progress": {"step": 7}})
+    monkeypatch.setattr(agreement.distributed, "gather_objects", lambda mine: [("here", here), ("there", there)])
+    with pytest.raises(ValueError, match="the ranks disagree") as refused:
+        agreement.agree(here)
+    for words in (
+        "data's fingerprint is aaaaaaaaaaaaaaaa",
+        "model's digest",
+        "is none on rank 0",
+        "of step 7 on rank 1",
+    ):
+        assert words in str(refused.value)
+
+
+def test_a_changed_line_of_code_is_seen(monkeypatch, tmp_path):
+    here = agreement._code()
+    agreement._code.cache_clear()
+    (tmp_path / "__init__.py").write_text("")
+    monkeypatch.setattr(agreement.effnet_fast, "__file__", str(tmp_path / "__init__.py"))
+    assert agreement._code() != here
+    agreement._code.cache_clear()
+
+
+@pytest.mark.slow
+def test_ranks_started_with_other_settings_are_refused(runs, small):
+    line = f"{small} --save_dir {runs.folder} --run_name no"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    run = runs.start([*torchrun, "bash", "-c", f'exec {sys.executable} -m effnet_fast {line} --seed "$RANK"'])
+    assert run.end() != 0
+    assert "error: the ranks disagree: --seed is 0 on rank 0" in run.said
+    assert "but 1 on rank 1" in run.said
+    assert not (runs.folder / "no" / "last.pt").exists()
+
+
+@pytest.mark.slow
+def test_four_ranks_two_ranks_four_ranks(runs, free_port):
+    """Two agents of two ranks each, of which one dies with its ranks and another comes; as machines would."""
+    flags = "--num_epochs 60 --save_every_steps 3 --sync_batchnorm false --hang_timeout 30"
+
+    def agent(is_host):
+        return runs.agent("elastic", flags, ranks=2, endpoint=f"127.0.0.1:{free_port}", is_host=is_host)
+
+    stays, goes = agent(is_host=True), agent(is_host=False)
+    stays.wait_for("on 4 x cpu")
+    stays.wait_for("step 10/")
+    goes.kill()
+    stays.wait_for("on 2 x cpu", timeout=180)
+    stays.wait_for("2 accumulation step(s) keep the batch of 16")
+    runs.wait_for_step("elastic", 40)
+    comes = agent(is_host=False)
+    stays.wait_for("on 4 x cpu", count=2)
+    assert stays.end(400) == 0, stays.said[-5000:]
+    comes.end(60)
+    assert runs.saved("elastic")["progress"]["step"] == 60 * 6
+    rows = runs.rows("elastic")
+    assert [row["step"] for row in rows] == list(range(1, 361))
+    assert sum(row["images"] for row in rows) == 60 * 6 * 16
+    assert stays.said.count("4 images, other ones each epoch, are left over and dropped") >= 3

@@ -12,21 +12,31 @@ from effnet_fast.model import EfficientNet, from_description
 
 
 def config_of(saved: dict[str, Any]) -> TrainConfig:
-    """The config of a checkpoint's run; settings that no longer exist are passed over."""
+    """The config of a checkpoint's run; settings that no longer exist are passed over.
+
+    Raises:
+        ValueError: it holds none.
+    """
     known = {field.name for field in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
+    try:
+        return TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("the checkpoint holds no config of a run") from error
 
 
 def load_model(saved: dict[str, Any], weights: str, device: torch.device) -> EfficientNet:
     """The model of a checkpoint with its weights: auto (the moving average where there is one), ema or raw.
 
     Raises:
-        ValueError: ema is asked for and the run kept none.
+        ValueError: it holds no model, or ema is asked for and the run kept none.
     """
-    model = from_description(saved["architecture"])
-    if weights == "ema" and saved["ema"] is None:
+    if weights == "ema" and saved.get("ema") is None:
         raise ValueError("the run kept no moving average (--ema_decay 0); use --weights raw")
-    model.load_state_dict(saved["model"])
-    if weights != "raw" and saved["ema"] is not None:
-        model.load_state_dict(saved["ema"], strict=False)
+    try:
+        model = from_description(saved["architecture"])
+        model.load_state_dict(saved["model"])
+        if weights != "raw" and saved["ema"] is not None:
+            model.load_state_dict(saved["ema"], strict=False)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError("the checkpoint holds no model, or one of another version") from error
     return model.to(device)

@@ -20,6 +20,9 @@ from effnet_fast.train import checkpoint
 # A run that was killed may leave workers that take a few seconds to notice, and they hold its lock.
 PATIENCE = 10.0  # seconds
 
+# What a checkpoint must hold to be gone on from; what not-finite.pt, say, does not.
+_NEEDED = {"model", "ema", "optimizer", "scaler", "meters", "progress", "config", "fingerprint", "result"}
+
 Found = tuple[Path, dict[str, Any]]
 
 
@@ -99,6 +102,8 @@ def _newest(folder: Path) -> Found | None:
 
 
 def _refuse_another_run(path: Path, saved: dict[str, Any], config: TrainConfig, fingerprint: str) -> None:
+    if missing := _NEEDED - saved.keys():
+        raise ValueError(f"{path} is no checkpoint to go on from: it holds no {', '.join(sorted(missing))}")
     asked = identity(config)
     before = identity(config_of(saved))
     differences = [f"{name} {before[name]} there, {asked[name]} here" for name in asked if asked[name] != before[name]]

@@ -18,7 +18,7 @@ from effnet_fast.train import checkpoint
 SMALL = (
     "train --dataset synthetic --limit_train 100 --limit_eval 16 --batch_size 16 --num_epochs 3 --learning_rate 0.05 "
     "--output_stride 32 --image_size 16 --width 0.25 --depth 0.3 --loader resident --num_workers 1 --log_every_steps 1 "
-    "--device cpu"
+    "--device cpu --hang_timeout 60"
 )
 STEPS_PER_EPOCH = 6  # and four images left over
 

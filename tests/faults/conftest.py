@@ -43,7 +43,7 @@ class Started:
     def said(self):
         return "".join(self.lines)
 
-    def wait_for(self, words, timeout=120, count=1):
+    def wait_for(self, words, timeout=300, count=1):
         """Wait until `count` lines hold `words`, and return the last of them."""
         until = time.monotonic() + timeout
         while time.monotonic() < until:
@@ -55,7 +55,7 @@ class Started:
             time.sleep(0.01)
         raise AssertionError(f"{words!r} was not said:\n{self.said[-5000:]}")
 
-    def end(self, timeout=180):
+    def end(self, timeout=400):
         """The exit status, once it has ended."""
         status = self.process.wait(timeout)
         self._reader.join(10)

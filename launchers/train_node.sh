@@ -10,5 +10,5 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/launch.sh"
 
-launch torchrun --standalone --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "${MAX_RESTARTS:-3}" \
-    -m effnet_fast train "$@"
+launch torchrun --rdzv-backend bound --rdzv-endpoint localhost:0 --rdzv-id "$$-$(date +%s)" \
+    --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "${MAX_RESTARTS:-3}" -m effnet_fast train "$@"

@@ -14,7 +14,7 @@ PACKAGE, KERNELS = ROOT / "effnet_fast", ROOT / "kernels" / "effnet_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests")
 
-GROUND = {"config", "distributed", "provenance"}
+GROUND = {"config", "distributed", "provenance", "rendezvous"}
 FLOOR = {"model", "data"} | GROUND
 VERBS = {"train", "search", "explain", "report"}
 # What each room may import besides itself; `effnet_fast` is the face, __init__.py.

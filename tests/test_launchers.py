@@ -135,7 +135,7 @@ def wait_for(process, words):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_preempted_slurm_job_stops_training_and_is_queued_again(stand_ins, number):
-    torchrun = 'trap "echo saved; exit 143" TERM; echo "training $*"; sleep 60 & wait'
+    torchrun = 'trap "echo saved; exit 143" TERM; echo "training $*"; sleep 60 >&- 2>&- & wait'
     commands = stand_ins(srun='shift; exec "$@"', scontrol=SCONTROL, torchrun=torchrun)
     job = start("slurm_train.sbatch", environment(commands), "--seed", "1")
     said = wait_for(job, "training ")
@@ -215,3 +215,28 @@ def test_a_preempted_slurm_job_goes_on_where_it_was(tmp_path, stand_ins):
     # The same job: it goes on, although it was first asked to start afresh.
     assert f"going on at step {saved['step']} of 48" in done.stdout
     assert checkpoint.load(tmp_path / "job" / "last.pt")["progress"]["finished"]
+
+
+def test_the_rendezvous_listens_where_it_is_told_to():
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import handler_registry
+
+    from effnet_fast import rendezvous
+
+    assert "bound" in handler_registry._registry, "install the project again: its entry point is missing"
+    parameters = RendezvousParameters("bound", "127.0.0.1:0", "test", 1, 1, is_host=True, read_timeout=20)
+    handler = rendezvous.handler()(parameters)
+    listening = {
+        (bytes.fromhex(row[1].split(":")[0]), int(row[1].split(":")[1], 16))
+        for table in ("tcp", "tcp6")
+        for row in map(str.split, Path(f"/proc/self/net/{table}").read_text().splitlines()[1:])
+        if row[3] == "0A"
+    }
+    port = handler._store.port
+    assert {address for address, number in listening if number == port} == {bytes([1, 0, 0, 127])}
+    # Another agent of this machine, which takes itself for the host too, joins it.
+    parameters = RendezvousParameters("bound", f"127.0.0.1:{port}", "test", 1, 1, is_host=True, read_timeout=20)
+    other = rendezvous.handler()(parameters)
+    other._store.set("word", "heard")
+    assert handler._store.get("word") == b"heard"
+    handler.shutdown()

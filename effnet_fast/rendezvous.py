@@ -19,6 +19,12 @@ from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 DEFAULT_PORT = 29400  # c10d's
 
 
+class _Backend(C10dRendezvousBackend):
+    @property
+    def name(self) -> str:
+        return "bound"
+
+
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
     """What torchrun asks the entry point for."""
     return _create
@@ -33,7 +39,7 @@ def _create(parameters: RendezvousParameters) -> RendezvousHandler:
     store = _serve(host, port, timeout) if is_host else None
     if store is None:  # another process is the host
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
-    return create_handler(store, C10dRendezvousBackend(store, parameters.run_id), parameters)
+    return create_handler(store, _Backend(store, parameters.run_id), parameters)
 
 
 def _serve(host: str, port: int, timeout: timedelta) -> dist.TCPStore | None:

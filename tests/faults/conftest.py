@@ -62,11 +62,21 @@ class Started:
         return status
 
     def kill(self):
-        """kill -9 of the whole group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """kill -9 of the process and all below it; torchrun's ranks are sessions of their own."""
+        for pid in [*descendants(self.process.pid), self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait(30)
         self._reader.join(10)
+
+
+def descendants(pid):
+    """All processes below one, the lowest first."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [found for child in children for found in (*descendants(int(child)), int(child))]
 
 
 class Runs:

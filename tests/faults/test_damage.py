@@ -61,10 +61,25 @@ def test_no_truncated_file_is_read(folder):
             checkpoint.load(path)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Makes a finished run, once, and copies it."""
+    first = tmp_path_factory.mktemp("trained")
+
+    def copy(small, folder):
+        if not (first / "run").exists():
+            run(f"{small} --save_dir {first} --run_name run")
+        shutil.copytree(first / "run", folder / "run")
+
+    return copy
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, small, capsys, damage, assert_same_state):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    tmp_path, small, trained, capsys, damage, assert_same_state
+):
     line = f"{small} --save_dir {tmp_path} --run_name run"
-    run(line)
+    trained(small, tmp_path)
     path = tmp_path / "run" / "last.pt"
     whole = checkpoint.load(path)
     content = bytearray(path.read_bytes())

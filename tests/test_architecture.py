@@ -181,3 +181,18 @@ def test_folders_that_must_not_be_packages_are_none():
     folders = [ROOT / name for name in ("kernels", "launchers", "benchmarks")]
     assert not [folder for folder in folders if (folder / "__init__.py").exists()]
     assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_what_comes_from_elsewhere_comes_through_few_doors():
+    """The network through archive.py, which verifies what it gets; pickles through readers that run no code."""
+    networked = {"urllib", "http", "requests", "httpx", "ftplib"}
+    doors = {name_of(path) for path in SOURCES for i in imports_of(path) if i.target.split(".")[0] in networked}
+    assert doors == {"effnet_fast/data/archive.py"}
+    calls = [(path, node) for path in SOURCES for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
+    for path, node in calls:
+        words = {(word.arg, ast.unparse(word.value)) for word in node.keywords}
+        if ast.unparse(node.func) == "torch.load":
+            assert ("weights_only", "True") in words, f"{name_of(path)}:{node.lineno}"
+        assert ("allow_pickle", "True") not in words, f"{name_of(path)}:{node.lineno}"
+    unsafe = {"pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "eval", "exec", "os.system"}
+    assert [name_of(path) for path, node in calls if ast.unparse(node.func) in unsafe] == []

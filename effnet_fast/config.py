@@ -131,7 +131,7 @@ class TrainConfig:
     kernels: Literal["auto", "triton", "torch"] = operational("auto")
     """Fused Triton kernels of the MBConv block; auto uses them on CUDA, torch never (EFFNET_KERNELS=torch too)."""
     loader: LoaderName = operational("auto")
-    """Data path; auto takes DALI where it can be imported, else resident."""
+    """Data path; auto takes what was recorded as faster on the device, else DALI where it can be imported."""
     num_workers: int = operational(8)
     """Threads of DALI or processes of the torch loader, capped to the machine's cores."""
     device: DeviceName = operational("auto")
@@ -212,7 +212,7 @@ class EvalConfig:
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
     """Autocast type; auto is bf16 on CUDA and no on the CPU. The bare flag is bf16."""
     loader: LoaderName = "auto"
-    """Data path; auto takes DALI where it can be imported, else resident."""
+    """Data path; auto takes what was recorded as faster on the device, else DALI where it can be imported."""
     num_workers: int = 8
     """Threads of DALI or processes of the torch loader, capped to the machine's cores."""
     device: DeviceName = "auto"

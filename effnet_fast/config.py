@@ -14,6 +14,7 @@ DatasetName = Literal["cifar100", "cifar10", "folder", "synthetic"]
 LoaderName = Literal["auto", "dali", "resident", "torch"]
 DeviceName = Literal["auto", "cuda", "cpu"]
 Switch = Literal["auto", "yes", "no"]
+StepMode = Literal["auto", "eager", "compile", "graph"]
 
 # YAML 1.1 reads the bare words no, off, yes and on as booleans.
 _WORDS: dict[object, str] = {False: "no", True: "yes", "off": "no", "on": "yes"}
@@ -54,8 +55,9 @@ class TrainConfig:
     """Decay of convolution and linear weights (never of BatchNorm or biases)."""
     momentum: float = 0.9
     """Momentum of sgd and rmsprop (a fraction, 0 to 1)."""
-    optimizer: Literal["sgd", "adamw", "rmsprop"] = "sgd"
-    """sgd with Nesterov momentum, adamw, or the EfficientNet paper's rmsprop (decay 0.9, eps 1e-3)."""
+    optimizer: Literal["sgd", "adamw", "rmsprop", "apex-sgd", "apex-lamb"] = "sgd"
+    """sgd with Nesterov momentum, adamw, the EfficientNet paper's rmsprop (decay 0.9, eps 1e-3), or NVIDIA apex's
+    FusedSGD and FusedLAMB where apex is installed."""
     schedule: Literal["cosine", "one-cycle", "step", "exponential", "constant"] = "cosine"
     """Learning rate over steps; `step` divides by 5 at 30, 60 and 80 % of the run, `exponential` is the paper's
     0.97 every 2.4 epochs, `one-cycle` rises for 30 % of the run."""
@@ -111,9 +113,16 @@ class TrainConfig:
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
     """Autocast type; auto is bf16 on CUDA and no on the CPU, fp16 uses a gradient scaler, no is float32 (with TF32
     products on CUDA). The bare flag is bf16."""
-    compile: Switch | bool = "auto"
-    """torch.compile; auto is yes on CUDA, and on the CPU only for 200,000 image visits or more at output stride 8 or 4,
-    where it was measured to pay. The bare flag is yes."""
+    step: StepMode = operational("auto")
+    """How a step is carried out: eager; compile, by torch.compile; or graph, compiled and captured whole in one CUDA
+    graph (one GPU). auto is compile on CUDA, and on the CPU only for 200,000 image visits or more at output stride 8
+    or 4, where it was measured to pay; else eager."""
+    compile: Switch | bool = operational("auto")
+    """An older way to say --step compile (yes, or the bare flag) and --step eager (no); --step graph --compile no
+    captures the model uncompiled."""
+    activation_checkpointing: bool = operational(False)
+    """Compute the activations of each MBConv block anew in the backward pass rather than keep them: less memory, about
+    a third more arithmetic, the same result."""
     sync_batchnorm: bool = True
     """Share BatchNorm statistics among ranks, so that any number of ranks computes the same step."""
     deterministic: bool = False
@@ -122,7 +131,7 @@ class TrainConfig:
     kernels: Literal["auto", "triton", "torch"] = operational("auto")
     """Fused Triton kernels of the MBConv block; auto uses them on CUDA, torch never (EFFNET_KERNELS=torch too)."""
     loader: LoaderName = operational("auto")
-    """Data path; auto takes DALI where it can be imported, else resident."""
+    """Data path; auto takes what was recorded as faster on the device, else DALI where it can be imported."""
     num_workers: int = operational(8)
     """Threads of DALI or processes of the torch loader, capped to the machine's cores."""
     device: DeviceName = operational("auto")
@@ -170,6 +179,10 @@ class TrainConfig:
             _require(value is None or value > 0, f"--{name} must be above 0, not {value}")
         _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
         _require(
+            (self.step, self.compile) not in (("eager", "yes"), ("compile", "no")),
+            f"--step {self.step} and --compile {self.compile} contradict each other: leave --compile out",
+        )
+        _require(
             self.auto_augment == "none" or self.loader in ("auto", "dali"),
             f"--auto_augment {self.auto_augment} is done by DALI: use --loader dali, not {self.loader}",
         )
@@ -199,7 +212,7 @@ class EvalConfig:
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
     """Autocast type; auto is bf16 on CUDA and no on the CPU. The bare flag is bf16."""
     loader: LoaderName = "auto"
-    """Data path; auto takes DALI where it can be imported, else resident."""
+    """Data path; auto takes what was recorded as faster on the device, else DALI where it can be imported."""
     num_workers: int = 8
     """Threads of DALI or processes of the torch loader, capped to the machine's cores."""
     device: DeviceName = "auto"

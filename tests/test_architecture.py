@@ -29,7 +29,8 @@ MAY_IMPORT = {
     **{room: set() for room in GROUND},
     "effnet_kernels": set(),
 }
-HEAVY = {"triton", "nvidia", "captum", "optuna"}  # imported where they are needed, never on the way there
+# Imported where they are needed, never on the way there.
+HEAVY = {"triton", "nvidia", "captum", "optuna", "apex", "amp_C"}
 BUILDERS = {"create_model", "from_description", "load_dataset", "make_loader"}
 BUILT = {"EfficientNet", "Loader", "DaliLoader", "ResidentLoader", "TorchLoader"}
 

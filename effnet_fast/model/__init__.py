@@ -7,6 +7,7 @@ from effnet_fast.model.efficientnet import (
     create_model,
     from_description,
     list_models,
+    recompute_blocks,
     variant,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "create_model",
     "from_description",
     "list_models",
+    "recompute_blocks",
     "variant",
 ]

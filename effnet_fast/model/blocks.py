@@ -6,12 +6,15 @@ This is the one door to effnet_kernels: no other file of effnet_fast imports it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from effnet_fast import distributed
 from effnet_kernels import batch_norm as bn_ops
@@ -208,9 +211,17 @@ def drop_path_scale(x: Tensor, rate: float) -> Tensor:
     return torch.empty(x.shape[0], dtype=x.dtype, device=x.device).bernoulli_(keep) / keep
 
 
-def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Zero whole samples of [N, C, H, W], or scale them up, as `drop_path_scale` draws."""
-    return x * drop_path_scale(x, rate)[:, None, None, None]
+@contextmanager
+def _frozen_statistics(norms: list[BatchNorm]) -> Iterator[None]:
+    """Within, a training pass normalises by the batch but leaves the running statistics, bit for bit."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 class MBConv(nn.Module):
@@ -226,6 +237,9 @@ class MBConv(nn.Module):
         style: padding and BatchNorm's constants.
         se_ratio: channels of the gate's bottleneck per input channel.
         drop_path: probability that a sample skips the block in training.
+
+    Where the attribute `recompute` is set, the backward pass computes the block's activations anew, so that only its
+    input is kept (Chen et al. 2016): same gradients, statistics and random draws, less memory, one more forward pass.
     """
 
     expand: ConvNormAct | nn.Identity
@@ -246,6 +260,7 @@ class MBConv(nn.Module):
         hidden = inputs * expand
         self.kernels = style.kernels
         self.drop_path = drop_path
+        self.recompute = False
         self.residual = stride == 1 and inputs == outputs
         self.expand = ConvNormAct(inputs, hidden, 1, style=style) if expand != 1 else nn.Identity()
         self.depthwise = ConvNormAct(hidden, hidden, kernel, stride, groups=hidden, style=style)
@@ -257,14 +272,28 @@ class MBConv(nn.Module):
         return self.residual and self.training and self.drop_path > 0
 
     def forward(self, x: Tensor) -> Tensor:
+        # Drawn here, outside of what is recomputed, so that no state of a generator has to be kept and set back: a
+        # CUDA graph could not, and compiled code is known to draw another mask the second time (pytorch #198333).
+        scale = drop_path_scale(x, self.drop_path) if self.drops else None
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return self._block(x, scale)
+        # Compiled, the statistics' update is an output of the forward graph, which the backward does not repeat.
+        contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": self._contexts}
+        return checkpoint(self._block, x, scale, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
+        return nullcontext(), _frozen_statistics(norms)
+
+    def _block(self, x: Tensor, scale: Tensor | None) -> Tensor:
         if use_triton(self.kernels, x):
-            return self._fused_forward(x)
+            return self._fused_block(x, scale)
         y = self.project(self.se(self.depthwise(self.expand(x))))
-        if self.drops:
-            y = drop_path(y, self.drop_path)
+        if scale is not None:
+            y = y * scale[:, None, None, None]
         return x + y if self.residual else y
 
-    def _fused_forward(self, x: Tensor) -> Tensor:
+    def _fused_block(self, x: Tensor, scale: Tensor | None) -> Tensor:
         expand = self.expand if isinstance(self.expand, ConvNormAct) else None
         raw = x if expand is None else expand.conv(x)
         conv = self.depthwise.conv
@@ -280,5 +309,4 @@ class MBConv(nn.Module):
             kernels=self.kernels,
         )
         y = self.project.conv(gated)
-        scale = drop_path_scale(y, self.drop_path) if self.drops else None
         return self.project.finish(y, x if self.residual else None, scale)

@@ -171,6 +171,19 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
+def recompute_blocks(model: nn.Module) -> None:
+    """Keep only the input of each MBConv block for the backward pass, which computes the rest anew.
+
+    Raises:
+        ValueError: the model has no such block.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, MBConv)]
+    if not blocks:
+        raise ValueError("--activation_checkpointing is for models of MBConv blocks, which this one is not")
+    for block in blocks:
+        block.recompute = True
+
+
 def from_description(description: dict[str, Any]) -> EfficientNet:
     """Rebuild the model a checkpoint describes (`dataclasses.asdict` of its Architecture).
 

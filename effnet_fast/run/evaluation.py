@@ -55,7 +55,7 @@ def evaluate_checkpoint(config: EvalConfig) -> int:
         num_workers=worker_count(config.num_workers),
         augment=None,
     )
-    kind, reason = choose(config.loader, split)
+    kind, reason = choose(config.loader, split, device)
     loader = make_loader(kind, split, spec)
     result = evaluate(model, loader.epoch(0), num_classes=len(saved["classes"]), precision=precision, device=device)
     loader.close()

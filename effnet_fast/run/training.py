@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -21,14 +21,15 @@ from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.data.loaders import choose, make_loader
 from effnet_fast.distributed import World
-from effnet_fast.model import EfficientNet, batch_norms, create_model, scaling, variant
+from effnet_fast.model import EfficientNet, batch_norms, create_model, recompute_blocks, scaling, variant
 from effnet_fast.run import resume
 from effnet_fast.run.agreement import about_run, about_start, agree
 from effnet_fast.run.settings import (
+    compile_model,
     loader_dtype,
-    resolve_compile,
     resolve_image_size,
     resolve_precision,
+    resolve_step,
     set_backends,
     worker_count,
 )
@@ -42,6 +43,9 @@ from effnet_fast.train.record import Recorder
 from effnet_fast.train.schedule import make_schedule
 from effnet_fast.train.step import Step
 from effnet_fast.train.writer import Writer
+
+if TYPE_CHECKING:
+    from effnet_fast.model.complexity import Complexity
 
 # A run of fewer steps than this many of BatchNorm's time constants re-estimates its statistics before evaluations.
 STALE_TIME_CONSTANTS = 20
@@ -59,6 +63,7 @@ class Plan:
     image_size: int
     precision: str
     compile: bool
+    graph: bool
     steps_per_epoch: int
 
     @property
@@ -73,7 +78,8 @@ class Plan:
     @property
     def arithmetic(self) -> str:
         """How it computes, to be read."""
-        return ("fp32" if self.precision == "no" else self.precision) + (", compiled" if self.compile else "")
+        ways = {"compiled": self.compile, "in one CUDA graph": self.graph}
+        return ", ".join(["fp32" if self.precision == "no" else self.precision, *(way for way in ways if ways[way])])
 
 
 def train(config: TrainConfig) -> int:
@@ -94,7 +100,10 @@ def train(config: TrainConfig) -> int:
                     print(_forecast(plan))
                 return 0
             with resume.alone(plan.folder, world):
-                return _Training(plan, watch).run()
+                try:
+                    return _Training(plan, watch).run()
+                except torch.OutOfMemoryError as error:
+                    raise ValueError(_memory_advice(plan)) from error
     finally:
         distributed.shutdown()
 
@@ -104,6 +113,8 @@ def _plan(config: TrainConfig, world: World) -> Plan:
     if not checkpoint.generations(folder / checkpoint.LAST):  # else the checkpoint has a say
         resume.accumulation(config, world.size, None)
     variant(config.model)  # an unknown name is refused before any data is fetched
+    if config.optimizer in optim.APEX:
+        optim.apex_class(config.optimizer)
     dataset = data.load_dataset(
         config.dataset,
         Path(config.data_dir),
@@ -119,6 +130,7 @@ def _plan(config: TrainConfig, world: World) -> Plan:
     image_size = resolve_image_size(config.image_size, config.model, dataset.native_size)
     stride = config.output_stride or scaling.default_output_stride(image_size)
     images = steps_per_epoch * config.batch_size * config.num_epochs
+    compiled, graph = resolve_step(config, world, stride, images)
     return Plan(
         config=config,
         world=world,
@@ -126,12 +138,13 @@ def _plan(config: TrainConfig, world: World) -> Plan:
         dataset=dataset,
         image_size=image_size,
         precision=resolve_precision(str(config.mixed_precision), world.device),
-        compile=resolve_compile(str(config.compile), world.device, stride, images),
+        compile=compiled,
+        graph=graph,
         steps_per_epoch=steps_per_epoch,
     )
 
 
-def _build_model(plan: Plan) -> EfficientNet:
+def _build_model(plan: Plan, device: torch.device) -> EfficientNet:
     config = plan.config
     torch.manual_seed(config.seed)
     model = create_model(
@@ -147,7 +160,9 @@ def _build_model(plan: Plan) -> EfficientNet:
     )
     for norm in batch_norms(model):
         norm.synchronised = config.sync_batchnorm
-    return model.to(plan.world.device)
+    if config.activation_checkpointing:
+        recompute_blocks(model)
+    return model.to(device)
 
 
 def _callable_model(plan: Plan, module: EfficientNet, pieces: int) -> nn.Module:
@@ -160,7 +175,9 @@ def _callable_model(plan: Plan, module: EfficientNet, pieces: int) -> nn.Module:
             # Together with accumulation's no_sync it aborts in torch 2.13.
             static_graph=pieces == 1,
         )
-    return torch.compile(model) if plan.compile else model  # type: ignore[return-value]
+    if not plan.compile:
+        return model
+    return compile_model(model, plan.world.device, recomputes=plan.config.activation_checkpointing)
 
 
 def _loader_spec(plan: Plan, augment: Augment | None) -> LoaderSpec:
@@ -201,7 +218,7 @@ class _Training:
         self.progress = Progress()
         self.found = resume.read_checkpoint(config, plan.folder, plan.dataset.fingerprint)
         saved = self.found[1] if self.found else None
-        self.model = _build_model(plan)
+        self.model = _build_model(plan, world.device)
         agree(about_run(plan.dataset.fingerprint, self.model, saved))
         # With other ranks than before, as many images in one pass as before.
         most_images = saved.get("images_per_pass") if saved else None
@@ -224,6 +241,7 @@ class _Training:
             ema=Ema(self.model, config.ema_decay) if config.ema_decay > 0 else None,
             world=world,
             seed=config.seed,
+            graph=plan.graph,
         )
         self.last_result: dict[str, Any] = {}
         self._is_best = False
@@ -241,6 +259,7 @@ class _Training:
         self.recorder = Recorder(
             self.folder,
             main=plan.world.is_main,
+            device=plan.world.device,
             step=self.progress.step,
             total_steps=plan.steps,
             steps_per_epoch=plan.steps_per_epoch,
@@ -334,8 +353,9 @@ class _Training:
     def _make_loaders(self) -> None:
         plan, dataset = self.plan, self.plan.dataset
         held = dataset.val if dataset.val is not None else dataset.test
-        kind, self.loader_reason = choose(plan.config.loader, dataset.train)
-        self.loader: Loader = make_loader(kind, dataset.train, _loader_spec(plan, augmentation(plan.config)))
+        augment = augmentation(plan.config)
+        kind, self.loader_reason = choose(plan.config.loader, dataset.train, plan.world.device, augment)
+        self.loader: Loader = make_loader(kind, dataset.train, _loader_spec(plan, augment))
         self.eval_loader: Loader = make_loader(kind, held, _loader_spec(plan, None))
 
     def _report(self) -> None:
@@ -434,6 +454,7 @@ class _Training:
             print(f"{why} at step {self.progress.step} of {self.plan.steps}; the same command goes on from there")
         if not (self.folder / "metrics.jsonl").stat().st_size:
             return
+        print(self.recorder.summary())
         from effnet_fast.report.curves import plot_curves
 
         plot_curves([self.folder], self.folder / "curves.png")
@@ -443,18 +464,42 @@ class _Training:
         print(f"in {self.folder}: {', '.join(found)}, tensorboard/, config.yaml, environment.json")
 
 
+def _image_bytes(plan: Plan, cost: Complexity) -> int:
+    """Memory that an image of a piece of the batch takes on its device, estimated."""
+    return cost.training_bytes_per_image(4 if plan.precision == "no" else 2)
+
+
+def _memory_advice(plan: Plan) -> str:
+    """What to do when a device's memory is full, in one line."""
+    from effnet_fast.model.complexity import complexity
+
+    config, device = plan.config, plan.world.device
+    total = torch.cuda.get_device_properties(device).total_memory
+    cost = complexity(_build_model(plan, torch.device("cpu")), plan.image_size)
+    pieces = resume.accumulation(config, plan.world.size, None)
+    ways = plan.world.size * pieces
+    fits = max((total - cost.state_bytes) // _image_bytes(plan, cost), 0) * ways
+    largest = f"--batch_size {fits} at most" if ways <= fits < config.batch_size else "half the --batch_size"
+    remedies = [
+        f"{largest} (estimated for {total / 2**30:.0f} GiB)",
+        f"more --grad_accumulation than {pieces}",
+        *([] if config.activation_checkpointing else ["--activation_checkpointing"]),
+        "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment",
+    ]
+    return f"the memory of {device} is full at --batch_size {config.batch_size}: try {', '.join(remedies)}"
+
+
 def _forecast(plan: Plan) -> str:
     """What `--dry_run` says."""
     from effnet_fast.model.complexity import complexity
 
-    model = _build_model(plan)
+    model = _build_model(plan, torch.device("cpu"))
     cost = complexity(model, plan.image_size)
     config = plan.config
-    kind, _ = choose(config.loader, plan.dataset.train)
+    kind, _ = choose(config.loader, plan.dataset.train, plan.world.device, augmentation(config))
     pieces = resume.accumulation(config, plan.world.size, None)
     per_rank = config.batch_size // plan.world.size // pieces
-    bytes_per_value = 4 if plan.precision == "no" else 2
-    memory = per_rank * cost.training_bytes_per_image(bytes_per_value) + cost.state_bytes
+    memory = per_rank * _image_bytes(plan, cost) + cost.state_bytes
     images = plan.steps * config.batch_size
     rows = {
         "model": f"{config.model}, {cost.parameters:,} parameters, {plan.image_size} px, output stride "

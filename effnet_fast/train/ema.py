@@ -26,10 +26,13 @@ class Ema:
         self.live: list[Tensor] = list(entries.values())
         self.average: list[Tensor] = [t.clone() for t in self.live]
 
+    def share(self, step: int) -> float:
+        """What the weights after optimizer step `step` contribute: 1 - decay."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
-    def update(self, step: int, keep: Tensor) -> None:
-        """Take in the weights after optimizer step `step`; where `keep` (one float32 on the device) is 0, nothing."""
-        share = keep * (1 - min(self.decay, (1 + step) / (10 + step)))
+    def update(self, share: Tensor) -> None:
+        """Take in the weights by `share`, a float32 of no dimension on the device; 0 leaves the average as it is."""
         torch._foreach_mul_(self.average, 1 - share)
         torch._foreach_add_(self.average, torch._foreach_mul(self.live, share))
 

@@ -50,8 +50,8 @@ class Meters:
         self.sums[_CORRECT] += correct
         self.sums[_COUNT] += count
 
-    def add_step(self, norm: Tensor, skipped: Tensor, bad: Tensor, step: int) -> None:
-        """Count a step; `skipped` and `bad` are bools on the device. The first bad step's number is kept."""
+    def add_step(self, norm: Tensor, skipped: Tensor, bad: Tensor, step: Tensor) -> None:
+        """Count step number `step`, all on the device; `skipped` and `bad` are bools. The first bad one is kept."""
         self.sums[_NORM] += torch.nan_to_num(norm, 0.0, 0.0, 0.0)
         self.sums[_STEPS] += 1
         self.sums[_SKIPPED] += skipped

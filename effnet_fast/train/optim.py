@@ -3,14 +3,23 @@
 The contract is that of torch's fused optimizers and GradScaler: an optimizer with the attributes `grad_scale` and
 `found_inf` (float32 tensors of one element) divides the gradients by the first and changes nothing where the second
 is 1. Clipping and the fp16 scale thus ride in the update's own pass over the gradients.
+
+All of an optimizer's state exists from the start, so that a warm-up can be undone and a first step skipped.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from effnet_fast.train.buffers import Buffers
+
+# NVIDIA apex's optimizers, by our names for them: the class, and the state that it keeps of each parameter.
+APEX = {"apex-sgd": ("FusedSGD", ("momentum_buffer",)), "apex-lamb": ("FusedLAMB", ("exp_avg", "exp_avg_sq"))}
 
 
 class RMSprop(torch.optim.Optimizer):
@@ -26,16 +35,14 @@ class RMSprop(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: Tensor, momentum: float = 0.9, decay: float = 0.9, eps: float = 1e-3) -> None:
         defaults = {"lr": lr, "momentum": momentum, "decay": decay, "eps": eps, "weight_decay": 0.0}
         super().__init__(params, defaults)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p] = {"mean_square": torch.ones_like(p), "momentum": torch.zeros_like(p)}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         keep = 1 - self.found_inf
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"mean_square": torch.ones_like(p), "momentum": torch.zeros_like(p)}
-            self._update(params, group, keep)
+            self._update([p for p in group["params"] if p.grad is not None], group, keep)
 
     def _update(self, params: list[Tensor], group: dict[str, Any], keep: Tensor) -> None:
         # A bad gradient is cleared rather than multiplied by 0, which would leave NaN.
@@ -68,18 +75,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def make_optimizer(name: str, model: nn.Module, *, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
     """Build an optimizer over a model's parameters.
 
-    Its learning rate is one float32 tensor on the parameters' device, shared by all groups, to be filled each step.
+    Its learning rate is to be set each step by `set_rate`.
 
     Args:
-        name: sgd (Nesterov), adamw, or rmsprop (the paper's).
-        momentum: of sgd and rmsprop.
+        name: sgd (Nesterov), adamw, rmsprop (the paper's), apex-sgd or apex-lamb (NVIDIA apex's).
+        momentum: of sgd, rmsprop and apex-sgd.
         weight_decay: per step and unit of learning rate; coupled (added to the gradient) for sgd and rmsprop,
-            decoupled for adamw.
+            decoupled for adamw and lamb.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or NVIDIA apex is asked for and not here.
     """
     groups = parameter_groups(model, weight_decay)
+    if name in APEX:
+        return _make_apex(name, groups, momentum)
     rate = torch.zeros((), device=groups[0]["params"][0].device)
     if name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0, fused=True)
@@ -88,10 +97,85 @@ def make_optimizer(name: str, model: nn.Module, *, momentum: float, weight_decay
             optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for g in groups for p in g["params"]})
         return optimizer
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, fused=True)
+        adamw = torch.optim.AdamW(groups, lr=rate, fused=True)
+        for p in (p for group in groups for p in group["params"]):
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            adamw.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        return adamw
     if name == "rmsprop":
         return RMSprop(groups, lr=rate, momentum=momentum)
-    raise ValueError(f"unknown optimizer {name!r}; choose sgd, adamw or rmsprop")
+    raise ValueError(f"unknown optimizer {name!r}; choose sgd, adamw, rmsprop, {' or '.join(APEX)}")
+
+
+class _Skipping:
+    """Gives an apex optimizer the contract of this module; mixed in before it.
+
+    FusedLAMB computes on whatever it is given, and the buffer by which FusedSGD's kernel can be told to do nothing is
+    not part of its interface: so the step is taken, and taken back where it was bad. FusedLAMB counts its steps on the
+    host, bad ones too, so after an overflow of fp16 its bias correction is ahead by a step.
+    """
+
+    grad_scale: Tensor
+    found_inf: Tensor
+    param_groups: list[dict[str, Any]]
+    state: dict[Tensor, dict[str, Tensor]]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_div_([p.grad for p in params if p.grad is not None], self.grad_scale)
+        changed = Buffers([*params, *(t for p in params for t in self.state[p].values())])
+        before = changed.copy()
+        super().step()  # type: ignore[misc]
+        changed.restore(before, self.found_inf > 0)
+
+
+def _make_apex(name: str, groups: list[dict[str, Any]], momentum: float) -> torch.optim.Optimizer:
+    optimizer_class, kept = apex_class(name), APEX[name][1]
+    options: dict[str, Any] = {"lr": 0.0}
+    if name == "apex-sgd":
+        options |= {"momentum": momentum, "nesterov": momentum > 0}
+    else:
+        options["max_grad_norm"] = float("inf")  # it would clip once more
+    optimizer = type(f"Skipping{optimizer_class.__name__}", (_Skipping, optimizer_class), {})(groups, **options)
+    for p in (p for group in groups for p in group["params"]):
+        optimizer.state[p] = {key: torch.zeros_like(p) for key in kept}
+    return optimizer
+
+
+def apex_class(name: str) -> type:
+    """NVIDIA apex's class for apex-sgd or apex-lamb.
+
+    Raises:
+        ValueError: apex is not installed, is the unrelated project of that name on PyPI, or lacks its CUDA extensions.
+    """
+    try:
+        importlib.import_module("amp_C")  # apex's kernels; looked for first, so that no stranger's code is run
+        return getattr(importlib.import_module("apex.optimizers"), APEX[name][0])
+    except (ImportError, AttributeError) as error:
+        stranger = importlib.util.find_spec("apex") is not None
+        found = "the `apex` here is another project or lacks its CUDA extensions" if stranger else "it is not installed"
+        raise ValueError(
+            f"--optimizer {name} needs NVIDIA apex, and {found}: build it with --cpp_ext --cuda_ext from "
+            "https://github.com/NVIDIA/apex (PyPI's `apex` is something else)"
+        ) from error
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next step: into the one tensor that torch's and ours share, or apex's numbers."""
+    shared = optimizer.param_groups[0]["lr"]
+    if isinstance(shared, Tensor):
+        shared.fill_(rate)
+    else:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def let_capture(optimizer: torch.optim.Optimizer) -> None:
+    """Tell torch that a CUDA graph will hold the steps; its fused optimizers compute the same either way."""
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -20,6 +21,30 @@ from effnet_fast.train.checkpoint import write_atomically
 from effnet_fast.train.meters import Reading
 
 T = TypeVar("T")
+Moment = Any  # a number of seconds, or an event on the device's stream
+
+
+class Clock:
+    """Moments on the time line of the work, compared later.
+
+    On CUDA the host runs ahead of the device, and its own clock would count as waiting for data the time in which it
+    is held back. An event in the stream of the steps tells when the device got there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+
+    def now(self) -> Moment:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Moment, end: Moment) -> float:
+        """The time between two moments, both of which the device has passed."""
+        return start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+
 
 _ROOM = 1 << 20  # bytes free without which no TensorBoard events are written: its thread dies of a full disk
 
@@ -61,18 +86,22 @@ class Recorder:
     Args:
         folder: of the run.
         main: whether this rank writes.
+        device: that the steps run on.
         step: optimizer steps done before; rows beyond it, of a run that was killed, are dropped.
         total_steps: of the whole run.
         steps_per_epoch: optimizer steps in an epoch.
     """
 
-    def __init__(self, folder: Path, *, main: bool, step: int, total_steps: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self, folder: Path, *, main: bool, device: torch.device, step: int, total_steps: int, steps_per_epoch: int
+    ) -> None:
         self.main = main
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.console = Console(highlight=False, soft_wrap=True)
-        self._busy = self._waiting = 0.0
-        self._images = 0
+        self._clock = Clock(device)
+        self._laps: list[tuple[Moment, Moment, Moment, int]] = []  # asked for, given, learnt from; images
+        self._images, self._seconds, self._waited = 0, 0.0, 0.0  # of the whole run
         self._began, self._first = time.perf_counter(), step
         if main:
             self._open(folder, step)
@@ -97,19 +126,23 @@ class Recorder:
         """Pass batches on, keeping the time spent waiting for them apart from the time spent on them."""
         iterator = iter(batches)
         while True:
-            start = time.perf_counter()
+            asked = self._clock.now()
             batch = next(iterator, None)
-            self._waiting += time.perf_counter() - start
             if batch is None:
                 return
-            start = time.perf_counter()
+            given = self._clock.now()
             yield batch
-            self._busy += time.perf_counter() - start
-            self._images += len(batch[1])  # type: ignore[arg-type]
+            self._laps.append((asked, given, self._clock.now(), len(batch[1])))  # type: ignore[arg-type]
 
     def train(self, step: int, reading: Reading, learning_rate: float, world: int) -> None:
         """A row of training: means since the last one."""
-        seconds = max(self._busy + self._waiting, 1e-9)
+        laps, self._laps = self._laps, []
+        images = sum(count for *_, count in laps) * world
+        waited = sum(self._clock.seconds(asked, given) for asked, given, *_ in laps)
+        seconds = max(sum(self._clock.seconds(asked, done) for asked, _, done, _ in laps), 1e-9)
+        self._images += images
+        self._seconds += seconds
+        self._waited += waited
         row = {
             "kind": "train",
             "step": step,
@@ -120,13 +153,18 @@ class Recorder:
             "learning_rate": learning_rate,
             "grad_norm": reading.grad_norm,
             "skipped": reading.skipped,
-            "img_per_s": self._images * world / seconds,
-            "wait_share": self._waiting / seconds,
+            "img_per_s": images / seconds,
+            "wait_share": waited / seconds,
         }
-        self._busy = self._waiting = 0.0
-        self._images = 0
         self._write(row)
         self._show(row)
+
+    def summary(self) -> str:
+        """The speed of training, evaluations aside, since this process began: one line."""
+        if not self._images:
+            return "too short to tell the speed"
+        share = 100 * self._waited / self._seconds
+        return f"trained at {self._images / self._seconds:.0f} img/s, {share:.0f} % of the time waiting for data"
 
     def evaluation(self, step: int, row: dict[str, Any]) -> None:
         """A row of an evaluation: split, loss, top1, top5, seconds, and ema_* beside them."""

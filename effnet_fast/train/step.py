@@ -1,5 +1,8 @@
 """One optimizer step: batch -> loss -> gradients -> update. It never logs and never waits for the device.
 
+All that the device does in a step is one method, `Step._body`, a function of the batch and of a few numbers that the
+schedules give: called as it is, or captured in a CUDA graph and replayed.
+
 What a step draws at random depends on (seed, rank, step) alone, so a resumed run repeats it. A step whose gradient is
 not finite is found on the device and changes no weight, average or BatchNorm statistic; nor does any step after it,
 until the host reads the meters and stops, so that what is saved then is the state that broke.
@@ -8,7 +11,7 @@ until the host reads the meters and stops, so that what is saved then is the sta
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnet_fast import distributed
+from effnet_fast.data.augment import upload
 from effnet_fast.distributed import World
 from effnet_fast.train import optim
+from effnet_fast.train.buffers import Buffers
 from effnet_fast.train.ema import Ema
+from effnet_fast.train.graph import Captured
 from effnet_fast.train.meters import Meters
 from effnet_fast.train.mixing import Mixing, mix_images
 from effnet_fast.train.schedule import Schedule
@@ -55,35 +60,6 @@ class LossScale:
         self.good_steps.copy_(state["good_steps"])
 
 
-class Buffers:
-    """Floating-point buffers (BatchNorm's statistics) as one tensor, e.g. to be put back after a bad step."""
-
-    def __init__(self, buffers: list[Tensor]) -> None:
-        self.buffers = buffers
-        self.sizes = [b.numel() for b in self.buffers]
-
-    def copy(self) -> Tensor:
-        return torch.cat([b.flatten() for b in self.buffers])
-
-    def restore(self, saved: Tensor, bad: Tensor) -> None:
-        """Where `bad`, put `saved` back; a handful of launches however many buffers there are."""
-        right = torch.where(bad, saved, self.copy()).split(self.sizes)
-        self._set(right)
-
-    def average_over_ranks(self) -> None:
-        """Give every rank the mean of all ranks' buffers; ranks that synchronise BatchNorm have it already."""
-        if distributed.world_size() > 1:
-            mean = distributed.all_reduce_(self.copy()) / distributed.world_size()
-            self.load(mean)
-
-    def load(self, values: Tensor) -> None:
-        """Put back what `copy` gave."""
-        self._set(values.split(self.sizes))
-
-    def _set(self, values: Iterable[Tensor]) -> None:
-        torch._foreach_copy_(self.buffers, [v.view_as(b) for v, b in zip(values, self.buffers, strict=True)])
-
-
 class Step:
     """The training step.
 
@@ -101,6 +77,8 @@ class Step:
         ema: average of the weights, or None.
         world: rank and device.
         seed: of dropout and stochastic depth.
+        graph: capture the step in a CUDA graph at the first call and replay it from then on. Needs a CUDA device, a
+            world of one, an optimizer whose state and learning rate are on the device, and batches of one shape.
     """
 
     def __init__(
@@ -119,6 +97,7 @@ class Step:
         ema: Ema | None,
         world: World,
         seed: int,
+        graph: bool = False,
     ) -> None:
         self.model = model
         self.module = module
@@ -137,10 +116,12 @@ class Step:
         self.scale = LossScale(world.device, enabled=precision == "fp16")
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         live = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
-        self.buffers = Buffers(list(live.values()))
+        self.buffers = Buffers(live.values())
         # With the moving average's, what ranks that keep BatchNorm's statistics apart do not have in common.
         averages = ema.state_dict() if ema is not None else {}
         self.statistics = Buffers([*live.values(), *(average for name, average in averages.items() if name in live)])
+        self.graph = graph
+        self._call = self._make_call()
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -154,18 +135,35 @@ class Step:
             labels: int64 [N].
         """
         torch.manual_seed(_step_seed(self.seed, self.world.rank, step))
-        self.optimizer.param_groups[0]["lr"].fill_(self.rate(step))
-        saved = self.buffers.copy()
-        self._gradients(images, labels, step)
-        self._update(saved, step)
+        optim.set_rate(self.optimizer, self.rate(step))
+        self._call(images, labels, self._numbers(step, images.shape[-1]))
 
-    def _gradients(self, images: Tensor, labels: Tensor, step: int) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _make_call(self) -> Callable[[Tensor, Tensor, Tensor], None]:
+        if not self.graph:
+            return self._body
+        optim.let_capture(self.optimizer)
+        return Captured(self._body, self._state)
+
+    def _numbers(self, step: int, size: int) -> Tensor:
+        """What differs from step to step besides the batch: float64 [2] on the device, or [8] with mixing.
+
+        The number of the step, the share of the weights in the average, and the six numbers of `Mixing.draw`.
+        """
+        share = 0.0 if self.ema is None else self.ema.share(step)
+        mix = self.mixing.draw(step, size) if self.mixing.active else []
+        return upload(np.array([step, share, *mix]), self.world.device)
+
+    def _body(self, images: Tensor, labels: Tensor, numbers: Tensor) -> None:
+        """The device's part of a step; reads nothing from the host that changes, so it can be captured."""
+        saved = self.buffers.copy()
+        self._gradients(images, labels, numbers[2:].float())
+        self._update(saved, numbers[0], numbers[1].float())
+
+    def _gradients(self, images: Tensor, labels: Tensor, mix: Tensor) -> None:
+        self.module.zero_grad()
         partners, target = labels, labels.new_ones((), dtype=torch.float32)
         if self.mixing.active:
-            numbers = torch.tensor(self.mixing.draw(step, images.shape[-1]))
-            numbers = numbers.to(images.device, non_blocking=True)
-            images, partners, target = mix_images(images, numbers), labels.flip(0), numbers[1]
+            images, partners, target = mix_images(images, mix), labels.flip(0), mix[1]
         pieces = [t.chunk(self.accumulation) for t in (images, labels, partners)]
         for i, (x, a, b) in enumerate(zip(*pieces, strict=True)):
             with self._reduction(last=i == self.accumulation - 1):
@@ -192,7 +190,7 @@ class Step:
         return self.model.no_sync()  # type: ignore[operator]  # DDP's
 
     @torch.no_grad()
-    def _update(self, saved: Tensor, step: int) -> None:
+    def _update(self, saved: Tensor, step: Tensor, share: Tensor) -> None:
         # The norm is of the reduced gradient, hence the same on all ranks, and not finite if any rank's loss was not.
         norm = torch.nn.utils.get_total_norm(p.grad for p in self.params if p.grad is not None) / self.scale.scale
         overflow = ~torch.isfinite(norm)
@@ -205,9 +203,16 @@ class Step:
         self.optimizer.step()
         self.buffers.restore(saved, skip > 0)
         if self.ema is not None:
-            self.ema.update(step, 1 - skip)
+            self.ema.update(share * (1 - skip))
         self.scale.update(skip)
         self.meters.add_step(norm, overflow & ~bad, bad, step)
+
+    def _state(self) -> list[Tensor]:
+        """Every tensor that a step changes."""
+        optimizer = [t for state in self.optimizer.state.values() for t in state.values()]
+        average = [] if self.ema is None else self.ema.average
+        own = [self.scale.scale, self.scale.good_steps, self.meters.sums]
+        return [*self.module.parameters(), *self.module.buffers(), *optimizer, *average, *own]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; all ranks must ask for it together."""
@@ -226,6 +231,7 @@ class Step:
         optim.load_state(self.optimizer, state["optimizer"])
         self.scale.load_state_dict(state["scaler"])
         self.meters.restore(state["meters"], self.world.rank)
+        self._call = self._make_call()  # a graph would go on with the optimizer's tensors of before
 
 
 def _step_seed(seed: int, rank: int, step: int) -> int:

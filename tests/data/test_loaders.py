@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -19,11 +20,12 @@ from effnet_fast.data.augment import Augmentation
 from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
 from effnet_fast.data.draws import Augment, draw, order
 from effnet_fast.data.loader import Loader, LoaderSpec
-from effnet_fast.data.loaders import choose, make_loader
+from effnet_fast.data.loaders import SPEEDS, choose, make_loader
 from effnet_fast.data.resize import read_image
 
 KINDS = ["resident", "torch", "dali"]
 N, SEED = 50, 7
+CPU = torch.device("cpu")
 MEAN, STD = (0.51, 0.49, 0.44), (0.26, 0.25, 0.27)
 PIXELS = np.random.default_rng(1).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
 SPLIT = ArraySplit(PIXELS, np.arange(N))  # an image's label is its index, so labels tell which images came
@@ -267,28 +269,66 @@ def test_an_unreadable_file_is_named(kind: str, workers: int, damage: str, files
 # ---------------------------------------------------------------------------------------------- which loader serves
 
 
-def test_auto_takes_dali_where_it_is(files: FileSplit) -> None:
+@pytest.fixture
+def speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A record of speeds to be written by the test; nothing is in it."""
+    path = tmp_path / "speeds.json"
+    path.write_text("{}")
+    monkeypatch.setattr("effnet_fast.data.loaders.SPEEDS", path)
+    return path
+
+
+def test_auto_takes_dali_where_nothing_is_recorded(speeds: Path, files: FileSplit) -> None:
     dali = pytest.importorskip("nvidia.dali")
-    for split in (SPLIT, files):
-        assert choose("auto", split) == ("dali", f"DALI {dali.__version__} is installed")
+    said = f"DALI {dali.__version__} is installed"
+    assert choose("auto", SPLIT, CPU) == ("dali", f"{said}; no speeds are recorded here")
+    assert choose("auto", files, CPU) == ("dali", said)
+
+
+RECORD = {"torch": 4000, "commit": "0123456789ab", "date": "2026-01-31"}
+
+
+@pytest.mark.parametrize(("dali", "resident", "faster"), [(1000, 2000, "resident"), (30000, 2000, "dali")])
+def test_auto_follows_the_record_and_says_so(
+    speeds: Path, files: FileSplit, dali: int, resident: int, faster: str
+) -> None:
+    pytest.importorskip("nvidia.dali")
+    speeds.write_text(json.dumps({"cpu": {"dali": dali, "resident": resident, **RECORD}}))
+    kind, reason = choose("auto", SPLIT, CPU)
+    assert kind == faster
+    for words in (f"{dali:,} img/s" if faster == "dali" else f"dali {dali:,}", "on cpu", "2026-01-31, 0123456789ab"):
+        assert words in reason
+    assert choose("auto", files, CPU)[0] == "dali"
+    assert choose("auto", SPLIT, CPU, Augment(auto_augment="rand"))[0] == "dali"
+
+
+def test_half_a_record_is_none(speeds: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    speeds.write_text(json.dumps({"cpu": {"resident": 9000, **RECORD}, "NVIDIA H100": {"dali": 1, "resident": 2}}))
+    assert choose("auto", SPLIT, CPU)[0] == "dali"
+
+
+def test_what_is_recorded_tells_where_it_is_from() -> None:
+    for device, entry in json.loads(SPEEDS.read_text()).items():
+        assert {"dali", "resident", "commit", "date", "torch_version", "dali_version"} <= entry.keys(), device
 
 
 def test_auto_does_without_dali(monkeypatch: pytest.MonkeyPatch, files: FileSplit) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    assert choose("auto", SPLIT)[0] == "resident"
-    assert choose("auto", files)[0] == "torch"
-    assert "pip install nvidia-dali-cuda120" in choose("auto", SPLIT)[1]
+    assert choose("auto", SPLIT, CPU)[0] == "resident"
+    assert choose("auto", files, CPU)[0] == "torch"
+    assert "pip install nvidia-dali-cuda120" in choose("auto", SPLIT, CPU)[1]
     with pytest.raises(ValueError, match=r"^--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda120$"):
-        choose("dali", SPLIT)
+        choose("dali", SPLIT, CPU)
     with pytest.raises(ValueError, match=r"^--auto_augment rand is done by DALI"):
         make_loader("auto", SPLIT, dataclasses.replace(SPEC, augment=Augment(auto_augment="rand")))
 
 
 def test_what_was_asked_for_is_taken(files: FileSplit) -> None:
-    assert choose("resident", SPLIT) == ("resident", "--loader resident")
-    assert choose("torch", files) == ("torch", "--loader torch")
+    assert choose("resident", SPLIT, CPU) == ("resident", "--loader resident")
+    assert choose("torch", files, CPU) == ("torch", "--loader torch")
     with pytest.raises(ValueError, match=r"^--loader resident keeps the images in memory"):
-        choose("resident", files)
+        choose("resident", files, CPU)
 
 
 def test_rotation_by_nothing_is_the_plain_crop() -> None:

@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -14,7 +15,8 @@ READING = Reading(loss=2.0, top1=50.0, images=24, grad_norm=1.0, skipped=0, bad_
 
 
 def recorder(folder, step=0, main=True):
-    return record.Recorder(folder, main=main, step=step, total_steps=10, steps_per_epoch=5)
+    device = torch.device("cpu")
+    return record.Recorder(folder, main=main, device=device, step=step, total_steps=10, steps_per_epoch=5)
 
 
 def rows(folder):
@@ -45,6 +47,61 @@ def test_rate_and_waiting_are_shares_of_the_same_time(tmp_path):
     assert 0.5 < row["wait_share"] < 0.95
     assert row["img_per_s"] < 2 * 24 / 0.12
     assert row["epoch"] == 0.6
+
+
+def test_the_whole_runs_speed_is_one_line(tmp_path):
+    kept = recorder(tmp_path)
+    assert kept.summary() == "too short to tell the speed"
+    for step in (3, 6):
+        for _ in kept.watch([(None, [0] * 8)] * 3):
+            time.sleep(0.01)
+        kept.train(step, READING, 0.1, world=1)
+    kept.close()
+    speed = int(kept.summary().split()[2])
+    assert 48 / 0.2 < speed < 48 / 0.06
+    assert kept.summary().endswith("img/s, 0 % of the time waiting for data")
+
+
+class Device:
+    """A device that the host runs ahead of: what is queued takes its time there and none here."""
+
+    def __init__(self):
+        self.time = 0.0
+
+    def event(self, **_):
+        return Event(self)
+
+
+class Event:
+    def __init__(self, device):
+        self.device, self.at = device, None
+
+    def record(self):
+        self.at = self.device.time
+
+    def elapsed_time(self, end):
+        return 1000 * (end.at - self.at)
+
+
+@pytest.mark.parametrize(("loading", "computing", "share"), [(0.0, 0.3, 0.0), (0.1, 0.3, 0.25), (0.9, 0.1, 0.9)])
+def test_on_a_gpu_the_devices_time_counts(tmp_path, monkeypatch, loading, computing, share):
+    """The host's own clock sees a step as done once it is queued, and all the rest as waiting."""
+    device = Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    kept = record.Recorder(tmp_path, main=True, device=torch.device("cuda"), step=0, total_steps=10, steps_per_epoch=5)
+
+    def batches():
+        for _ in range(4):
+            device.time += loading
+            yield None, [0] * 8
+
+    for _ in kept.watch(batches()):
+        device.time += computing
+    kept.train(4, READING, 0.1, world=1)
+    kept.close()
+    row = rows(tmp_path)[0]
+    assert row["wait_share"] == pytest.approx(share)
+    assert row["img_per_s"] == pytest.approx(8 / (loading + computing))
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):

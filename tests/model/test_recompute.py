@@ -1,0 +1,87 @@
+"""Blocks whose activations are computed anew: the same gradients, statistics and draws, from less memory."""
+
+import pytest
+import torch
+from torch import nn
+
+from effnet_fast.model import Architecture, EfficientNet, batch_norms, recompute_blocks
+from effnet_fast.model.blocks import MBConv, Style
+from effnet_fast.model.complexity import complexity
+
+NARROW = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, dropout=0.2, drop_path=0.5)
+
+
+def after_two_passes(kernels="torch", *, recompute, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = EfficientNet(NARROW, kernels).to(dtype)
+    if recompute:
+        recompute_blocks(model)
+    images = torch.randn(4, 3, 16, 16, dtype=dtype)
+    for _ in range(2):
+        model(images).square().mean().backward()
+    assert {norm.momentum for norm in batch_norms(model)} == {0.01}
+    return {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_and_statistics_are_the_same_bits(dtype):
+    assert_equal(after_two_passes(recompute=True, dtype=dtype), after_two_passes(recompute=False, dtype=dtype))
+
+
+def test_on_the_kernels_too():
+    assert_equal(after_two_passes("triton", recompute=True), after_two_passes("triton", recompute=False))
+
+
+def block_after_two_passes(*, recompute, compiled):
+    torch.manual_seed(0)
+    block = MBConv(4, 4, 3, 1, 2, style=Style(kernels="torch"))
+    block.recompute = recompute
+    call = torch.compile(block, backend="aot_eager") if compiled else block
+    for _ in range(2):
+        call(torch.randn(2, 4, 6, 6)).square().mean().backward()
+    return {name: p.grad for name, p in block.named_parameters()} | dict(block.named_buffers())
+
+
+def test_compiled_statistics_are_not_updated_twice():
+    """`aot_eager` splits forward and backward as Inductor does, and runs PyTorch's operators."""
+    compiled = block_after_two_passes(recompute=True, compiled=True)
+    for name, value in block_after_two_passes(recompute=False, compiled=False).items():
+        torch.testing.assert_close(compiled[name], value)
+
+
+def test_autocast_holds_in_what_is_recomputed():
+    torch.manual_seed(0)
+    model = EfficientNet(NARROW, "torch")
+    recompute_blocks(model)
+    seen = set()
+    model.stages[2][0].project.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(2, 3, 16, 16)).float().sum()
+    loss.backward()
+    assert seen == {torch.bfloat16}
+
+
+def test_less_is_kept():
+    model = EfficientNet(NARROW)
+    before = complexity(model, 32).saved
+    recompute_blocks(model)
+    assert complexity(model, 32).saved < before / 3
+
+
+def test_evaluation_is_untouched():
+    model = EfficientNet(NARROW).eval()
+    images = torch.randn(2, 3, 16, 16)
+    before = model(images)
+    recompute_blocks(model)
+    assert torch.equal(model(images), before)
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="--activation_checkpointing is for models of MBConv blocks"):
+        recompute_blocks(nn.Linear(2, 2))

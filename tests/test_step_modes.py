@@ -1,0 +1,197 @@
+"""How a step is carried out: which mode is taken, what is refused, and torch.compile's known traps."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._inductor.graph import GraphLowering
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.parallel import DistributedDataParallel
+
+from effnet_fast import cli, create_model
+from effnet_fast.config import TrainConfig
+from effnet_fast.distributed import World
+from effnet_fast.model import recompute_blocks
+from effnet_fast.model.blocks import MBConv, Style
+from effnet_fast.model.complexity import complexity
+from effnet_fast.run import training
+from effnet_fast.run.settings import compile_model, compile_options, resolve_step
+
+CPU, GPU = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda"))
+TINY = (
+    "train --dataset synthetic --output_stride 32 --limit_train 32 --limit_eval 16 --batch_size 16 --num_epochs 1 "
+    "--loader resident --num_workers 1 --device cpu"
+)
+
+
+def run(line, expected=0):
+    with pytest.raises(SystemExit) as done:
+        cli.main(line.split())
+    assert done.value.code == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "compiled", "graph"),
+    [
+        ({}, GPU, True, False),
+        ({}, CPU, False, False),
+        ({"step": "eager"}, GPU, False, False),
+        ({"step": "compile"}, CPU, True, False),
+        ({"step": "graph"}, GPU, True, True),
+        ({"step": "graph", "compile": "no"}, GPU, False, True),
+        ({"compile": True}, CPU, True, False),
+        ({"compile": "no"}, GPU, False, False),
+    ],
+)
+def test_which_mode_is_taken(flags, world, compiled, graph):
+    assert resolve_step(TrainConfig(**flags), world, 32, 1000) == (compiled, graph)
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "words"),
+    [
+        ({}, CPU, "runs on the CPU: use --step compile or eager"),
+        ({}, World(0, 2, torch.device("cuda")), "these are 2 ranks: use --step compile"),
+        ({"optimizer": "apex-sgd"}, GPU, "would freeze the learning rate of --optimizer apex-sgd"),
+    ],
+)
+def test_a_graph_is_refused_where_it_cannot_be(options, world, words):
+    with pytest.raises(ValueError, match=words) as refused:
+        resolve_step(TrainConfig(step="graph", **options), world, 32, 1000)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("step", "asked"), [("eager", "yes"), ("compile", "no")])
+def test_contradictions_are_refused(step, asked):
+    with pytest.raises(ValueError, match=f"--step {step} and --compile {asked} contradict each other"):
+        TrainConfig(step=step, compile=asked)
+
+
+def test_the_command_line_refuses_a_graph_on_the_cpu_in_one_line(tmp_path, capsys):
+    run(f"{TINY} --save_dir {tmp_path} --step graph", expected=2)
+    assert capsys.readouterr().err == (
+        "error: --step graph is a CUDA graph, and this runs on the CPU: use --step compile or eager\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_apex_is_refused_before_anything_is_built(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    run(f"{TINY} --save_dir {tmp_path} --optimizer apex-lamb", expected=2)
+    said = capsys.readouterr().err
+    assert said.startswith("error: --optimizer apex-lamb needs NVIDIA apex")
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recomputes", "images", "words"),
+    [
+        (False, 10, ["try --batch_size 10 at most (estimated for 0 GiB)", "--activation_checkpointing"]),
+        (True, 10, ["try --batch_size 10 at most"]),
+        (False, 1000, ["try half the --batch_size"]),
+    ],
+)
+def test_a_full_memory_is_one_line_of_advice(tmp_path, capsys, monkeypatch, recomputes, images, words):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    model = create_model("efficientnet-b0", output_stride=32)
+    if recomputes:
+        recompute_blocks(model)
+    cost = complexity(model, 32)
+    properties = SimpleNamespace(total_memory=cost.state_bytes + int((images + 0.5) * cost.training_bytes_per_image(4)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(training, "fit", full)
+    run(f"{TINY} --save_dir {tmp_path} --activation_checkpointing {str(recomputes).lower()}", expected=2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("error: the memory of cpu is full at --batch_size 16: try ")
+    for word in (*words, "--grad_accumulation", "PYTORCH_ALLOC_CONF=expandable_segments:True"):
+        assert word in said
+    assert ("--activation_checkpointing" in said) is not recomputes
+
+
+def test_activation_checkpointing_trains_to_the_same_loss(tmp_path):
+    losses = []
+    for name, flag in (("kept", "false"), ("recomputed", "true")):
+        line = f"{TINY} --save_dir {tmp_path} --run_name {name} --activation_checkpointing {flag} --log_every_steps 1"
+        run(line)
+        losses.append(torch.load(tmp_path / name / "last.pt", weights_only=True)["result"]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_a_run_ends_with_its_speed_and_its_share_of_waiting(tmp_path, capsys):
+    run(f"{TINY} --save_dir {tmp_path}")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained at")]
+    assert line.endswith("% of the time waiting for data")
+
+
+# ------------------------------------------------------------------------------------ the known traps of torch.compile
+
+
+def test_inductor_keeps_channels_last_in_the_backward_graph():
+    """pytorch #189239: a graph without a forward convolution is decided against."""
+
+    def backward(grad, x, weight):
+        mask = [True, True, False]
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+        )
+
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3)
+    graph = make_fx(backward)(x, x, weight)
+    assert not GraphLowering.decide_layout_opt(graph, is_inference=False), "mended in torch: the option can go"
+    with torch._inductor.config.patch(compile_options(torch.device("cuda"))):
+        assert GraphLowering.decide_layout_opt(graph, is_inference=False)
+
+
+def test_compiled_draws_are_eagers():
+    """Dropout and stochastic depth (pytorch #196227, #198333) and their order (#192635)."""
+    torch._dynamo.reset()
+
+    class Draws(nn.Module):
+        def forward(self, x):
+            kept = torch.empty(x.shape[0]).bernoulli_(0.7)
+            return nn.functional.dropout(x * kept[:, None], 0.5), torch.empty(x.shape[0]).bernoulli_(0.4)
+
+    model = Draws()
+    compiled = compile_model(model, torch.device("cpu"))
+    x = torch.ones(64, 16)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        expected = model(x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_inductors_own_graphs_stay_off():
+    """pytorch #139207: they are skipped where buffers change under DDP; `--step graph` captures the whole instead."""
+    with torch._inductor.config.patch(compile_options(torch.device("cuda"))):
+        assert not torch._inductor.config.triton.cudagraphs
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    before = torch._dynamo.config.optimize_ddp
+    yield
+    torch._dynamo.config.optimize_ddp = before
+    dist.destroy_process_group()
+
+
+def test_checkpointed_blocks_compile_under_ddp(one_rank, monkeypatch):
+    """pytorch #108269, #108966: the graph is cut at the bounds of buckets, which no checkpointed block stands."""
+    torch._dynamo.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, options: compile_(model, backend="aot_eager"))
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 256)
+    blocks = nn.Sequential(*(MBConv(4, 4, 3, 1, 2, style=Style(kernels="torch")) for _ in range(3)))
+    recompute_blocks(blocks)
+    small_buckets = DistributedDataParallel(blocks, bucket_cap_mb=0.0005)
+    model = compile_model(small_buckets, torch.device("cpu"), recomputes=True)
+    model(torch.randn(2, 4, 6, 6)).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in blocks.parameters())

@@ -1,0 +1,250 @@
+"""The captured step: what a CPU can show of it, then the graph itself on a GPU.
+
+On the CPU `record` returns the function itself, so a replay is a call; what a graph would freeze is shown by the
+operators and constants of two different steps, which must be the same.
+"""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from effnet_fast.distributed import World
+from effnet_fast.model import Architecture, EfficientNet
+from effnet_fast.run.settings import compile_model
+from effnet_fast.train import optim
+from effnet_fast.train.ema import Ema
+from effnet_fast.train.graph import Captured
+from effnet_fast.train.mixing import Mixing
+from effnet_fast.train.step import Step
+
+NARROW = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, dropout=0.2, drop_path=0.3)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+OPTIONS = {
+    "plain": {"mixing": (0.0, 0.0), "clip_grad": 0.0},
+    "mixed": {"mixing": (0.4, 1.0), "accumulation": 2},
+    "fp16": {"precision": "fp16", "optimizer": "rmsprop"},
+    "adamw": {"optimizer": "adamw", "precision": "bf16", "ema": 0.9},
+}
+
+
+def network(kernels="torch"):
+    torch.manual_seed(0)
+    return EfficientNet(NARROW, kernels)
+
+
+def make_step(device="cpu", *, optimizer="sgd", kernels="torch", **options):
+    model = network(kernels).to(device)
+    return join(device, model, optim.make_optimizer(optimizer, model, momentum=0.9, weight_decay=1e-3), **options)
+
+
+def join(device, model, optimizer, *, mixing=(0.4, 1.0), ema=0.99, **options):
+    settings = {"precision": "no", "clip_grad": 1.0, "accumulation": 1, "label_smoothing": 0.1, "graph": False}
+    return Step(
+        options.pop("compiled", lambda model: model)(model),
+        model,
+        optimizer,
+        lambda step: 1 / (step + 1),
+        learning_rate=0.05,
+        mixing=Mixing(*mixing, seed=0, rank=0),
+        ema=Ema(model, ema),
+        world=World(0, 1, torch.device(device)),
+        seed=3,
+        **(settings | options),
+    )
+
+
+def batch(seed, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(8, 3, 16, 16, generator=generator).to(device, memory_format=torch.channels_last)
+    return images, torch.randint(0, 10, (8,), generator=generator).to(device)
+
+
+def captured(step, record):
+    step._call = Captured(step._body, step._state, record)
+    return step
+
+
+def snapshot(step):
+    return [t.clone() for t in step._state()]
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_ten_replays_are_ten_steps(options):
+    eager, replayed = make_step(**options), captured(make_step(**options), record=lambda body: body)
+    for i in range(10):
+        eager(*batch(i), i)
+        replayed(*batch(i), i)
+        assert torch.equal(torch.get_rng_state(), torch.random.get_rng_state())
+    assert_same(snapshot(eager), snapshot(replayed))
+    assert eager.meters.read() == replayed.meters.read()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_warm_up_leaves_everything_as_it_was(options):
+    step = captured(make_step(**options), record=lambda body: lambda: None)
+    before = snapshot(step)
+    torch.manual_seed(7)
+    random = torch.get_rng_state()
+    step._call(*batch(0), step._numbers(0, 16))
+    assert_same(snapshot(step), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_what_is_loaded_is_what_goes_on():
+    """A graph holds the optimizer's tensors by their places, and loading replaces them."""
+    first, second = make_step(), make_step()
+    first(*batch(0), 0)
+    second(*batch(1), 0)
+    second.graph = True
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert isinstance(second._call, Captured)
+    captured(second, record=lambda body: body)
+    for step in (first, second):
+        step(*batch(2), 1)
+    assert_same(snapshot(first), snapshot(second))
+
+
+def test_another_shape_is_not_broadcast():
+    step = captured(make_step(), record=lambda body: body)
+    step(*batch(0), 0)
+    images, labels = batch(1)
+    with pytest.raises(AssertionError, match="captured for"):
+        step(images[:1], labels[:1], 1)
+
+
+class Log(TorchDispatchMode):
+    """Keeps every operator with its constants, and refuses those that wait for a device or bring values to it."""
+
+    WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "lift_fresh", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITING, f"{function} in a step"
+        leaves = tree_leaves((args, kwargs))
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in (*leaves, *tree_leaves(result)) if isinstance(t, torch.Tensor)]
+        # A scalar of the host may meet a tensor of the device only as a constant, which the log shows.
+        assert len({t.device for t in tensors if t.ndim}) <= 1, f"{function} copies between devices"
+        self.seen.append((str(function), [leaf for leaf in leaves if isinstance(leaf, bool | int | float | str)]))
+        return result
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_body_reads_nothing_from_the_host_that_changes(options):
+    step = make_step(**options)
+    step(*batch(0), 0)
+    logs = []
+    for i in (3, 8):
+        numbers = step._numbers(i, 16)
+        with Log() as log:
+            step._body(*batch(i), numbers)
+        logs.append(log.seen)
+    assert len(logs[0]) > 300
+    assert logs[0] == logs[1]
+
+
+def without_values(model, optimizer):
+    """Put tensors of the meta device in the place of a model's and its optimizer's."""
+    parameters = {}
+    for module in model.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            parameters[value] = nn.Parameter(value.detach().to("meta"))
+            setattr(module, name, parameters[value])
+        for name, value in list(module.named_buffers(recurse=False)):
+            setattr(module, name, value.to("meta"))
+    for group in optimizer.param_groups:
+        group |= {"params": [parameters[p] for p in group["params"]], "lr": group["lr"].to("meta")}
+    for real, state in list(optimizer.state.items()):
+        optimizer.state[parameters[real]] = {key: value.to("meta") for key, value in state.items()}
+        del optimizer.state[real]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_body_needs_no_value(options, monkeypatch):
+    """On tensors without values: reading one raises, and so does an array of the host where a device's should be.
+
+    With our own optimizer: torch's fused ones are one operator each, which the meta device lacks.
+    """
+    monkeypatch.setattr("effnet_fast.train.step.autocast", lambda precision, device: nullcontext())
+    model = network()
+    optimizer = optim.make_optimizer("rmsprop", model, momentum=0.9, weight_decay=1e-3)
+    without_values(model, optimizer)
+    step = join("meta", model, optimizer, **{key: value for key, value in options.items() if key != "optimizer"})
+    images, labels = batch(0, "meta")
+    with Log() as log:
+        step._body(images, labels, torch.empty(8, dtype=torch.float64, device="meta"))
+    assert len(log.seen) > 300
+
+
+@on_gpu
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "compiled",
+    [lambda model: model, lambda model: compile_model(model, torch.device("cuda"))],
+    ids=["plain", "compiled"],
+)
+def test_ten_steps_of_the_graph_are_ten_steps(options, compiled):
+    eager = make_step("cuda", compiled=compiled, kernels="auto", **options)
+    graph = make_step("cuda", compiled=compiled, kernels="auto", **options, graph=True)
+    for i in range(10):
+        eager(*batch(i, "cuda"), i)
+        graph(*batch(i, "cuda"), i)
+    for a, b in zip(snapshot(eager), snapshot(graph), strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-9)  # bf16 keeps 8 bits
+    assert graph.meters.read().loss == pytest.approx(eager.meters.read().loss, rel=2**-7)
+
+
+@on_gpu
+def test_the_real_warm_up_leaves_everything_as_it_was():
+    step = captured(make_step("cuda", kernels="auto"), record=lambda body: lambda: None)
+    before = snapshot(step)
+    torch.manual_seed(7)
+    random = torch.get_rng_state(), torch.cuda.get_rng_state()
+    step._call(*batch(0, "cuda"), step._numbers(0, 16))
+    assert_same(snapshot(step), before)
+    assert_same((torch.get_rng_state(), torch.cuda.get_rng_state()), random)
+
+
+@on_gpu
+def test_draws_of_a_replay_follow_the_seed_of_its_step():
+    draws = torch.zeros(64, device="cuda")
+
+    def draw(place):
+        draws.copy_(torch.rand_like(place))
+
+    call = Captured(draw, lambda: [draws])
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        call(draws)
+        replayed = draws.clone()
+        torch.manual_seed(seed)
+        assert torch.equal(replayed, torch.rand(64, device="cuda"))
+
+
+@on_gpu
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_no_step_synchronises(graph):
+    step = make_step("cuda", kernels="auto", precision="bf16", graph=graph)
+    batches = [batch(i, "cuda") for i in range(5)]
+    step(*batches[0], 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(1, 5):
+            step(*batches[i], i)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

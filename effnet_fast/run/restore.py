@@ -9,6 +9,7 @@ import torch
 
 from effnet_fast.config import TrainConfig
 from effnet_fast.model import Network, from_description
+from effnet_fast.model.blocks import Kernels
 
 
 def config_of(saved: dict[str, Any]) -> TrainConfig:
@@ -17,13 +18,13 @@ def config_of(saved: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
 
 
-def load_model(saved: dict[str, Any], weights: str, device: torch.device) -> Network:
+def load_model(saved: dict[str, Any], weights: str, device: torch.device, kernels: Kernels = "auto") -> Network:
     """The model of a checkpoint with its weights: auto (the moving average where there is one), ema or raw.
 
     Raises:
         ValueError: ema is asked for and the run kept none.
     """
-    model = from_description(saved["architecture"])
+    model = from_description(saved["architecture"], kernels)
     if weights == "ema" and saved["ema"] is None:
         raise ValueError("the run kept no moving average (--ema_decay 0); use --weights raw")
     model.load_state_dict(saved["model"])

@@ -154,7 +154,7 @@ class Step:
             labels: int64 [N].
         """
         torch.manual_seed(_step_seed(self.seed, self.world.rank, step))
-        self.optimizer.param_groups[0]["lr"].fill_(self.rate(step))
+        optim.set_rate(self.optimizer, self.rate(step))
         saved = self.buffers.copy()
         self._gradients(images, labels, step)
         self._update(saved, step)

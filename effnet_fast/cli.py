@@ -42,6 +42,7 @@ VERBS = {
     "plot": Verb(config.PlotConfig, "inspection", "plot", positional="runs"),
     "info": Verb(config.InfoConfig, "inspection", "info"),
     "data": Verb(config.DataConfig, "inspection", "show_data"),
+    "study": Verb(config.StudyConfig, "study", "study"),
 }
 
 

@@ -194,6 +194,46 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class _FamilyConfig(TrainConfig):
+    """What the verbs that train a family of scaled models share: every setting of train but those that they scale."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self.model.lower().replace("_", "-")
+        _require(name == "efficientnet-b0", f"--model {self.model}: efficientnet-b0 is what is scaled")
+        _require(self.width is None and self.depth is None, "--width and --depth are what is scaled: leave them out")
+        _require(self.resume == "auto", "--resume is always auto here; to start afresh choose another --run_name")
+        _require(self.time_budget == 0, "--time_budget is of one run: stop at any time, the same command goes on")
+
+
+@dataclass(frozen=True)
+class StudyConfig(_FamilyConfig):
+    """Train B0 made deeper, wider, of higher resolution and all three at once, and compare them with it."""
+
+    target_flops: float | list[float] | None = None
+    """MACs of one image (fvcore's "flops") that all four ways shall cost within 5 %, or a list of such costs; default
+    the factors of the paper's table 7: d = 4, w = 2, r = 2, and d = 1.4, w = 1.2, r = 1.3 together."""
+    seeds: int = operational(1)
+    """Runs of each model, with seeds SEED, SEED + 1, ...; may be raised later."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.seeds >= 1, f"--seeds must be at least 1, not {self.seeds}")
+
+    @property
+    def targets(self) -> list[float]:
+        """The costs to solve for; none means the paper's factors."""
+        if self.target_flops is None:
+            return []
+        return list(self.target_flops) if isinstance(self.target_flops, list) else [self.target_flops]
+
+    @property
+    def name(self) -> str:
+        """The study's folder name."""
+        return self.run_name or f"study-{self.dataset}"
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluate a checkpoint: loss, top-1, top-5, accuracy by class (CSV) and the confusion matrix (PNG)."""
 

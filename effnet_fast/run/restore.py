@@ -1,4 +1,4 @@
-"""From a checkpoint back to its config and its model."""
+"""From a checkpoint back to its config and its model, and what another run changed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ def config_of(saved: dict[str, Any]) -> TrainConfig:
         return TrainConfig(**{name: value for name, value in saved["config"].items() if name in known})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("the checkpoint holds no config of a run") from error
+
+
+def differences(before: dict[str, Any], asked: dict[str, Any], images_before: str, images_now: str) -> str:
+    """What differs between two configs' `identity` and two data sets' fingerprints, for people; empty if nothing."""
+    found = [
+        f"{name} {before.get(name)} there, {asked[name]} here" for name in asked if asked[name] != before.get(name)
+    ]
+    if images_before != images_now:
+        found.append("the images or labels differ")
+    return "; ".join(found)
 
 
 def load_model(saved: dict[str, Any], weights: str, device: torch.device) -> EfficientNet:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from effnet_fast.model import create_model, scaling
+from effnet_fast.model import EfficientNet, create_model, scaling
 from effnet_fast.model.complexity import Complexity, complexity
 from effnet_fast.model.scaling import Layout
 from effnet_fast.search.counts import Counts, count
@@ -67,7 +67,7 @@ class Family:
             self._counted[shape] = complexity(model.to_empty(device="cpu"), size)
         return self._counted[shape]
 
-    def build(self, scale: Scale) -> torch.nn.Module:
+    def build(self, scale: Scale) -> EfficientNet:
         """The model itself."""
         return create_model(
             BASELINE,

@@ -35,7 +35,7 @@ from effnet_fast.run.members import (
 from effnet_fast.run.settings import resolve_precision
 from effnet_fast.run.training import train_in
 from effnet_fast.search import measure
-from effnet_fast.search.choose import choose
+from effnet_fast.search.choose import Choice, choose
 from effnet_fast.search.collect import collect
 from effnet_fast.search.family import Family, Scale
 from effnet_fast.search.plan import Candidate, Grid, Limits, Workload, candidates
@@ -311,9 +311,31 @@ def _collect(job: _Search) -> int:
     with job.locked():
         write_json(job.folder / "candidates.json", {"candidates": rows, "environment": provenance.environment()})
         write_atomically(job.folder / "candidates.csv", as_csv(rows).encode())
+        _draw(job, rows)
     print(as_text([{name: row[name] for name in RESULT_COLUMNS} for row in rows]))
-    print(f"in {job.folder}: candidates.csv, candidates.json")
+    print(f"in {job.folder}: candidates.csv, candidates.json, feasible.*, pareto.*, search.html")
     return 0
+
+
+def _draw(job: _Search, rows: list[dict[str, Any]], choice: Choice | None = None) -> None:
+    """The pictures (PNG, SVG) and the page that holds them, with the choice in them once it is made."""
+    from effnet_fast.report.fronts import feasible_set, pareto_fronts, save_both
+    from effnet_fast.report.page import page
+
+    plan = claim_folder(job.folder / "plan.json", job.config, job.dataset)
+    assert plan is not None
+    chosen = choice.name if choice else None
+    _, feasible = save_both(feasible_set(plan["candidates"], plan["dropped"], chosen), job.folder, "feasible")
+    _, fronts = save_both(pareto_fronts(rows, chosen), job.folder, "pareto")
+    note = f"Chosen: {choice.name}; {choice.confidence}." if choice else "Nothing is chosen yet."
+    text = page(
+        f"Search {job.config.name}: accuracy on held-out images",
+        rows,
+        {"Accuracy against cost": fronts, "Feasible factors": feasible},
+        note,
+        chosen,
+    )
+    write_atomically(job.folder / "search.html", text.encode())
 
 
 def _rows(job: _Search) -> list[dict[str, Any]]:
@@ -327,7 +349,8 @@ def _rows(job: _Search) -> list[dict[str, Any]]:
 def _choose(job: _Search) -> int:
     """Write chosen.json, family.csv and a recipe for each scaled model that keeps the limits."""
     planned = {candidate.name: candidate for candidate in _read_plan(job)}
-    choice = choose(_rows(job))
+    rows = _rows(job)
+    choice = choose(rows)
     best = planned[choice.name]
     table = [_scaled(job, best, phi) for phi in job.config.phis]
     with job.locked():
@@ -339,6 +362,7 @@ def _choose(job: _Search) -> int:
         write_atomically(job.folder / "family.csv", as_csv(table).encode())
         content = {**dataclasses.asdict(choice), "confidence": choice.confidence, "candidate": dataclasses.asdict(best)}
         write_json(job.folder / "chosen.json", content)
+        _draw(job, rows, choice)
     print(f"chosen: alpha {best.alpha:g}, beta {best.beta:g}, gamma {best.gamma:g}; {choice.confidence}")
     print(as_text(table))
     print(f"in {job.folder}: chosen.json, family.csv, recipes/")

@@ -156,7 +156,25 @@ def _report(config: StudyConfig, family: Family, members: list[Member], runs: li
     rows = [_result_row(family, member, [run for run in runs if run.member == member]) for member in members]
     write_atomically(folder / "study.csv", as_csv(rows).encode())
     print("\n" + as_text(rows))
-    print(f"in {folder}: study.json, study.csv, runs/")
+    if any(row["top1_mean"] is not None for row in rows):
+        _draw(config, rows, runs, folder)
+    print(f"in {folder}: study.json, study.csv, study.*, curves.*, study.html, runs/")
+
+
+def _draw(config: StudyConfig, rows: list[dict[str, Any]], runs: list[_Run], folder: Path) -> None:
+    """Accuracy against MACs, the runs' curves, and the page that holds both with the table."""
+    from effnet_fast.report.curves import plot_curves
+    from effnet_fast.report.fronts import save_both, scaling_curves
+    from effnet_fast.report.page import page
+
+    trained = [run for run in runs if "top1" in run.result]
+    split = trained[0].result["split"]
+    _, against_macs = save_both(scaling_curves(rows, split), folder, "study")
+    for suffix in ("png", "svg"):
+        curves = plot_curves([folder / "runs" / run.name for run in trained], folder / f"curves.{suffix}")
+    pictures = {"Accuracy against multiply-accumulates": against_macs, "Curves of the runs": curves}
+    note = f"All trained alike for {config.num_epochs} epochs; accuracy on the {split} images after the last."
+    write_atomically(folder / "study.html", page(f"Study {config.name}", rows, pictures, note).encode())
 
 
 def _result_row(family: Family, member: Member, runs: list[_Run]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def _contours_of_alpha(axes: Axes) -> None:
     levels = [level for level in np.arange(1, 2.05, 0.1) if alpha.min() < level < alpha.max()]
     if levels:
         lines = axes.contour(beta, gamma, alpha, levels=levels, colors="0.7", linewidths=0.8)
-        axes.clabel(lines, fmt=lambda level: rf"$\\alpha$ = {level:.1f}", fontsize=7)
+        axes.clabel(lines, fmt=lambda level: rf"$\alpha$ = {level:.1f}", fontsize=7)
 
 
 def pareto_fronts(rows: Sequence[Row], chosen: str | None = None) -> Figure:

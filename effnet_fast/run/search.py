@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 PLAN_COLUMNS = ("name", "image_size", "parameters", "macs", "cost_ratio", "largest_phi", "estimated_step_ms")
 RESULT_COLUMNS = ("name", "macs", "parameters", "latency_ms", "status", "seeds", "top1_mean", "top1_std", "pareto_macs")
 POLL_SECONDS = 2.0
-CPU_BATCH = 32  # images of the step that a plan times on a CPU
+CPU_BATCH = 16  # images of the step that a plan times on a CPU
 
 
 @dataclass(frozen=True)

@@ -128,9 +128,9 @@ class Trials:
                     self.study.enqueue_trial(task.params, user_attrs={"run": task.run, "candidate": task.candidate})
 
     def claim(self) -> Trial | None:
-        """A trial to train: one that waits, else one whose worker is gone; None if there is neither."""
+        """A trial to train: one whose worker is gone, else one that waits; None if there is neither."""
         with self.lock:
-            trial = self._next_waiting() or self._next_abandoned()
+            trial = self._next_abandoned() or self._next_waiting()
             if trial is not None:
                 self._renew(trial)  # first: a trial without an owner is free
                 trial.set_user_attr("owner", self.owner)
@@ -246,6 +246,7 @@ class Trials:
 
 
 def _open_storage(folder: Path, storage: str, lease_seconds: float) -> optuna.storages.BaseStorage:
+    import optuna
     from optuna import storages
     from optuna.exceptions import StorageInternalError
     from optuna.storages.journal import JournalFileBackend
@@ -253,11 +254,13 @@ def _open_storage(folder: Path, storage: str, lease_seconds: float) -> optuna.st
     if storage == "journal":
         return storages.JournalStorage(JournalFileBackend(str(folder / "journal.log")))
     try:
-        return storages.RDBStorage(
-            storage,
-            heartbeat_interval=max(1, round(lease_seconds / RENEWALS)),
-            grace_period=max(1, round(lease_seconds)),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
+            return storages.RDBStorage(
+                storage,
+                heartbeat_interval=max(1, round(lease_seconds / RENEWALS)),
+                grace_period=max(1, round(lease_seconds)),
+            )
     except (StorageInternalError, ImportError, ValueError, _database_error()) as error:
         raise ValueError(
             f"--storage {storage}: {' '.join(str(error).split())[:200]}; give `journal` or a database URL such as "

@@ -63,7 +63,7 @@ class State:
 
     Attributes:
         run: its task's.
-        state: WAITING, RUNNING, COMPLETE, PRUNED or FAIL.
+        state: WAITING (given back, too), RUNNING, COMPLETE, PRUNED or FAIL.
         epochs: evaluated so far.
         top1: validation accuracy at the last of them, percent.
         seconds: since it began until it ended or now.
@@ -284,11 +284,12 @@ def _pruner(name: str, epochs: int) -> optuna.pruners.BasePruner:
 
 def _state(trial: FrozenTrial) -> State:
     values = trial.intermediate_values
+    given_back = trial.state.name == RUNNING and trial.user_attrs.get("owner") is None
     began = trial.datetime_start
     ended = trial.datetime_complete.timestamp() if trial.datetime_complete else time.time()
     return State(
         run=trial.user_attrs["run"],
-        state=trial.state.name,
+        state=WAITING if given_back else trial.state.name,
         epochs=max(values, default=0),
         top1=values[max(values)] if values else None,
         seconds=ended - began.timestamp() if began else None,

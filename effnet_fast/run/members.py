@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from effnet_fast import data
-from effnet_fast.config import TrainConfig, identity
+from effnet_fast.config import TrainConfig
 from effnet_fast.data import Dataset
 from effnet_fast.model import scaling
 from effnet_fast.report.curves import read_metrics
-from effnet_fast.run.restore import differences
+from effnet_fast.run.restore import config_from, differences
 from effnet_fast.run.settings import resolve_image_size
 from effnet_fast.search.family import Family, Scale
 from effnet_fast.train.checkpoint import write_atomically
@@ -55,7 +55,9 @@ def claim_folder(path: Path, config: TrainConfig, dataset: Dataset) -> dict[str,
         return None
     try:
         kept = json.loads(path.read_text())
-        found = differences(kept["settings"], identity(config), kept["fingerprint"], dataset.fingerprint)
+        found = differences(
+            config_from(type(config), kept["settings"]), config, kept["fingerprint"], dataset.fingerprint
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: choose another --run_name") from error
     if found:

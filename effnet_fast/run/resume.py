@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from effnet_fast import distributed
-from effnet_fast.config import TrainConfig, identity
+from effnet_fast.config import TrainConfig
 from effnet_fast.distributed import World
 from effnet_fast.run.restore import config_of, differences
 from effnet_fast.train import checkpoint
@@ -104,7 +104,7 @@ def _newest(folder: Path) -> Found | None:
 def _refuse_another_run(path: Path, saved: dict[str, Any], config: TrainConfig, fingerprint: str) -> None:
     if missing := _NEEDED - saved.keys():
         raise ValueError(f"{path} is no checkpoint to go on from: it holds no {', '.join(sorted(missing))}")
-    found = differences(identity(config_of(saved)), identity(config), saved["fingerprint"], fingerprint)
+    found = differences(config_of(saved), config, saved["fingerprint"], fingerprint)
     if found:
         raise ValueError(
             f"{path} is of a run with another config ({found}): "

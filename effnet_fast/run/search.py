@@ -40,6 +40,7 @@ from effnet_fast.search.collect import collect
 from effnet_fast.search.family import Family, Scale
 from effnet_fast.search.plan import Candidate, Grid, Limits, Workload, candidates
 from effnet_fast.search.trials import COMPLETE, FAIL, PRUNED, RUNNING, Lost, Pruned, Task, Trials
+from effnet_fast.train import checkpoint
 from effnet_fast.train.checkpoint import write_atomically
 from effnet_fast.train.step import PRECISIONS
 
@@ -282,8 +283,9 @@ def _train_quietly(job: _Search, settings: TrainConfig, watch):
 def _drop_checkpoints(job: _Search, settings: TrainConfig) -> None:
     """A trial that has ended is never taken up again."""
     if not job.config.keep_checkpoints:
-        for name in ("last.pt", "best.pt"):
-            (Path(settings.save_dir) / settings.name / name).unlink(missing_ok=True)
+        folder = Path(settings.save_dir) / settings.name
+        for path in (*checkpoint.generations(folder / checkpoint.LAST), folder / checkpoint.BEST):
+            path.unlink(missing_ok=True)
 
 
 def _measured(job: _Search, settings: TrainConfig, candidate: Candidate) -> dict[str, Any]:

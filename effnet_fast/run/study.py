@@ -11,6 +11,7 @@ from effnet_fast import distributed, provenance
 from effnet_fast.config import StudyConfig, identity
 from effnet_fast.distributed import World
 from effnet_fast.report.table import as_csv, as_text
+from effnet_fast.run.agreement import about_start, agree
 from effnet_fast.run.members import (
     claim_folder,
     failure_reason,
@@ -44,8 +45,9 @@ def study(config: StudyConfig) -> int:
     Raises:
         ValueError, OSError: for what the user can mend, each with one line.
     """
-    world = distributed.init(config.device)
+    world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
     try:
+        agree(about_start(config))
         return _study(config, world)
     finally:
         distributed.shutdown()

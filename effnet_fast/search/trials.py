@@ -291,7 +291,7 @@ def _state(trial: FrozenTrial) -> State:
         run=trial.user_attrs["run"],
         state=WAITING if given_back else trial.state.name,
         epochs=max(values, default=0),
-        top1=values[max(values)] if values else None,
+        top1=trial.value if trial.value is not None else values.get(max(values, default=0)),
         seconds=ended - began.timestamp() if began else None,
         attrs=trial.user_attrs,
     )

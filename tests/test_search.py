@@ -32,6 +32,18 @@ def run(line, expected=0):
     assert done.value.code == expected
 
 
+def test_the_flags_of_the_older_command():
+    line = (
+        "--search_epochs 10 --max_flops 1e10 --max_params 2e7 --max_activations 5e7 --max_latency_ms 20 --phi 1..7 "
+        "--mixed_precision --num_workers 8 --limit_train 5000 --data_dir data --save_dir results"
+    )
+    config = cli.parse(cli.VERBS["search"], "search", line.split())
+    assert (config.search_epochs, config.max_flops, config.max_params) == (10, 1e10, 2e7)
+    assert (config.mixed_precision, config.limit_train, config.phis) == ("bf16", 5000, [1, 2, 3, 4, 5, 6, 7])
+    assert (config.stage, config.max_latency_ms) == ("all", 20)
+    assert cli.parse(cli.VERBS["search"], "search", ["choose", "--phi", "3"]).stage == "choose"
+
+
 class Untouched:
     """A test split that must not be read."""
 

@@ -109,9 +109,10 @@ def test_recipes_are_written_for_what_fits_and_train_takes_them(finished, capsys
 
 def test_the_same_command_trains_nothing_again(finished, monkeypatch):
     monkeypatch.setattr(searching, "train_in", None)
-    before = (finished / "chosen.json").read_text()
-    run(f"search {TINY} --save_dir {finished.parent} --run_name done --phi 1..2 --max_flops 5e7")
-    assert (finished / "chosen.json").read_text() == before
+    before = (finished / "plan.json").read_text()
+    for stage in ("plan", "run"):
+        run(f"search {stage} {TINY} --save_dir {finished.parent} --run_name done --max_flops 5e7")
+    assert (finished / "plan.json").read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ class SearchConfig(_FamilyConfig):
     """Width factors to try, LOW..HIGH or one number, each at least 1."""
     gamma: str = "1..1.3"
     """Resolution factors to try, LOW..HIGH or one number, each at least 1."""
-    step: float = 0.05
+    grid_step: float = 0.05
     """Distance of the grid's factors."""
     product: str = "1.9..2.1"
     """What alpha * beta^2 * gamma^2 must lie in: about the factor by which MACs grow from one phi to the next."""
@@ -267,7 +267,7 @@ class SearchConfig(_FamilyConfig):
         span("product", self.product)
         low, high = span("phi", self.phi)
         _require(low >= 1 and high <= 7 and low % 1 == high % 1 == 0, f"--phi {self.phi}: give whole numbers, 1 to 7")
-        for name in ("step", "lease_seconds", "max_flops", "max_params", "max_activations", "max_latency_ms"):
+        for name in ("grid_step", "lease_seconds", "max_flops", "max_params", "max_activations", "max_latency_ms"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"--{name} must be above 0, not {value}")
         for name in ("search_epochs", "seeds"):

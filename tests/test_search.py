@@ -118,7 +118,7 @@ def test_the_same_command_trains_nothing_again(finished, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--max_flops 5e7 --step 0.1", "step 0.05 there, 0.1 here"),
+        ("--max_flops 5e7 --grid_step 0.1", "grid_step 0.05 there, 0.1 here"),
         ("--max_flops 6e7", "max_flops 50000000.0 there, 60000000.0 here"),
         ("--max_flops 5e7 --dataset cifar10", "dataset synthetic there, cifar10 here"),
     ],

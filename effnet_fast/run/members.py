@@ -96,7 +96,9 @@ def failure_reason(error: BaseException) -> str | None:
     """Why one model could not be trained, where others may; None where the fault is not the model's."""
     if isinstance(error, FloatingPointError):
         return "not finite: " + str(error)
-    told = str(error).lower()
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in told:
+    short_of_memory = MemoryError, torch.OutOfMemoryError  # the latter is told by train as the cause of its advice
+    if isinstance(error, short_of_memory) or isinstance(error.__cause__, short_of_memory):
+        return "out of memory"
+    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
         return "out of memory"
     return None

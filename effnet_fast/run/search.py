@@ -131,7 +131,7 @@ def _plan(job: _Search) -> int:
 def _make_plan(job: _Search) -> dict[str, Any]:
     config = job.config
     spans = {name: span(name, getattr(config, name)) for name in ("alpha", "beta", "gamma", "product")}
-    points = Grid(step=config.step, **spans).feasible()
+    points = Grid(step=config.grid_step, **spans).feasible()
     limits = Limits(
         macs=config.max_flops,
         parameters=config.max_params,

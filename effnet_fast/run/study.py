@@ -102,7 +102,7 @@ def _train(config: StudyConfig, world: World, family: Family, run: _Run, folder:
     )
     try:
         outcome = train_in(world, settings)
-    except (FloatingPointError, MemoryError, RuntimeError) as error:
+    except (FloatingPointError, MemoryError, RuntimeError, ValueError) as error:
         reason = failure_reason(error)
         if reason is None or world.size > 1:  # the other ranks would wait for this one
             raise

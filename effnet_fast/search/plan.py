@@ -65,8 +65,8 @@ class Grid:
             )
         near = min(points, key=lambda point: max(low - product(point), product(point) - high))
         return told + (
-            f"--step {self.step:g} passes over it; the nearest is {product(near):.4g} at {_told(near)}; "
-            f"try --step {self.step / 2:g}"
+            f"--grid_step {self.step:g} passes over it; the nearest is {product(near):.4g} at {_told(near)}; "
+            f"try --grid_step {self.step / 2:g}"
         )
 
 

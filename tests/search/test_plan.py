@@ -23,7 +23,7 @@ def plan(points, **limits):
 def test_the_default_grid_holds_the_paper_s_factors_and_the_constraint():
     config = SearchConfig()
     spans = {name: span(name, getattr(config, name)) for name in ("alpha", "beta", "gamma", "product")}
-    points = Grid(step=config.step, **spans).feasible()
+    points = Grid(step=config.grid_step, **spans).feasible()
     assert PAPER_FACTORS in points
     assert all(1.9 <= product(point) <= 2.1 and min(point) >= 1 for point in points)
     assert len(points) == len(set(points)) > 50
@@ -37,7 +37,10 @@ def test_the_default_grid_holds_the_paper_s_factors_and_the_constraint():
             "the upper ends bound it.* --alpha up to 1.3 it would",
         ),
         ({"alpha": (2, 2.5), "beta": (1.2, 1.3)}, "the lower ends bound it.* --product 1.9..2.88"),
-        ({"alpha": (1, 1.9), "beta": (1, 1.4), "step": 0.4, "within": (1.97, 2.05)}, "nearest is .*try --step 0.2"),
+        (
+            {"alpha": (1, 1.9), "beta": (1, 1.4), "step": 0.4, "within": (1.97, 2.05)},
+            "nearest is .*try --grid_step 0.2",
+        ),
     ],
 )
 def test_an_empty_grid_says_which_bound_empties_it_and_what_would_not(bounds, told):
@@ -50,7 +53,7 @@ def test_what_an_empty_grid_advises_is_not_empty():
     assert grid(alpha=(2, 2.5), beta=(1.2, 1.3), within=(1.9, 2.88)).feasible()
 
 
-@pytest.mark.parametrize("flags", [{"alpha": "0.8..1.5"}, {"beta": "1.3..1"}, {"gamma": "wide"}, {"step": 0.0}])
+@pytest.mark.parametrize("flags", [{"alpha": "0.8..1.5"}, {"beta": "1.3..1"}, {"gamma": "wide"}, {"grid_step": 0.0}])
 def test_impossible_ranges_are_one_line(flags):
     (name,) = flags
     with pytest.raises(ValueError, match=f"--{name}") as refused:

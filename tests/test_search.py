@@ -192,9 +192,15 @@ def evaluated(top1):
     return {"split": "val", "loss": 1.0, "top1": top1, "top5": 50.0}
 
 
+def caused_by(error, cause):
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
+        (caused_by(ValueError("the GPU's memory is full"), torch.OutOfMemoryError()), "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory"),
         (FloatingPointError("the loss was not finite at step 3"), "not finite: the loss was not finite at step 3"),

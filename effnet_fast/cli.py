@@ -25,10 +25,11 @@ class Verb:
     function: str
     positional: str | None = None
     positional_help: str = ""
+    leading: str | None = None  # the setting that a first word without dashes gives
 
     @property
     def summary(self) -> str:
-        return (self.settings.__doc__ or "").strip()
+        return (self.settings.__doc__ or "").strip().partition("\n")[0]
 
     @property
     def bare_flags(self) -> set[str]:
@@ -51,6 +52,8 @@ VERBS = {
     "export": Verb(config.ExportConfig, "export", "export"),
     "info": Verb(config.InfoConfig, "inspection", "info"),
     "data": Verb(config.DataConfig, "inspection", "show_data"),
+    "search": Verb(config.SearchConfig, "search", "search", leading="stage"),
+    "study": Verb(config.StudyConfig, "study", "study"),
 }
 
 
@@ -106,6 +109,8 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
     parser.add_class_arguments(verb.settings, as_positional=False, skip={verb.positional} if verb.positional else None)
     if verb.positional:
         parser.add_argument(verb.positional, nargs="+", type=str, help=verb.positional_help)
+    if verb.leading and args and not args[0].startswith("-"):
+        args = [f"--{verb.leading}={args[0]}", *args[1:]]
     try:
         values = parser.parse_args(_fill_bare_flags(args, verb.bare_flags)).as_dict()
     except ArgumentError as error:

@@ -211,6 +211,140 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class _FamilyConfig(TrainConfig):
+    """What the verbs that train a family of scaled models share: every setting of train but those that they scale."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self.model.lower().replace("_", "-")
+        _require(name == "efficientnet-b0", f"--model {self.model}: efficientnet-b0 is what is scaled")
+        _require(self.width is None and self.depth is None, "--width and --depth are what is scaled: leave them out")
+        _require(self.resume == "auto", "--resume is always auto here; to start afresh choose another --run_name")
+        _require(self.time_budget == 0, "--time_budget is of one run: stop at any time, the same command goes on")
+
+
+@dataclass(frozen=True)
+class SearchConfig(_FamilyConfig):
+    """Find how fast depth, width and resolution grow best together, as the paper's alpha, beta and gamma.
+
+    In four steps, all of them where none is named, each going on where it was: plan (the candidates and what they
+    cost), run (train them; any number of workers), collect (one table), choose (the best, and its scaled models).
+    """
+
+    stage: Literal["all", "plan", "run", "collect", "choose"] = operational("all")
+    """Which step, also as the first word: effnet-fast search plan."""
+
+    alpha: str = "1..1.5"
+    """Depth factors to try, LOW..HIGH or one number, each at least 1."""
+    beta: str = "1..1.3"
+    """Width factors to try, LOW..HIGH or one number, each at least 1."""
+    gamma: str = "1..1.3"
+    """Resolution factors to try, LOW..HIGH or one number, each at least 1."""
+    grid_step: float = 0.05
+    """Distance of the grid's factors."""
+    product: str = "1.9..2.1"
+    """What alpha * beta^2 * gamma^2 must lie in: about the factor by which MACs grow from one phi to the next."""
+
+    max_flops: float | None = None
+    """Most MACs of one image (fvcore's "flops"), e.g. 1e10, of the scaled model at every phi."""
+    max_params: float | None = None
+    """Most parameters of the scaled model at every phi."""
+    max_activations: float | None = None
+    """Most numbers that the layers write for one image, of the scaled model at every phi."""
+    max_latency_ms: float | None = None
+    """Most milliseconds for one image (batch 1, inference), measured on this device, of the scaled model at every
+    phi."""
+
+    search_epochs: int = 10
+    """Epochs that each candidate is trained for, at phi = 1."""
+    seeds: int = operational(1)
+    """Runs of each candidate, with seeds SEED, SEED + 1, ...; may be raised later."""
+    val_fraction: float = 0.1
+    """Share of the training images held out (stratified, seeded), by which alone candidates are pruned and chosen."""
+    num_epochs: int = operational(200)
+    """Epochs in the recipes of the scaled models that `choose` writes."""
+    phi: str = operational("1..7")
+    """Scaled models to write recipes for, LOW..HIGH or one number, 1 to 7."""
+
+    pruner: Literal["median", "hyperband", "none"] = "median"
+    """Stops a candidate whose validation accuracy lags behind: below the median of the others at its epoch, or by
+    successive halving; none trains all to the end."""
+    storage: str = operational("journal")
+    """Where workers share the study: a journal file in the search's folder, or any database URL of Optuna."""
+    keep_checkpoints: bool = operational(False)
+    """Keep the weights of trials that ended; they are some hundred megabytes each."""
+    lease_seconds: float = operational(60.0)
+    """A trial whose worker has not been heard of for so long is taken up by another one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "beta", "gamma"):
+            low, high = span(name, getattr(self, name))
+            _require(low >= 1, f"--{name} {getattr(self, name)}: a factor below 1 shrinks the model; start at 1")
+        span("product", self.product)
+        low, high = span("phi", self.phi)
+        _require(low >= 1 and high <= 7 and low % 1 == high % 1 == 0, f"--phi {self.phi}: give whole numbers, 1 to 7")
+        for name in ("grid_step", "lease_seconds", "max_flops", "max_params", "max_activations", "max_latency_ms"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"--{name} must be above 0, not {value}")
+        for name in ("search_epochs", "seeds"):
+            _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        _require(self.val_fraction > 0, "--val_fraction 0: candidates are chosen by held-out images; try 0.1")
+
+    @property
+    def name(self) -> str:
+        """The search's folder name."""
+        return self.run_name or f"search-{self.dataset}"
+
+    @property
+    def phis(self) -> list[int]:
+        low, high = span("phi", self.phi)
+        return list(range(int(low), int(high) + 1))
+
+
+def span(name: str, text: str) -> tuple[float, float]:
+    """The ends of `LOW..HIGH`, or one number twice.
+
+    Raises:
+        ValueError: it is neither, or the wrong way round.
+    """
+    low, dots, high = str(text).partition("..")
+    try:
+        ends = float(low), float(high if dots else low)
+    except ValueError as error:
+        raise ValueError(f"--{name} {text}: give LOW..HIGH or one number, e.g. 1..1.5") from error
+    _require(ends[0] <= ends[1], f"--{name} {text}: the first number must not be the larger")
+    return ends
+
+
+@dataclass(frozen=True)
+class StudyConfig(_FamilyConfig):
+    """Train B0 made deeper, wider, of higher resolution and all three at once, and compare them with it."""
+
+    target_flops: float | list[float] | None = None
+    """MACs of one image (fvcore's "flops") that all four ways shall cost within 5 %, or a list of such costs; default
+    the factors of the paper's table 7: d = 4, w = 2, r = 2, and d = 1.4, w = 1.2, r = 1.3 together."""
+    seeds: int = operational(1)
+    """Runs of each model, with seeds SEED, SEED + 1, ...; may be raised later."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.seeds >= 1, f"--seeds must be at least 1, not {self.seeds}")
+
+    @property
+    def targets(self) -> list[float]:
+        """The costs to solve for; none means the paper's factors."""
+        if self.target_flops is None:
+            return []
+        return list(self.target_flops) if isinstance(self.target_flops, list) else [self.target_flops]
+
+    @property
+    def name(self) -> str:
+        """The study's folder name."""
+        return self.run_name or f"study-{self.dataset}"
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluate a checkpoint: loss, top-1, top-5, accuracy by class (CSV) and the confusion matrix (PNG)."""
 

@@ -48,6 +48,17 @@ def init(device: str = "auto", timeout: float | None = None) -> World:
     return World(dist.get_rank(), dist.get_world_size(), chosen)
 
 
+def alone(device: str = "auto") -> World:
+    """A world of one, on the device of this process's local rank: several such share no group, only a machine.
+
+    Under torchrun the local rank is LOCAL_RANK; without it, 0.
+
+    Raises:
+        ValueError: as `init`.
+    """
+    return World(0, 1, choose_device(device, int(os.environ.get("LOCAL_RANK", 0))))
+
+
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
     """The torch device for auto, cuda or cpu; on CUDA it becomes the current one.
 

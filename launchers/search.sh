@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Search hyper-parameters or the compound scaling coefficients.
 #
-#   launchers/search.sh [--dry-run] --stage NAME ...
+#   launchers/search.sh [--dry-run] [plan|run|collect|choose] ...
 #
 # Arguments: those of `effnet-fast search`. Environment: CUDA_VISIBLE_DEVICES chooses the GPU.
 set -euo pipefail

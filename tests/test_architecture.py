@@ -54,7 +54,7 @@ def name_of(path: Path) -> str:
 
 def imports_of(path: Path) -> list[Import]:
     tree = parse(path)
-    inside = {id(node) for function in ast.walk(tree) if is_function(function) for node in ast.walk(function)}
+    inside = {id(node) for later in ast.walk(tree) if is_deferred(later) for node in ast.walk(later)}
     return [
         Import(target, node.lineno, at_top=id(node) not in inside)
         for node in ast.walk(tree)
@@ -62,7 +62,10 @@ def imports_of(path: Path) -> list[Import]:
     ]
 
 
-def is_function(node: ast.AST) -> bool:
+def is_deferred(node: ast.AST) -> bool:
+    """A function, or what only a type checker reads."""
+    if isinstance(node, ast.If):
+        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from effnet_fast import distributed
-from effnet_fast.config import TrainConfig, identity
+from effnet_fast.config import TrainConfig
 from effnet_fast.distributed import World
-from effnet_fast.run.restore import config_of
+from effnet_fast.run.restore import config_of, differences
 from effnet_fast.train import checkpoint
 
 # A run that was killed may leave workers that take a few seconds to notice, and they hold its lock.
@@ -104,14 +104,10 @@ def _newest(folder: Path) -> Found | None:
 def _refuse_another_run(path: Path, saved: dict[str, Any], config: TrainConfig, fingerprint: str) -> None:
     if missing := _NEEDED - saved.keys():
         raise ValueError(f"{path} is no checkpoint to go on from: it holds no {', '.join(sorted(missing))}")
-    asked = identity(config)
-    before = identity(config_of(saved))
-    differences = [f"{name} {before[name]} there, {asked[name]} here" for name in asked if asked[name] != before[name]]
-    if saved["fingerprint"] != fingerprint:
-        differences.append("the images or labels differ")
-    if differences:
+    found = differences(config_of(saved), config, saved["fingerprint"], fingerprint)
+    if found:
         raise ValueError(
-            f"{path} is of a run with another config ({'; '.join(differences)}): "
+            f"{path} is of a run with another config ({found}): "
             "choose another --run_name, or --resume no to start afresh"
         )
 

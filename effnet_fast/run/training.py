@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,25 @@ class Plan:
         return ", ".join(["fp32" if self.precision == "no" else self.precision, *(way for way in ways if ways[way])])
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run ended.
+
+    Attributes:
+        status: exit status: 0, or 128 + the signal that stopped it.
+        finished: all epochs are done.
+        result: row of the last evaluation: split, loss, top1, top5, and ema_* where there is an average.
+    """
+
+    status: int
+    finished: bool
+    result: dict[str, Any]
+
+
+# Called after each evaluation with the epochs done and its row, on every rank; what it raises ends the run.
+OnEvaluation = Callable[[int, dict[str, Any]], None]
+
+
 def train(config: TrainConfig) -> int:
     """Run `effnet-fast train`; returns the exit status: 0, or 128 + the signal that stopped it.
 
@@ -95,19 +115,31 @@ def train(config: TrainConfig) -> int:
     world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
     try:
         agree(about_start(config))
-        with watchdog(world, config.hang_timeout) as watch:
+        if config.dry_run:
             plan = _plan(config, world)
-            if config.dry_run:
-                if world.is_main:
-                    print(_forecast(plan))
-                return 0
-            with resume.alone(plan.folder, world):
-                try:
-                    return _Training(plan, watch).run()
-                except torch.OutOfMemoryError as error:
-                    raise ValueError(_memory_advice(plan)) from error
+            if world.is_main:
+                print(_forecast(plan))
+            return 0
+        return train_in(world, config).status
     finally:
         distributed.shutdown()
+
+
+def train_in(world: World, config: TrainConfig, on_evaluation: OnEvaluation | None = None) -> Outcome:
+    """Train as `train` does, in a world that is there already; several runs may follow each other in one process.
+
+    Raises:
+        As `train`, and whatever `on_evaluation` raises.
+    """
+    with watchdog(world, config.hang_timeout) as watch:
+        plan = _plan(config, world)
+        if plan.compile:
+            torch.compiler.reset()  # else the models of earlier runs count against the limit of recompilations
+        with resume.alone(plan.folder, world):
+            try:
+                return _Training(plan, watch, on_evaluation).run()
+            except torch.OutOfMemoryError as error:
+                raise ValueError(_memory_advice(plan)) from error
 
 
 def _plan(config: TrainConfig, world: World) -> Plan:
@@ -220,8 +252,8 @@ def augmentation(config: TrainConfig) -> Augment:
 class _Training:
     """A training run's parts, joined."""
 
-    def __init__(self, plan: Plan, watchdog: Watchdog) -> None:
-        self.plan, self.watchdog = plan, watchdog
+    def __init__(self, plan: Plan, watchdog: Watchdog, on_evaluation: OnEvaluation | None) -> None:
+        self.plan, self.watchdog, self.on_evaluation = plan, watchdog, on_evaluation
         config, world = plan.config, plan.world
         set_backends(config.deterministic)
         self.folder = plan.folder
@@ -260,12 +292,12 @@ class _Training:
         self.last_result: dict[str, Any] = {}
         self._is_best = False
 
-    def run(self) -> int:
+    def run(self) -> Outcome:
         plan, config = self.plan, self.plan.config
         saved = self.found[1] if self.found else None
         if saved is not None and saved["progress"]["finished"]:
             self._say(f"{self.folder} is finished; nothing to do (--resume no starts it afresh)")
-            return 0
+            return Outcome(0, True, saved["result"])
         self._make_loaders()
         self._open_folder()
         if saved is not None:
@@ -289,7 +321,7 @@ class _Training:
             self.loader.close()
             self.eval_loader.close()
         self._conclude(stop)
-        return 128 + stop.signal if stop.signal else 0
+        return Outcome(128 + stop.signal if stop.signal else 0, self.progress.finished, self.last_result)
 
     def _watch(self, batches: Batches) -> Batches:
         where = f"epoch {self.progress.epoch + 1}"
@@ -410,6 +442,8 @@ class _Training:
         score = row.get("ema_top1", row["top1"])
         if self.plan.dataset.val is not None and score > self.progress.best:
             self.progress.best, self._is_best = score, True
+        if self.on_evaluation is not None:
+            self.on_evaluation(self.progress.epoch, row)
 
     def _evaluate_weights(self) -> Result:
         plan = self.plan

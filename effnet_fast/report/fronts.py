@@ -1,0 +1,161 @@
+"""Pictures of a search and of a study: what was tried, its cost, its accuracy. They also read in greyscale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from effnet_fast.report import picture
+from effnet_fast.report.curves import COLOURS, MARKERS, Look
+
+Row = dict[str, Any]
+COSTS = {
+    "pareto_macs": ("macs", "multiply-accumulates of one image"),
+    "pareto_parameters": ("parameters", "parameters"),
+    "pareto_latency": ("latency_ms", "latency of one image, measured (ms)"),
+}
+LINES = ("-", "--", "-.", ":")
+
+
+def save_both(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write NAME.png and NAME.svg and return their paths.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    for path in paths:
+        picture.save(figure, path)
+    return paths
+
+
+def feasible_set(candidates: Sequence[Row], dropped: Sequence[Row], chosen: str | None = None) -> Figure:
+    """Candidates in the plane of beta and gamma, each with its alpha beside it.
+
+    Args:
+        candidates: name, alpha, beta, gamma, same_as of each.
+        dropped: alpha, beta, gamma of what no phi fits.
+        chosen: name of the best candidate, once it is known.
+    """
+    figure = Figure(figsize=(9, 6.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    merged = [{"alpha": a, "beta": b, "gamma": g} for row in candidates for a, b, g in row["same_as"]]
+    best = [row for row in candidates if row["name"] == chosen]
+    groups: tuple[tuple[str, Sequence[Row], Look], ...] = (
+        ("candidate", candidates, {"marker": "o", "color": COLOURS[0], "s": 60, "zorder": 3}),
+        ("rounds to a candidate", merged, {"marker": "o", "facecolors": "none", "edgecolors": "0.35", "s": 110}),
+        ("over a limit", dropped, {"marker": "x", "color": COLOURS[4], "s": 60, "zorder": 3}),
+        (f"chosen: {chosen}", best, {"marker": "*", "color": COLOURS[2], "s": 260, "zorder": 4}),
+    )
+    for label, rows, look in groups:
+        if rows:
+            axes.scatter([row["beta"] for row in rows], [row["gamma"] for row in rows], label=label, **look)
+    _alphas_beside(axes, [*candidates, *merged, *dropped])
+    _contours_of_alpha(axes)
+    axes.set(
+        xlabel=r"$\beta$ (width)",
+        ylabel=r"$\gamma$ (resolution)",
+        title=r"Feasible ($\alpha$, $\beta$, $\gamma$); beside each point its $\alpha$; "
+        r"lines: $\alpha\,\beta^2\gamma^2 = 2$",
+    )
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _alphas_beside(axes: Axes, rows: Sequence[Row]) -> None:
+    places: dict[tuple[float, float], set[float]] = {}
+    for row in rows:
+        places.setdefault((row["beta"], row["gamma"]), set()).add(row["alpha"])
+    for place, alphas in places.items():
+        text = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
+        axes.annotate(text, place, xytext=(8, 5), textcoords="offset points", fontsize=8)
+
+
+def _contours_of_alpha(axes: Axes) -> None:
+    """Where alpha must be 1, 1.1, ... for a product of 2."""
+    axes.margins(0.12)
+    axes.autoscale_view()
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    beta, gamma = np.meshgrid(np.linspace(left, right, 200), np.linspace(bottom, top, 200))
+    alpha = 2 / (beta**2 * gamma**2)
+    levels = [level for level in np.arange(1, 2.05, 0.1) if alpha.min() < level < alpha.max()]
+    if levels:
+        lines = axes.contour(beta, gamma, alpha, levels=levels, colors="0.7", linewidths=0.8)
+        axes.clabel(lines, fmt=lambda level: rf"$\alpha$ = {level:.1f}", fontsize=7)
+
+
+def pareto_fronts(rows: Sequence[Row], chosen: str | None = None) -> Figure:
+    """Validation accuracy against MACs, parameters and latency; a line joins what no candidate beats at both.
+
+    Args:
+        rows: of `search.collect`.
+        chosen: name of the best candidate, once it is known.
+    """
+    figure = Figure(figsize=(15, 5), dpi=120, layout="constrained")
+    for axes, (flag, (cost, label)) in zip(figure.subplots(1, 3, sharey=True), COSTS.items(), strict=True):
+        shown = [row for row in rows if row[cost] is not None and row["top1_mean"] is not None]
+        front = sorted((row for row in shown if row[flag]), key=lambda row: row[cost])
+        others = [row for row in shown if not row[flag]]
+        axes.plot(*_points(front, cost), color="0.2", linewidth=1.2, zorder=1, label="Pareto front")
+        _error_bars(axes, others, cost, color="0.55", fillstyle="none", label="beaten")
+        _error_bars(axes, front, cost, color=COLOURS[0], label="on the front")
+        best = [row for row in shown if row["name"] == chosen]
+        axes.plot(*_points(best, cost), "*", color=COLOURS[2], markersize=17, zorder=4, label="chosen")
+        for row in front:
+            place = (row[cost], row["top1_mean"])
+            axes.annotate(row["name"], place, xytext=(6, -12), textcoords="offset points", fontsize=8)
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.margins(x=0.3, y=0.15)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("validation top-1 (%), mean and standard deviation")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _points(rows: Sequence[Row], cost: str) -> tuple[list[float], list[float]]:
+    return [row[cost] for row in rows], [row["top1_mean"] for row in rows]
+
+
+def _error_bars(axes: Axes, rows: Sequence[Row], cost: str, **look: Any) -> None:
+    spreads = [row["top1_std"] or 0 for row in rows]
+    axes.errorbar(*_points(rows, cost), yerr=spreads, fmt="o", capsize=3, elinewidth=0.9, markersize=8, **look)
+
+
+def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
+    """Accuracy against MACs of each way to scale, from the baseline on (figure 8 of the EfficientNet paper).
+
+    Args:
+        rows: model, macs, top1_mean, top1_std of the baseline and of each scaled model.
+        split: the images the accuracy is of: val or test.
+    """
+    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    known = [row for row in rows if row["top1_mean"] is not None]
+    baseline = [row for row in known if row["model"] == "baseline"]
+    ways = list(dict.fromkeys(row["model"] for row in known if row["model"] != "baseline"))
+    for number, way in enumerate(ways):
+        line = sorted((row for row in known if row["model"] == way), key=lambda row: row["macs"])
+        points = [*baseline, *line]
+        look: Look = {"color": COLOURS[number], "linestyle": LINES[number % len(LINES)]}
+        axes.errorbar(
+            *_points(points, "macs"),
+            yerr=[row["top1_std"] or 0 for row in points],
+            marker=MARKERS[number + 1],
+            markersize=8,
+            capsize=3,
+            label=way,
+            **look,
+        )
+    axes.plot(*_points(baseline, "macs"), "o", color=COLOURS[2], markersize=11, zorder=4, label="baseline (B0)")
+    axes.set(xlabel="multiply-accumulates of one image", ylabel=f"{split} top-1 (%)", title="Ways to scale B0")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure

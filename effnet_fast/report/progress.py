@@ -1,0 +1,120 @@
+"""What the workers of a search are doing: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+SHOWN = 24  # rows: what runs, then the best
+
+
+class TrialState(Protocol):
+    """A trial as a table shows it; see `search.trials.State`."""
+
+    @property
+    def run(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def top1(self) -> float | None: ...
+    @property
+    def seconds(self) -> float | None: ...
+    @property
+    def attrs(self) -> dict[str, Any]: ...
+
+
+class Board:
+    """A context manager that shows the trials of a search, of all its workers.
+
+    Args:
+        states: asked now and then, from another thread too.
+        epochs: of a whole trial.
+    """
+
+    def __init__(self, states: Callable[[], Sequence[TrialState]], epochs: int) -> None:
+        self.states = states
+        self.epochs = epochs
+        # The file is named: while a run trains, sys.stdout is its log.
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        if self.console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render,
+                console=self.console,
+                refresh_per_second=0.5,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+
+    def __enter__(self) -> Board:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line, where there is no table to read it from."""
+        if self._live is None:
+            self.console.print(f"{text}  ({summary(self.states(), self.epochs)})")
+
+    def _render(self) -> Group:
+        states = self.states()
+        return Group(trial_table(states, self.epochs), Text(summary(states, self.epochs)))
+
+
+def trial_table(states: Sequence[TrialState], epochs: int) -> Table:
+    """The trials that run, then the others by accuracy, best first."""
+    table = Table("trial", "state", "epoch", "val top-1 %", "time", "")
+    for column in table.columns[2:5]:
+        column.justify = "right"
+    begun = [state for state in states if state.state != "WAITING"]
+    for state in sorted(begun, key=lambda s: (s.state != "RUNNING", -(s.top1 or 0)))[:SHOWN]:
+        table.add_row(
+            state.run,
+            state.state.lower(),
+            f"{state.epochs}/{epochs}",
+            "-" if state.top1 is None else f"{state.top1:.2f}",
+            "-" if state.seconds is None else duration(state.seconds),
+            state.attrs.get("reason", ""),
+        )
+    return table
+
+
+def summary(states: Sequence[TrialState], epochs: int) -> str:
+    """`3 of 12 done, 2 running, ETA 0:04:10`: by the pace of the trials that ended, at as many workers as now."""
+    counts = Counter(state.state for state in states)
+    done = len(states) - counts["WAITING"] - counts["RUNNING"]
+    parts = [
+        f"{done} of {len(states)} done",
+        *(f"{counts[s]} {s.lower()}" for s in ("RUNNING", "PRUNED", "FAIL") if counts[s]),
+    ]
+    eta = _seconds_left(states, epochs, max(1, counts["RUNNING"]))
+    return ", ".join([*parts, *([f"ETA {duration(eta)}"] if eta is not None else [])])
+
+
+def _seconds_left(states: Sequence[TrialState], epochs: int, workers: int) -> float | None:
+    paces = [s.seconds / s.epochs for s in states if s.state == "COMPLETE" and s.seconds and s.epochs]
+    if not paces:
+        return None
+    left = sum(epochs - s.epochs for s in states if s.state in ("WAITING", "RUNNING"))
+    return statistics.fmean(paces) * left / workers
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

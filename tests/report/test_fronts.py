@@ -1,0 +1,108 @@
+"""Pictures of searches and studies, their page and their tables."""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from effnet_fast.report.fronts import feasible_set, pareto_fronts, save_both, scaling_curves
+from effnet_fast.report.page import page
+from effnet_fast.report.progress import summary, trial_table
+from effnet_fast.report.table import as_csv, as_text
+from effnet_fast.search.trials import State
+
+ROWS = [
+    {
+        "name": f"c{i}",
+        "alpha": 1.2,
+        "beta": 1.0 + i / 10,
+        "gamma": 1.1,
+        "same_as": [[1.3, 1.0 + i / 10, 1.1]],
+        "macs": 10_000_000 * (i + 1),
+        "parameters": 4_000_000 + i,
+        "latency_ms": None if i == 2 else 2.5 - i,
+        "top1_mean": 10.0 + i % 2,
+        "top1_std": 0.5 if i else None,
+        "pareto_macs": i < 2,
+        "pareto_parameters": i < 2,
+        "pareto_latency": i == 1,
+    }
+    for i in range(3)
+]
+DROPPED = [{"alpha": 1.5, "beta": 1.2, "gamma": 1.0, "reason": "large"}]
+MODELS = [
+    {"model": model, "macs": 1e7 * (1 + i), "top1_mean": 20.0 + i, "top1_std": None}
+    for i, model in enumerate(["baseline", "deeper", "wider", "higher-resolution", "compound"])
+]
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        feasible_set(ROWS, DROPPED, "c1"),
+        feasible_set(ROWS[:1], []),
+        pareto_fronts(ROWS, "c1"),
+        pareto_fronts(ROWS[2:]),
+        scaling_curves(MODELS, "test"),
+        scaling_curves(MODELS[:1], "val"),
+    ],
+    ids=["feasible", "one-point", "pareto", "no-latency", "study", "baseline-alone"],
+)
+def test_pictures_are_png_and_svg(tmp_path, figure):
+    png, svg = save_both(figure, tmp_path, "picture")
+    assert min(Image.open(png).size) > 400
+    assert svg.read_text().startswith("<?xml")
+
+
+def test_ways_to_scale_are_told_apart_without_colour():
+    lines = [line for line in scaling_curves(MODELS, "test").axes[0].get_lines() if len(line.get_xdata()) == 2]
+    looks = {(line.get_linestyle(), line.get_marker()) for line in lines if line.get_linestyle() != "None"}
+    assert len(looks) == 4
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.targets, self.rows = [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.rows += tag == "tr"
+        self.targets += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path):
+    _, svg = save_both(scaling_curves(MODELS, "test"), tmp_path, "study")
+    text = page("A <title>", MODELS, {"Study": svg}, "a note", marked="deeper")
+    read = Links()
+    read.feed(text)
+    (picture,) = read.targets
+    assert base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,")) == svg.read_bytes()
+    assert not re.search(r"https?://|@import|fetch\(", text)
+    assert read.rows == 1 + len(MODELS)
+    assert "A &lt;title&gt;" in text
+    assert '<tr class=marked><td data-key="deeper">' in text
+    assert '<td data-key="20000000.0">2e+07</td>' in text
+
+
+def test_tables():
+    rows = [
+        {"name": "a", "macs": 1234567, "list": [1, 2], "top1": None},
+        {"name": "bc", "macs": 1, "list": [3], "top1": 2.5},
+    ]
+    assert as_csv(rows) == "name,macs,list,top1\na,1234567,1 2,\nbc,1,3,2.5\n"
+    assert as_text(rows).splitlines()[1:] == ["a     1,234,567   1 2     -", "bc            1     3   2.5"]
+
+
+def test_the_live_table_tells_states_and_time_left():
+    states = [
+        State("a", "COMPLETE", 4, 30.0, 40.0, {}),
+        State("b", "RUNNING", 2, 20.0, 20.0, {}),
+        State("c", "FAIL", 0, None, 1.0, {"reason": "out of memory"}),
+        State("d", "WAITING", 0, None, None, {}),
+    ]
+    assert summary(states, 4) == "2 of 4 done, 1 running, 1 fail, ETA 0:01:00"
+    table = trial_table(states, 4)
+    assert list(table.columns[0].cells) == ["b", "a", "c"]
+    assert list(table.columns[5].cells) == ["", "", "out of memory"]

@@ -1,0 +1,131 @@
+"""Trials are enqueued once, claimed once, and taken up again once their worker is gone."""
+
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from effnet_fast.search.trials import Pruned, Task, Trials
+
+TASKS = [Task(f"c{i}", 1 + i / 10, 1.1, 1.15, seed) for i in range(4) for seed in range(2)]
+STORAGES = ["journal", "sqlite:///{folder}/search.db"]
+
+
+def trials(folder, storage="journal", pruner="none", digest="plan", lease_seconds=60.0):
+    storage = storage.format(folder=folder)
+    return Trials(folder, storage, "search", digest=digest, pruner=pruner, epochs=9, lease_seconds=lease_seconds)
+
+
+def take_all(arguments):
+    """A worker: enqueue, then claim until nothing waits; the runs it took."""
+    shared = trials(*arguments)
+    shared.enqueue(TASKS)
+    taken = []
+    while (trial := shared.claim()) is not None:
+        taken.append(trial.user_attrs["run"])
+        shared.finish(trial, "COMPLETE", 1.0)
+    return taken
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_workers_that_start_together_take_each_trial_once(tmp_path, storage):
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        taken = [run for runs in pool.map(take_all, [(tmp_path, storage)] * 2) for run in runs]
+    assert sorted(taken) == sorted(task.run for task in TASKS)
+    assert take_all((tmp_path, storage)) == []
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_claim_that_is_renewed_holds_and_one_that_is_not_is_free(tmp_path, storage):
+    first, second = (trials(tmp_path, storage, lease_seconds=2.0) for _ in range(2))
+    second.owner = "elsewhere:1"
+    first.enqueue(TASKS[:1])
+    trial = first.claim()
+    with first.held(trial) as lost:
+        time.sleep(3.5)
+        assert second.claim() is None
+        assert not lost.is_set()
+    time.sleep(3.5)
+    again = second.claim()
+    assert again.number == trial.number
+    assert again.params == TASKS[0].params
+    assert [state.state for state in second.states()] == ["RUNNING"]
+
+
+def test_a_worker_notices_that_its_trial_was_taken_up(tmp_path):
+    first, second = (trials(tmp_path, lease_seconds=1.0) for _ in range(2))
+    second.owner = "elsewhere:1"
+    first.enqueue(TASKS[:1])
+    trial = first.claim()
+    os.utime(tmp_path / "leases" / str(trial.number), (0, 0))  # as if it had slept
+    assert second.claim() is not None
+    with first.held(trial) as lost:
+        assert lost.wait(5)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_claim_given_back_is_free_at_once(tmp_path, storage):
+    shared = trials(tmp_path, storage)
+    shared.enqueue(TASKS[:1])
+    trial = shared.claim()
+    assert shared.claim() is None
+    shared.release(trial)
+    assert shared.claim().number == trial.number
+
+
+def test_more_seeds_may_follow(tmp_path):
+    shared = trials(tmp_path)
+    shared.enqueue(TASKS[:2])
+    shared.enqueue(TASKS)
+    assert len(shared.states()) == len(TASKS)
+
+
+def test_a_study_of_another_plan_is_refused(tmp_path):
+    trials(tmp_path)
+    with pytest.raises(ValueError, match="another plan: choose another --run_name"):
+        trials(tmp_path, digest="other")
+
+
+@pytest.mark.parametrize("storage", ["nonsense", "sqlite:////no/such/folder/search.db", "postgresql://nowhere/x"])
+def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path, storage):
+    with pytest.raises(ValueError, match="give `journal` or a database URL"):
+        trials(tmp_path, storage)
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband", "none"])
+def test_pruners(tmp_path, pruner):
+    """Eight good trials, then a bad one."""
+    shared = trials(tmp_path, pruner=pruner)
+    shared.enqueue([Task(f"c{i}", 1.0, 1.0, 1.0, 0) for i in range(9)])
+    pruned = []
+    for i in range(9):
+        trial = shared.claim()
+        try:
+            for epoch in range(1, 10):
+                shared.report(trial, epoch, (1.0 if i == 8 else 50.0 + i) + epoch)
+            shared.finish(trial, "COMPLETE", 1.0)
+        except Pruned:
+            pruned.append(i)
+            shared.finish(trial, "PRUNED")
+    assert (8 in pruned) == (pruner != "none")
+    assert 7 not in pruned
+
+
+def test_a_resumed_trial_may_tell_an_epoch_again(tmp_path):
+    shared = trials(tmp_path)
+    shared.enqueue(TASKS[:1])
+    trial = shared.claim()
+    shared.report(trial, 1, 10.0)
+    shared.report(trial, 1, 10.0)
+    assert [(state.epochs, state.top1) for state in shared.states()] == [(1, 10.0)]
+
+
+def test_a_failed_trial_keeps_its_reason(tmp_path):
+    shared = trials(tmp_path)
+    shared.enqueue(TASKS[:1])
+    shared.finish(shared.claim(), "FAIL", reason="out of memory")
+    (state,) = shared.states()
+    assert (state.state, state.attrs["reason"]) == ("FAIL", "out of memory")
+    assert shared.claim() is None

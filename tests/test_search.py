@@ -1,0 +1,323 @@
+"""A search from end to end on a handful of images, and what may go wrong on the way."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from effnet_fast import cli, data
+from effnet_fast.run import search as searching
+from effnet_fast.run.training import Outcome
+
+# Two candidates: alpha 1.2 and 1.25 round to one model.
+TINY = (
+    "--dataset synthetic --output_stride 32 --limit_train 64 --limit_eval 40 --batch_size 32 --search_epochs 1 "
+    "--alpha 1.2..1.3 --beta 1.1 --gamma 1.15 --product 1.9..2.1 --loader resident --num_workers 1 --device cpu"
+)
+NAMES = ["a1.2-b1.1-g1.15", "a1.3-b1.1-g1.15"]
+
+
+def run(line, expected=0):
+    with pytest.raises(SystemExit) as done:
+        cli.main(line.split())
+    assert done.value.code == expected
+
+
+def test_the_flags_of_the_older_command():
+    line = (
+        "--search_epochs 10 --max_flops 1e10 --max_params 2e7 --max_activations 5e7 --max_latency_ms 20 --phi 1..7 "
+        "--mixed_precision --num_workers 8 --limit_train 5000 --data_dir data --save_dir results"
+    )
+    config = cli.parse(cli.VERBS["search"], "search", line.split())
+    assert (config.search_epochs, config.max_flops, config.max_params) == (10, 1e10, 2e7)
+    assert (config.mixed_precision, config.limit_train, config.phis) == ("bf16", 5000, [1, 2, 3, 4, 5, 6, 7])
+    assert (config.stage, config.max_latency_ms) == ("all", 20)
+    assert cli.parse(cli.VERBS["search"], "search", ["choose", "--phi", "3"]).stage == "choose"
+
+
+class Untouched:
+    """A test split that must not be read."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the test images were read: {name}")
+
+    def __len__(self):
+        raise AssertionError("the test images were counted")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished search, in which the test images could not be read."""
+    folder = tmp_path_factory.mktemp("results")
+    load = data.load_dataset
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_dataset", lambda *a, **k: dataclasses.replace(load(*a, **k), test=Untouched()))
+        run(f"search {TINY} --save_dir {folder} --run_name done --phi 1..2 --max_flops 5e7 --num_epochs 7")
+    return folder / "done"
+
+
+def test_what_a_search_leaves(finished):
+    with (finished / "candidates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == NAMES
+    assert {row["status"] for row in rows} == {"complete"}
+    assert rows[0].keys() >= {"alpha", "channels", "repeats", "image_size", "parameters", "macs", "activations"}
+    assert rows[0].keys() >= {"top1_mean", "top1_std", "latency_ms", "seconds_mean", "peak_memory_mib", "pareto_macs"}
+    assert rows[0]["repeats"] == "2 3 3 4 4 5 2"
+    assert float(rows[0]["latency_ms"]) > 0
+    assert json.loads((finished / "candidates.json").read_text())["candidates"][0]["name"] == NAMES[0]
+    plan = json.loads((finished / "plan.json").read_text())
+    assert plan["candidates"][0]["same_as"] == [[1.25, 1.1, 1.15]]
+    for name in ("feasible.png", "feasible.svg", "pareto.png", "pareto.svg", "search.html", "journal.log"):
+        assert (finished / name).stat().st_size > 1000
+
+
+def test_candidates_are_judged_by_validation_images(finished):
+    for name in NAMES:
+        lines = (finished / "trials" / f"{name}-s0" / "metrics.jsonl").read_text().splitlines()
+        assert {row["split"] for row in map(json.loads, lines) if row["kind"] == "eval"} == {"val"}
+
+
+def test_the_choice_and_its_confidence(finished):
+    chosen = json.loads((finished / "chosen.json").read_text())
+    rows = json.loads((finished / "candidates.json").read_text())["candidates"]
+    best = max(rows, key=lambda row: (row["top1_mean"], -row["macs"]))
+    assert chosen["name"] == best["name"]
+    assert chosen["confidence"].startswith("not separable at n = 1")
+
+
+def test_recipes_are_written_for_what_fits_and_train_takes_them(finished, capsys):
+    with (finished / "family.csv").open() as file:
+        family = list(csv.DictReader(file))
+    assert [row["fits"] for row in family] == ["True", "False"]
+    assert [path.name for path in (finished / "recipes").iterdir()] == ["phi1.yaml"]
+    recipe = yaml.safe_load((finished / "recipes" / "phi1.yaml").read_text())
+    assert recipe["num_epochs"] == 7
+    assert recipe["val_fraction"] == 0
+    run(f"train --config {finished}/recipes/phi1.yaml --dry_run --compile no")
+    assert f"{int(family[0]['parameters']):,} parameters, 37 px, output stride 32" in capsys.readouterr().out
+
+
+def test_the_same_command_trains_nothing_again(finished, monkeypatch):
+    monkeypatch.setattr(searching, "train_in", None)
+    before = (finished / "plan.json").read_text()
+    for stage in ("plan", "run"):
+        run(f"search {stage} {TINY} --save_dir {finished.parent} --run_name done --max_flops 5e7")
+    assert (finished / "plan.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--max_flops 5e7 --grid_step 0.1", "grid_step 0.05 there, 0.1 here"),
+        ("--max_flops 6e7", "max_flops 50000000.0 there, 60000000.0 here"),
+        ("--max_flops 5e7 --dataset cifar10", "dataset synthetic there, cifar10 here"),
+    ],
+)
+def test_another_grid_or_data_set_under_an_old_search_is_refused(finished, capsys, monkeypatch, flags, told):
+    load = data.load_dataset
+    monkeypatch.setattr(data, "load_dataset", lambda name, *a, **k: load("synthetic", *a, **k))
+    run(f"search run {TINY} --save_dir {finished.parent} --run_name done {flags}", expected=2)
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+
+
+def test_other_images_under_an_old_search_are_refused(finished, capsys, monkeypatch):
+    load = data.load_dataset
+    monkeypatch.setattr(data, "load_dataset", lambda *a, **k: dataclasses.replace(load(*a, **k), fingerprint="other"))
+    run(f"search plan {TINY} --save_dir {finished.parent} --run_name done --max_flops 5e7", expected=2)
+    assert "the images or labels differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["run", "collect", "choose"])
+def test_a_stage_without_a_plan_says_so(tmp_path, capsys, stage):
+    run(f"search {stage} {TINY} --save_dir {tmp_path}", expected=2)
+    assert "run `effnet-fast search plan`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--alpha 1..1.1 --beta 1..1.1 --gamma 1..1.1", "the upper ends bound it"),
+        ("--max_flops 1e6", "not even the unscaled model fits"),
+        ("--val_fraction 0", "candidates are chosen by held-out images"),
+        ("--model efficientnet-b1", "efficientnet-b0 is what is scaled"),
+        ("--width 1.5", "leave them out"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, flags, told):
+    run(f"search {TINY} --save_dir {tmp_path} {flags}", expected=2)
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+
+
+def test_a_stage_that_does_not_exist(capsys):
+    run("search fly", expected=2)
+    assert "stage" in capsys.readouterr().err
+
+
+@pytest.fixture
+def planned(finished, tmp_path):
+    """A command for a search with a plan and no trials yet."""
+    (tmp_path / "fake").mkdir()
+    shutil.copy(finished / "plan.json", tmp_path / "fake")
+    return f"search {{}} {TINY} --save_dir {tmp_path} --run_name fake --max_flops 5e7"
+
+
+def fake_training(monkeypatch, behave):
+    """Replace the training by `behave(config, watch)`; returns the runs it was asked for."""
+    asked = []
+
+    def train_in(world, config, watch):
+        asked.append(config.name)
+        return behave(config, watch)
+
+    monkeypatch.setattr(searching, "train_in", train_in)
+    monkeypatch.setattr(searching, "training_seconds", lambda *a: 1.0)
+    return asked
+
+
+def evaluated(top1):
+    return {"split": "val", "loss": 1.0, "top1": top1, "top5": 50.0}
+
+
+def caused_by(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (caused_by(ValueError("the GPU's memory is full"), torch.OutOfMemoryError()), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory"),
+        (FloatingPointError("the loss was not finite at step 3"), "not finite: the loss was not finite at step 3"),
+    ],
+)
+def test_a_failed_trial_is_recorded_and_the_rest_goes_on(planned, tmp_path, monkeypatch, capsys, error, reason):
+    def behave(config, watch):
+        if config.name.startswith(NAMES[0]):
+            raise error
+        return Outcome(0, True, evaluated(10.0))
+
+    asked = fake_training(monkeypatch, behave)
+    run(planned.format("run"))
+    run(planned.format("run"))
+    assert asked == [f"{name}-s0" for name in NAMES]
+    run(planned.format("collect"))
+    rows = json.loads((tmp_path / "fake" / "candidates.json").read_text())["candidates"]
+    assert [(row["status"], row["reason"]) for row in rows] == [("failed", reason), ("complete", None)]
+
+
+def test_what_is_not_the_model_s_fault_stops_the_worker_and_gives_the_trial_back(planned, monkeypatch, capsys):
+    def full(config, watch):
+        raise OSError("the disk is full: free some space")
+
+    fake_training(monkeypatch, full)
+    run(planned.format("run"), expected=2)
+    assert "free some space" in capsys.readouterr().err
+    asked = fake_training(monkeypatch, lambda config, watch: Outcome(0, True, evaluated(10.0)))
+    run(planned.format("run"))
+    assert asked == [f"{name}-s0" for name in NAMES]
+
+
+def test_a_signal_stops_the_worker_and_gives_the_trial_back(planned, monkeypatch):
+    fake_training(monkeypatch, lambda config, watch: Outcome(130, False, {}))
+    run(planned.format("run"), expected=130)
+    asked = fake_training(monkeypatch, lambda config, watch: Outcome(0, True, evaluated(10.0)))
+    run(planned.format("run"))
+    assert asked == [f"{name}-s0" for name in NAMES]
+
+
+def test_a_search_goes_on_with_more_seeds(planned, tmp_path, monkeypatch):
+    scores = {f"{name}-s{seed}": 30.0 * i + seed + 0.1 * i * seed for i, name in enumerate(NAMES) for seed in range(3)}
+    asked = fake_training(monkeypatch, lambda config, watch: Outcome(0, True, evaluated(scores[config.name])))
+    run(planned.format("run"))
+    run(f"{planned.format('all')} --seeds 3 --phi 1")
+    assert sorted(asked) == sorted(scores)
+    chosen = json.loads((tmp_path / "fake" / "chosen.json").read_text())
+    assert chosen["name"] == NAMES[1]
+    assert chosen["confidence"].startswith("better than each of the 1 others (n = 3")
+
+
+def test_a_lost_trial_is_left_to_the_worker_that_took_it_up(planned, monkeypatch, tmp_path):
+    def taken(config, watch):
+        for lease in (tmp_path / "fake" / "leases").iterdir():
+            os.utime(lease, (0, 0))
+        other = rivals[0].claim()
+        assert other.user_attrs["run"] == config.name
+        time.sleep(1.5)
+        try:
+            watch(1, evaluated(1.0))
+        finally:
+            rivals[0].finish(other, "COMPLETE", 77.0)
+
+    def remember(*arguments, **settings):
+        shared = real(*arguments, **settings)
+        other = real(*arguments, **settings)
+        other.owner = "elsewhere:1"
+        rivals[:] = [other]
+        return shared
+
+    rivals, real = [], searching.Trials
+    monkeypatch.setattr(
+        searching,
+        "Trials",
+        type("Trials", (), {"__new__": lambda cls, *a, **k: remember(*a, **k), "claim": real.claim}),
+    )
+    fake_training(monkeypatch, taken)
+    run(f"{planned.format('run')} --lease_seconds 2")
+    monkeypatch.setattr(searching, "Trials", real)
+    run(planned.format("collect"))
+    rows = json.loads((tmp_path / "fake" / "candidates.json").read_text())["candidates"]
+    assert [row["top1_mean"] for row in rows] == [77.0, 77.0]
+
+
+def start(line):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "effnet_fast", *line.split()], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_two_workers_one_killed_and_resumed_end_with_the_table_of_an_undisturbed_run(tmp_path):
+    line = f"search {TINY} --save_dir {tmp_path} --seeds 2 --search_epochs 3 --pruner none --lease_seconds 6 --phi 1"
+    undisturbed = start(f"{line} --run_name whole")
+    undisturbed.communicate()
+    run(f"{line.replace('search', 'search plan', 1)} --run_name killed")
+    workers = [start(f"{line} --run_name killed") for _ in range(2)]
+    for said in workers[0].stdout:
+        if ": epoch 2 " in said:
+            break
+    workers[0].send_signal(signal.SIGKILL)
+    resumed = start(f"{line} --run_name killed")
+    for worker in (workers[1], resumed):
+        worker.communicate(timeout=900)
+        assert worker.returncode == 0
+
+    def table(name):
+        rows = json.loads((tmp_path / name / "candidates.json").read_text())["candidates"]
+        timed = ("seconds", "latency", "_ms", "memory")
+        return [{k: v for k, v in row.items() if not any(word in k for word in timed)} for row in rows]
+
+    assert table("killed") == table("whole")
+    chosen = [json.loads((tmp_path / name / "chosen.json").read_text())["name"] for name in ("killed", "whole")]
+    assert chosen[0] == chosen[1]
+    logs = [path.read_text() for path in (tmp_path / "killed" / "trials").glob("*/log.txt")]
+    assert len(logs) == 4
+    assert sum(log.count("going on at step") for log in logs) == 1
+    # Every epoch of every trial was finished once: none was trained twice.
+    assert sum(log.count("\nepoch ") for log in logs) == 4 * 3

@@ -1,0 +1,114 @@
+"""A study from end to end on a handful of images."""
+
+import csv
+import json
+
+import pytest
+
+from effnet_fast import cli
+from effnet_fast.run import study as studying
+from effnet_fast.run.training import Outcome
+from effnet_fast.train import checkpoint
+
+TINY = (
+    "study --dataset synthetic --output_stride 32 --limit_train 16 --limit_eval 20 --batch_size 8 --num_epochs 1 "
+    "--loader resident --num_workers 1 --device cpu"
+)
+NAMES = ["baseline", "deeper", "wider", "higher-resolution", "compound"]
+
+
+def run(line, expected=0):
+    with pytest.raises(SystemExit) as done:
+        cli.main(line.split())
+    assert done.value.code == expected
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    run(f"{TINY} --save_dir {folder} --run_name done")
+    return folder / "done"
+
+
+def test_what_a_study_leaves(finished):
+    with (finished / "study.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows] == NAMES
+    assert all(row["top1_mean"] for row in rows)
+    for name in ("study.png", "study.svg", "curves.png", "curves.svg", "study.html"):
+        assert (finished / name).stat().st_size > 1000
+
+
+def test_the_index_leads_to_checkpoints_of_the_paper_s_models(finished):
+    models = json.loads((finished / "study.json").read_text())["models"]
+    assert [model["name"] for model in models] == NAMES
+    assert models[-1]["label"] == "compound (d = 1.4, w = 1.2, r = 1.3)"
+    factors = []
+    for model in models:
+        assert model["checkpoint"] == f"{model['run']}/last.pt" == f"runs/{model['name']}-0/last.pt"
+        architecture = checkpoint.load(finished / model["checkpoint"])["architecture"]
+        factors.append([architecture[name] for name in ("depth", "width", "image_size", "output_stride")])
+    assert factors == [[1, 1, 32, 32], [4, 1, 32, 32], [1, 2, 32, 32], [1, 1, 64, 32], [1.4, 1.2, 42, 32]]
+
+
+def test_other_settings_under_an_old_study_are_refused(finished, capsys):
+    run(f"{TINY} --save_dir {finished.parent} --run_name done --learning_rate 0.2", expected=2)
+    assert "learning_rate 0.1 there, 0.2 here" in capsys.readouterr().err
+
+
+def fake_training(monkeypatch, behave):
+    asked = []
+
+    def train_in(world, config):
+        asked.append(config)
+        return behave(config)
+
+    monkeypatch.setattr(studying, "train_in", train_in)
+    monkeypatch.setattr(studying, "training_seconds", lambda *a: 1.0)
+    return asked
+
+
+def trained(config):
+    return Outcome(0, True, {"split": "test", "loss": 1.0, "top1": 10.0, "top5": 20.0})
+
+
+def test_models_of_one_cost_in_several_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(studying, "_draw", lambda *a: None)
+    asked = fake_training(monkeypatch, trained)
+    run(f"{TINY} --output_stride 16 --save_dir {tmp_path} --run_name equal --target_flops 1e8 --seeds 2")
+    models = json.loads((tmp_path / "equal" / "study.json").read_text())["models"]
+    assert [(model["name"], model["seed"]) for model in models] == [(name, seed) for seed in (0, 1) for name in NAMES]
+    costs = [model["macs"] for model in models if model["name"] != "baseline"]
+    assert max(costs) / min(costs) <= 1.05
+    assert all(0.95 < model["times_target"] < 1.05 for model in models if model["name"] != "baseline")
+    assert {config.output_stride for config in asked} == {16}
+
+
+def test_a_model_that_does_not_fit_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
+    def behave(config):
+        if config.depth == 4:
+            raise MemoryError
+        return trained(config)
+
+    monkeypatch.setattr(studying, "_draw", lambda *a: None)
+    fake_training(monkeypatch, behave)
+    run(f"{TINY} --save_dir {tmp_path} --run_name full")
+    with (tmp_path / "full" / "study.csv").open() as file:
+        assert [row["failed"] for row in csv.DictReader(file)] == ["", "out of memory", "", "", ""]
+
+
+def test_a_signal_ends_the_study_which_goes_on_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(studying, "_draw", lambda *a: None)
+    asked = fake_training(monkeypatch, lambda c: Outcome(130, False, {}) if c.width == 2 else trained(c))
+    run(f"{TINY} --save_dir {tmp_path} --run_name stopped", expected=130)
+    assert [config.run_name for config in asked] == ["baseline-0", "deeper-0", "wider-0"]
+    fake_training(monkeypatch, trained)
+    run(f"{TINY} --save_dir {tmp_path} --run_name stopped")
+    assert all("top1" in model for model in json.loads((tmp_path / "stopped" / "study.json").read_text())["models"])
+
+
+def test_an_impossible_target_is_one_line(tmp_path, capsys):
+    run(f"{TINY} --save_dir {tmp_path} --target_flops 1e6", expected=2)
+    said = capsys.readouterr().err
+    assert "below the baseline's 8,590,048 MACs" in said
+    assert said.count("\n") == 1

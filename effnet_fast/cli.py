@@ -37,6 +37,11 @@ class Verb:
         types = {field.name: str(field.type) for field in dataclasses.fields(self.settings)}
         return {f"--{name}" for name, kind in types.items() if kind.endswith("bool") and not kind.startswith("str")}
 
+    @property
+    def repeated_flags(self) -> set[str]:
+        """Flags that may come several times, each with one value more."""
+        return {f"--{f.name}" for f in dataclasses.fields(self.settings) if str(f.type).startswith("list[str] |")}
+
 
 VERBS = {
     "train": Verb(config.TrainConfig, "training", "train"),
@@ -54,6 +59,7 @@ VERBS = {
     "data": Verb(config.DataConfig, "inspection", "show_data"),
     "search": Verb(config.SearchConfig, "search", "search", leading="stage"),
     "study": Verb(config.StudyConfig, "study", "study"),
+    "cam": Verb(config.CamConfig, "cam", "explain_images"),
 }
 
 
@@ -112,7 +118,8 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
     if verb.leading and args and not args[0].startswith("-"):
         args = [f"--{verb.leading}={args[0]}", *args[1:]]
     try:
-        values = parser.parse_args(_fill_bare_flags(args, verb.bare_flags)).as_dict()
+        filled = _append_repeated_flags(_fill_bare_flags(args, verb.bare_flags), verb.repeated_flags)
+        values = parser.parse_args(filled).as_dict()
     except ArgumentError as error:
         raise ValueError(f"{_one_line(error)} (effnet-fast {name} --help lists the options)") from error
     values.pop("config")
@@ -126,6 +133,15 @@ def _fill_bare_flags(args: list[str], flags: set[str]) -> list[str]:
         f"{arg}=true" if arg in flags and after.startswith("--") else arg
         for arg, after in zip(args, following, strict=False)
     ]
+
+
+def _append_repeated_flags(args: list[str], flags: set[str]) -> list[str]:
+    """`--run A --run B` means both; in jsonargparse's words `--run+=A --run+=B`."""
+    result: list[str] = []
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        result.append(f"{flag}+{equals}{value}" if flag in flags else arg)
+    return result
 
 
 def _one_line(error: BaseException) -> str:

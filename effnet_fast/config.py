@@ -452,6 +452,70 @@ class InfoConfig:
 
 
 @dataclass(frozen=True)
+class CamConfig:
+    """Show where models look: class activation maps side by side, in pictures, numbers and a gallery."""
+
+    images_path: str
+    """Folder of images, or one image; the name of an image's folder is its true class unless --labels says so."""
+    output_path: str = dataclasses.field(metadata={"operational": True})
+    """Folder for pictures, tables and the gallery; a second run skips what is done."""
+    checkpoints: str | None = operational(None)
+    """Folder of a scaling study, folder of a run (its last.pt), or one checkpoint."""
+    run: list[str] | None = operational(None)
+    """NAME=PATH of a further checkpoint or run's folder, under that name; may be repeated."""
+    seed: int | None = operational(None)
+    """Which seed's runs of a study; default the lowest of each model."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """Which weights; auto is the moving average where the run kept one."""
+
+    method: Literal["grad-cam", "cam", "integrated-gradients", "occlusion", "guided-grad-cam"] = "grad-cam"
+    """How a map is made; cam is exact for a linear classifier on a pooled map, guided-grad-cam needs ReLU."""
+    layer: str | None = None
+    """Module whose output Grad-CAM takes, e.g. stages.5; default what the global pooling sees."""
+    target: str = "predicted"
+    """Class whose evidence is shown: predicted (by each model), true, or a class name."""
+    labels: str | None = None
+    """CSV with the columns image,class: true classes of images, named below IMAGES_PATH."""
+
+    infidelity: bool = False
+    """Compute Captum's infidelity too (slow)."""
+    sensitivity: bool = False
+    """Compute Captum's sensitivity_max too (slow)."""
+    curve_steps: int = 20
+    """Steps of the deletion and insertion curves."""
+
+    colormap: str = "jet"
+    """Any colour map of matplotlib; jet is the paper's blue to red."""
+    opacity: float = 0.5
+    """Of the maps over the images (0 to 1)."""
+    format: Literal["png", "svg", "pdf"] = "png"
+    """Of the pictures."""
+    gallery_images: int = operational(500)
+    """Most images in the HTML gallery, spread evenly over all; the tables and pictures have them all."""
+
+    batch_size: int = operational(8)
+    """Images computed at a time, and rows of a grid."""
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "no"
+    """Autocast type; no is float32, auto is bf16 on CUDA. The bare flag is bf16."""
+    device: DeviceName = operational("auto")
+    """auto takes CUDA where there is a GPU."""
+    resume: Literal["auto", "no"] | bool = operational("auto")
+    """auto goes on where the folder's run was; no clears what that run left and starts afresh."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
+        object.__setattr__(self, "resume", _WORDS.get(self.resume, self.resume))
+        for name in ("batch_size", "gallery_images", "curve_steps"):
+            _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        _require(0 <= self.opacity <= 1, f"--opacity must be from 0 to 1, not {self.opacity}")
+        _require(self.resume in ("auto", "no"), f"--resume must be auto or no, not {self.resume}")
+        _require(
+            bool(self.checkpoints or self.run),
+            "no model is named: use --checkpoints (a study, a run or a checkpoint) or --run NAME=PATH",
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Download, verify and describe a data set, and write a sheet of sample images."""
 
@@ -461,6 +525,10 @@ class DataConfig:
     """Folder with the data set, or where it is downloaded to."""
     output: str | None = None
     """Sample sheet to write (PNG); default DATA_DIR/DATASET-samples.png."""
+    export: str | None = None
+    """Folder for test images as PNG files, CLASS/NUMBER.png; default none are written."""
+    export_images: int = 100
+    """Test images to export (stratified, seeded); needs --export."""
 
 
 def _precision(value: str | bool) -> str:
@@ -468,7 +536,7 @@ def _precision(value: str | bool) -> str:
     return "bf16" if word == "yes" else str(word)
 
 
-def identity(config: TrainConfig) -> dict[str, Any]:
+def identity(config: TrainConfig | CamConfig) -> dict[str, Any]:
     """The fields that decide what a run computes: two runs that differ in one must not share a folder."""
     return {
         field.name: getattr(config, field.name)

@@ -19,7 +19,7 @@ FLOOR = {"model", "data"} | GROUND
 VERBS = {"train", "search", "explain", "report"}
 # What each room may import besides itself; `effnet_fast` is the face, __init__.py.
 MAY_IMPORT = {
-    "effnet_fast": {"model", "run"},
+    "effnet_fast": {"model", "explain", "run"},
     "__main__": {"cli"},
     "cli": {"run"} | GROUND,
     "run": VERBS | FLOOR,

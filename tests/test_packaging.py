@@ -57,8 +57,8 @@ def wheel(kept_by_git, tmp_path_factory) -> zipfile.ZipFile:
 
 
 def sources(folder: str) -> set[str]:
-    """Python files and recipes under a folder of the repository, relative to it."""
-    found = {*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.yaml")}
+    """Python files, recipes and pages under a folder of the repository, relative to it."""
+    found = {path for suffix in ("py", "yaml", "html") for path in (ROOT / folder).rglob(f"*.{suffix}")}
     return {path.relative_to(ROOT / folder).as_posix() for path in found}
 
 

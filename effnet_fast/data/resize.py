@@ -52,6 +52,12 @@ def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return resized
 
 
+def central_square(width: int, height: int) -> tuple[int, int, int]:
+    """Left, top and side of the central square of the shorter side, in pixels."""
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side
+
+
 def load_image(path: Path) -> Image.Image:
     """Decode an image file and turn it as its EXIF tag says: RGB.
 
@@ -63,7 +69,7 @@ def load_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             return upright(file)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # a broken image can raise anything
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read the image {path}: {reason}") from error
 
@@ -76,15 +82,14 @@ def upright(image: Image.Image) -> Image.Image:
     """
     from PIL import ImageOps
 
-    if image.mode.startswith("I"):
+    if image.mode.startswith(("I", "F")):
         raise ValueError("grey of 16 bits: save it with 8")
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """The central square of an RGB image's shorter side, resized: uint8 [size, size, 3]."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left, top, side = central_square(*image.size)
     return resize(np.asarray(image.crop((left, top, left + side, top + side)))[None], size)[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,18 @@ def sample_sheet(dataset: Dataset, path: Path, rows: int = 4, columns: int = 10)
         draw.text((x, y + _CELL + 1), caption, "black", font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
+
+
+def export(split: Split, classes: Sequence[str], folder: Path) -> None:
+    """Write the images of a split as PNG files: FOLDER/CLASS/NUMBER.png, numbered in the split's order.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for index, label in enumerate(split.labels):
+        path = folder / classes[label] / f"{index:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _picture(split, index).save(path)
 
 
 def describe(dataset: Dataset) -> str:

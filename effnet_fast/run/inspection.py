@@ -34,8 +34,9 @@ def info(config: InfoConfig) -> int:
 
 
 def show_data(config: DataConfig) -> int:
-    """Run `effnet-fast data`: download, verify and describe a data set, and draw a sheet of samples."""
-    from effnet_fast.data.sheet import describe, sample_sheet
+    """Run `effnet-fast data`: download, verify and describe a data set, draw a sheet of samples, export test images."""
+    from effnet_fast.data.dataset import limit
+    from effnet_fast.data.sheet import describe, export, sample_sheet
 
     dataset = data.load_dataset(config.dataset, Path(config.data_dir))
     print(describe(dataset))
@@ -43,4 +44,7 @@ def show_data(config: DataConfig) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     sample_sheet(dataset, output)
     print(f"written: {output}")
+    if config.export:
+        export(limit(dataset.test, config.export_images, seed=0), dataset.classes, Path(config.export))
+        print(f"written: {config.export_images} test images in {config.export}")
     return 0

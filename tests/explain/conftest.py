@@ -1,0 +1,52 @@
+"""Checkpoints of tiny models, not trained: enough for what the verb does with them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from effnet_fast import create_model
+from effnet_fast.config import TrainConfig
+from effnet_fast.train import checkpoint
+
+CLASSES = ["bear", "cat", "dog", "eel"]
+
+
+def write_checkpoint(path, seed, image_size=32, width=0.25, depth=0.3, mean=(0.5, 0.4, 0.3)):
+    torch.manual_seed(seed)
+    model = create_model(
+        "efficientnet-b0", len(CLASSES), image_size, 8, width=width, depth=depth, drop_path=0, bn_momentum=1.0
+    )
+    # BatchNorm statistics of their own activations, which else shrink to nothing, and a classifier that is sure of
+    # itself: predictions and maps then differ between images and models.
+    with torch.no_grad():
+        model(torch.randn(8, 3, image_size, image_size))
+        model.classifier.weight.mul_(10)
+    path.parent.mkdir(parents=True)
+    state = {
+        "model": model.state_dict(),
+        "ema": None,
+        "config": dataclasses.asdict(TrainConfig(width=width, depth=depth)),
+        "architecture": dataclasses.asdict(model.architecture),
+        "classes": CLASSES,
+        "mean": list(mean),
+        "std": [0.25, 0.25, 0.25],
+    }
+    checkpoint.save(path, state)
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """A study's folder, as `effnet-fast study` leaves it, with three models and two seeds."""
+    folder = tmp_path_factory.mktemp("study")
+    models = []
+    for name, seed, size in [("baseline", 1, 32), ("baseline", 0, 32), ("deeper", 0, 32), ("higher-resolution", 0, 40)]:
+        run = f"runs/{name}-{seed}"
+        write_checkpoint(
+            folder / run / "last.pt", seed=len(models), image_size=size, depth=0.3 + 0.2 * (name == "deeper")
+        )
+        label = f"{name} ({size} px)"
+        models.append({"name": name, "label": label, "seed": seed, "run": run, "checkpoint": f"{run}/last.pt"})
+    (folder / "study.json").write_text(json.dumps({"models": models}))
+    return folder

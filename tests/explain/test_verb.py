@@ -1,0 +1,430 @@
+"""`effnet-fast cam` from end to end: images of every kind in; pictures, tables and a page out."""
+
+import csv
+import io
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effnet_fast import cli
+from effnet_fast.data import FileSplit
+from effnet_fast.data.loader import LoaderSpec
+from effnet_fast.data.torch_loader import TorchLoader
+from effnet_fast.explain.maps import cam
+from effnet_fast.run import cam as verb
+
+QUICK = "--curve_steps 4 --device cpu"
+
+
+def run(line, expected=0):
+    with pytest.raises(SystemExit) as done:
+        cli.main(line.split())
+    assert done.value.code == expected
+
+
+def table(path):
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def picture(seed, width, height):
+    """Coloured blotches."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write(folder, *sizes):
+    """Images in class folders, in turn."""
+    for i, (width, height) in enumerate(sizes):
+        path = folder / ("bear", "cat", "dog")[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i, width, height).save(path)
+    return folder
+
+
+def subjects(study, **settings):
+    config = verb.CamConfig(images_path="", output_path="", checkpoints=str(study), **settings)
+    return verb.load_subjects(config, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def done(study, tmp_path_factory):
+    """Five images of several sizes and aspects, explained by the study's models in batches of two."""
+    folder = tmp_path_factory.mktemp("done")
+    images = write(folder / "images", (32, 32), (90, 40), (40, 90), (33, 32), (200, 150))
+    run(f"cam --images_path {images} --output_path {folder}/out --checkpoints {study} --batch_size 2 {QUICK}")
+    return folder
+
+
+def test_what_a_run_leaves(done):
+    out = done / "out"
+    names = ["bear/0.png", "bear/3.png", "cat/1.png", "cat/4.png", "dog/2.png"]
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert found == {
+        *(f"pictures/{name}.png" for name in names),
+        *(f"records/{name}.json" for name in names),
+        *(f"maps/{name}.npz" for name in names),
+        *(f"grids/grid-0000{i}.png" for i in (1, 2, 3)),
+        *("grids/members.json", "settings.json", "maps.csv", "agreement.csv", "summary.csv", "gallery.html"),
+    }
+    rows = table(out / "maps.csv")
+    assert [row["image"] for row in rows] == sorted(names * 3)
+    assert [row["model"] for row in rows[:3]] == ["baseline", "deeper", "higher-resolution"]
+    assert {row["image"]: (row["width"], row["height"]) for row in rows}["cat/1.png"] == ("90", "40")
+    assert len(table(out / "agreement.csv")) == 5 * 3
+
+
+def test_the_numbers_are_those_of_the_api(done, study):
+    rows = {(row["image"], row["model"]): row for row in table(done / "out" / "maps.csv")}
+    for subject in subjects(study):
+        x = subject.prepare([Image.open(done / "images" / "cat" / "1.png")])
+        probabilities = subject.model(x).softmax(1)[0]
+        row = rows["cat/1.png", subject.name]
+        assert row["prediction"] == row["target"] == subject.classes[probabilities.argmax()]
+        assert float(row["confidence"]) == pytest.approx(probabilities.max().item(), abs=1e-5)
+        with np.load(done / "out" / "maps" / "cat" / "1.png.npz") as maps:
+            side = subject.image_size
+            kept = torch.nn.functional.interpolate(
+                torch.from_numpy(maps[subject.name])[None, None], (side, side), mode="bilinear"
+            )
+        ours = cam(subject.model, x)[0]
+        assert torch.allclose(kept[0, 0] / kept.max().clamp_min(1e-9), ours, atol=1e-5)
+
+
+def test_the_summary_is_the_mean_and_spread_of_the_rows(done):
+    rows = table(done / "out" / "maps.csv")
+    for line in table(done / "out" / "summary.csv"):
+        own = [row for row in rows if row["model"] == line["model"]]
+        assert int(line["images"]) == len(own) == 5
+        for score in ("confidence", "entropy", "energy_top10", "deletion", "insertion", "agreement"):
+            values = [float(row[score]) for row in own if row[score]]
+            assert float(line[f"{score}_mean"]) == pytest.approx(np.mean(values), abs=1e-5)
+            assert float(line[f"{score}_std"]) == pytest.approx(np.std(values, ddof=1), abs=1e-5)
+        right = [row["prediction"] == row["class"] for row in own]
+        assert float(line["top1_mean"]) == pytest.approx(100 * np.mean(right))
+
+
+def test_images_are_prepared_as_the_model_s_evaluation_path_does(tmp_path, study):
+    """Sizes, aspects and an EXIF turn, against the torch loader."""
+    paths = []
+    for i, (width, height) in enumerate([(32, 32), (90, 41), (40, 97), (16, 20)]):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if i == 1 else 1  # turned by a quarter
+        paths.append(tmp_path / f"{i}.jpg")
+        picture(i, width, height).save(paths[-1], quality=95, exif=exif)
+    for subject in subjects(study):
+        spec = LoaderSpec(
+            4, subject.image_size, subject.mean, subject.std, torch.device("cpu"), torch.float32, 0, 0, 1, 0, None
+        )
+        loader = TorchLoader(FileSplit(tuple(paths), np.zeros(4, np.int64)), spec)
+        ((expected, _),) = loader.epoch(0)
+        prepared = subject.prepare([verb.load_image(path) for path in paths])
+        assert prepared.shape == (4, 3, subject.image_size, subject.image_size)
+        assert torch.equal(prepared, expected)
+
+
+def test_a_study_gives_one_seed_of_each_model_on_the_torch_path(study):
+    found = subjects(study)
+    assert [(s.name, s.image_size) for s in found] == [("baseline", 32), ("deeper", 32), ("higher-resolution", 40)]
+    assert found[0].label == "baseline (32 px)"
+    assert not any(s.model.training for s in found)
+    assert {m.kernels for s in found for m in s.model.modules() if hasattr(m, "kernels")} == {"torch"}
+    other = subjects(study, seed=1)
+    assert [s.name for s in other] == ["baseline"]
+    assert other[0].digest != found[0].digest
+
+
+def test_named_runs_and_single_checkpoints(study, tmp_path):
+    images = write(tmp_path / "images", (32, 32))
+    one, two = study / "runs" / "deeper-0", study / "runs" / "baseline-0" / "last.pt"
+    run(f"cam --images_path {images}/bear/0.png --output_path {tmp_path}/a --run x={one} --run y={two} {QUICK}")
+    assert [row["model"] for row in table(tmp_path / "a" / "summary.csv")] == ["x", "y"]
+    run(f"cam --images_path {images} --output_path {tmp_path}/b --checkpoints {two} {QUICK}")
+    (row,) = table(tmp_path / "b" / "summary.csv")
+    assert row["model"] == "baseline-0"
+    assert "agreement_mean" not in row
+
+
+def test_a_second_run_skips_what_is_done_and_does_what_is_new(done, study, capsys):
+    folder = done.parent / "again"
+    shutil.copytree(done, folder)
+    line = f"cam --images_path {folder}/images --output_path {folder}/out --checkpoints {study} --batch_size 2 {QUICK}"
+    # The folder's name is among the settings, so that maps of other images are never taken for these.
+    run(line, expected=2)
+    assert "images_path" in capsys.readouterr().err
+    line = f"cam --images_path {done}/images --output_path {done}/out --checkpoints {study} --batch_size 2 {QUICK}"
+    out = done / "out"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png*")}
+    tables = {name: (out / name).read_bytes() for name in ("maps.csv", "agreement.csv", "summary.csv", "gallery.html")}
+    run(line)
+    assert "5 images explained, 5 of them before; models: 3" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png*")} == before
+    assert {name: (out / name).read_bytes() for name in tables} == tables
+
+    changed = done / "images" / "dog" / "2.png"
+    kept = changed.read_bytes()
+    picture(77, 50, 50).save(changed)
+    run(line)
+    assert "5 images explained, 4 of them before" in capsys.readouterr().out
+    now = {path.relative_to(out).as_posix() for path, time in before.items() if path.stat().st_mtime_ns != time}
+    names = {
+        f"{kind}/dog/2.png.{suffix}" for kind, suffix in (("pictures", "png"), ("maps", "npz"), ("records", "json"))
+    }
+    assert now == names | {"grids/grid-00003.png"}
+    changed.write_bytes(kept)
+    run(line)
+    assert {name: (out / name).read_bytes() for name in tables} == tables
+
+
+def test_a_run_that_was_killed_goes_on(study, tmp_path, monkeypatch):
+    images = write(tmp_path / "images", (32, 32), (32, 32), (32, 32))
+    line = f"cam --images_path {images} --run a={study}/runs/baseline-0 --batch_size 1 {QUICK} --output_path"
+    calls = []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return examine(*arguments)
+
+    examine = verb.examine
+    monkeypatch.setattr(verb, "examine", killed)
+    run(f"{line} {tmp_path}/cut", expected=130)
+    assert len(list((tmp_path / "cut" / "records").rglob("*.json"))) == 2
+    run(f"{line} {tmp_path}/cut")
+    assert len(calls) == 3 + 1
+    assert {len(arguments[1]) for arguments in calls} == {1}, "no more than a batch is held at a time"
+    monkeypatch.undo()
+    run(f"{line} {tmp_path}/whole")
+    for name in ("maps.csv", "agreement.csv", "summary.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_other_settings_are_refused_unless_started_afresh(study, tmp_path, capsys):
+    images = write(tmp_path / "images", (32, 32), (32, 32))
+    line = f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {study} {QUICK}"
+    run(line)
+    run(f"{line} --method cam", expected=2)
+    said = capsys.readouterr().err
+    assert "other settings (method grad-cam there, cam here)" in said
+    assert said.count("\n") == 1
+    run(f"{line} --seed 1", expected=2)
+    assert "models" in capsys.readouterr().err
+    run(f"{line} --method cam --resume no --format svg")
+    assert (tmp_path / "out" / "grids" / "grid-00001.svg").read_text().lstrip().startswith("<?xml")
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_a_folder_of_other_files_is_left_alone(study, tmp_path, capsys):
+    images = write(tmp_path / "images", (32, 32))
+    (tmp_path / "out" / "pictures").mkdir(parents=True)
+    (tmp_path / "out" / "pictures" / "holiday.png").write_bytes(b"mine")
+    for resume in ("auto", "no"):
+        run(f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {study} --resume {resume}", 2)
+        assert "holds other files" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["holiday.png"]
+
+
+def odd_files(folder):
+    """A corrupt file, a non-image, and images of unusual kinds."""
+    folder.mkdir(parents=True)
+    base = picture(5, 48, 36)
+    base.save(folder / "plain.png")
+    content = io.BytesIO()
+    base.save(content, "PNG")
+    (folder / "corrupt.png").write_bytes(content.getvalue()[:400])
+    (folder / "notes.txt").write_text("no image")
+    (folder / "empty.jpg").write_bytes(b"")
+    base.convert("L").save(folder / "grey.png")
+    base.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257).save(folder / "sixteen.png")
+    frames = [base, picture(6, 48, 36)]
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
+    base.convert("RGBA").save(folder / "alpha.png")
+    base.convert("P").save(folder / "palette.png")
+    (folder / ".hidden").write_text("not looked at")
+    return folder
+
+
+def test_odd_files_are_handled_or_named_and_the_exit_status_says_so(study, tmp_path, capsys):
+    images = odd_files(tmp_path / "images" / "bear")
+    one = f"--run baseline={study}/runs/baseline-0"
+    run(f"cam --images_path {images} --output_path {tmp_path}/out {one} {QUICK}", expected=1)
+    said = capsys.readouterr()
+    named = {line.split(":")[1].split("/")[-1] for line in said.err.splitlines() if line.startswith("skipped:")}
+    assert named == {"corrupt.png", "notes.txt", "empty.jpg", "sixteen.png"}
+    assert "grey of 16 bits: save it with 8" in said.err
+    assert "4 of 10 files were skipped" in said.err
+    assert "6 images explained" in said.out
+    rows = {row["image"]: row for row in table(tmp_path / "out" / "maps.csv") if row["model"] == "baseline"}
+    assert rows.keys() == {"plain.png", "grey.png", "cmyk.jpg", "animated.gif", "alpha.png", "palette.png"}
+    assert float(rows["alpha.png"]["confidence"]) == float(rows["plain.png"]["confidence"])
+
+
+def test_no_image_at_all_is_an_error(study, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    run(f"cam --images_path {tmp_path}/images --output_path {tmp_path}/out --checkpoints {study}", expected=2)
+    assert "none of the 1 files" in capsys.readouterr().err
+    run(f"cam --images_path {tmp_path}/none --output_path {tmp_path}/out --checkpoints {study}", expected=2)
+    assert "there is no folder or image at" in capsys.readouterr().err
+
+
+def test_the_target_is_predicted_true_or_a_class(study, tmp_path, capsys):
+    images = write(tmp_path / "images", (32, 32), (32, 32))
+    line = f"cam --images_path {images} --run baseline={study}/runs/baseline-0 {QUICK}"
+    run(f"{line} --output_path {tmp_path}/true --target true")
+    assert {(row["image"], row["target"]) for row in table(tmp_path / "true" / "maps.csv")} == {
+        ("bear/0.png", "bear"),
+        ("cat/1.png", "cat"),
+    }
+    run(f"{line} --output_path {tmp_path}/eel --target eel")
+    rows = table(tmp_path / "eel" / "maps.csv")
+    assert {row["target"] for row in rows} == {"eel"}
+    run(f"{line} --output_path {tmp_path}/none --target eal", expected=2)
+    assert "no class 'eal'; did you mean eel" in capsys.readouterr().err
+    with np.load(tmp_path / "true" / "maps" / "bear" / "0.png.npz") as maps, Image.open(images / "bear/0.png") as image:
+        subject = subjects(study)[0]
+        own = cam(subject.model, subject.prepare([image]), subject.classes.index("bear"))[0]
+        assert own.argmax() == cam(subject.model, subject.prepare([image]), 0)[0].argmax()
+        assert maps["baseline"].max() in (0, 1)
+
+
+def test_true_classes_from_a_csv(study, tmp_path, capsys):
+    images = tmp_path / "flat"
+    images.mkdir()
+    for i in range(3):
+        picture(i, 32, 32).save(images / f"{i}.png")
+    labels = images / "labels.csv"  # beside the images, and not taken for one
+    labels.write_text("image,class\n0.png,dog\n1.png,eel\n")
+    line = f"cam --images_path {images} --run a={study}/runs/baseline-0 --target true --labels {labels} {QUICK}"
+    run(f"{line} --output_path {tmp_path}/out", expected=1)
+    assert "2.png has no true class" in capsys.readouterr().err
+    found = {row["image"]: row["target"] for row in table(tmp_path / "out" / "maps.csv")}
+    assert found == {"0.png": "dog", "1.png": "eel"}
+    labels.write_text("file;label\n0.png;dog\n")
+    run(f"{line} --output_path {tmp_path}/other", expected=2)
+    assert "must be a CSV with the header image,class" in capsys.readouterr().err
+
+
+def test_captum_s_metrics_come_by_flag_and_do_not_depend_on_the_batch(study, tmp_path):
+    images = write(tmp_path / "images", (32, 32), (32, 32))
+    line = f"cam --images_path {images} --run a={study}/runs/baseline-0 --infidelity --sensitivity {QUICK}"
+    run(f"{line} --output_path {tmp_path}/one --batch_size 1")
+    run(f"{line} --output_path {tmp_path}/two --batch_size 2")
+    one, two = (table(tmp_path / name / "maps.csv") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for score in ("infidelity", "sensitivity"):
+            assert float(a[score]) > 0
+            assert float(a[score]) == pytest.approx(float(b[score]), rel=1e-3, abs=1e-5)
+    assert "infidelity_mean" in table(tmp_path / "one" / "summary.csv")[0]
+
+
+def test_bf16_changes_little(study, tmp_path):
+    images = write(tmp_path / "images", (40, 32))
+    for precision in ("no", "bf16"):
+        run(
+            f"cam --images_path {images} --output_path {tmp_path}/{precision} --run a={study}/runs/baseline-0 "
+            f"--mixed_precision {precision} {QUICK}"
+        )
+    exact, coarse = (np.load(tmp_path / name / "maps" / "bear" / "0.png.npz")["a"] for name in ("no", "bf16"))
+    assert not np.array_equal(exact, coarse)
+    np.testing.assert_allclose(coarse, exact, atol=0.1)
+
+
+@pytest.mark.parametrize("method", ["cam", "integrated-gradients", "occlusion"])
+def test_every_method_runs(study, tmp_path, method):
+    images = write(tmp_path / "images", (40, 32))
+    run(
+        f"cam --images_path {images} --output_path {tmp_path}/out --run a={study}/runs/baseline-0 "
+        f"--method {method} --colormap viridis --format pdf {QUICK}"
+    )
+    assert (tmp_path / "out" / "grids" / "grid-00001.pdf").read_bytes().startswith(b"%PDF")
+    with np.load(tmp_path / "out" / "maps" / "bear" / "0.png.npz") as maps:
+        assert maps["a"].shape == ((4, 4) if method == "cam" else (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--method guided-grad-cam", "needs a model with ReLU modules"),
+        ("--layer stages.9", "baseline: layer 'stages.9' is not in the model; did you mean"),
+        ("--method cam --layer stem", "cam takes no layer"),
+        ("--colormap rainbowish", "no colour map 'rainbowish'"),
+        ("--run baseline", "--run must be NAME=PATH"),
+        ("--run baseline=/nowhere", "two models are called baseline"),
+        ("--run other=/nowhere/last.pt", "there is no checkpoint at /nowhere/last.pt"),
+        ("--seed 7", "has no model of seed 7"),
+        ("--opacity 2", "--opacity must be from 0 to 1"),
+        ("--method gradcam", "Got value: gradcam"),
+    ],
+)
+def test_a_mistake_is_one_line(study, tmp_path, capsys, flags, message):
+    images = write(tmp_path / "images", (32, 32))
+    run(f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {study} {flags}", expected=2)
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_damaged_study_is_named(tmp_path, capsys):
+    (tmp_path / "study.json").write_text('{"models": [{"name": "baseline"}]}')
+    run(f"cam --images_path {tmp_path} --output_path {tmp_path}/out --checkpoints {tmp_path}", expected=2)
+    assert "study.json is damaged or no study" in capsys.readouterr().err
+
+
+def test_a_map_of_a_single_pixel_is_warned_of(tmp_path, study, capsys):
+    saved = torch.load(study / "runs" / "baseline-0" / "last.pt", weights_only=True)
+    saved["architecture"]["output_stride"] = 32
+    (tmp_path / "run").mkdir()
+    torch.save(saved, tmp_path / "run" / "last.pt")
+    images = write(tmp_path / "images", (32, 32))
+    run(f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {tmp_path}/run {QUICK}")
+    assert "run's map has a single pixel, which shows no place" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_named(study, tmp_path, capsys):
+    images = write(tmp_path / "images", (32, 32))
+    (tmp_path / "closed").mkdir(mode=0o555)
+    run(f"cam --images_path {images} --output_path {tmp_path}/closed/out --checkpoints {study}", expected=2)
+    assert "closed" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(study, tmp_path, capsys, monkeypatch):
+    images = write(tmp_path / "images", (32, 32), (32, 32))
+    line = f"cam --images_path {images} --output_path {tmp_path}/out --run a={study}/runs/baseline-0 {QUICK}"
+    line += " --batch_size 1"
+    save, saved = verb.picture.save, []
+
+    def full(figure, path):
+        saved.append(path)
+        if len(saved) == 3:
+            raise ValueError(f"cannot write the picture {path}: No space left on device; choose another output")
+        save(figure, path)
+
+    monkeypatch.setattr(verb.picture, "save", full)
+    run(line, expected=2)
+    assert "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    run(line)
+    assert "2 images explained, 1 of them before" in capsys.readouterr().out
+
+
+def test_data_exports_test_images_in_class_folders(tmp_path):
+    run(f"data --dataset synthetic --output {tmp_path}/sheet.png --export {tmp_path}/images --export_images 7")
+    found = list((tmp_path / "images").rglob("*.png"))
+    assert len(found) == 7
+    assert len({path.parent.name for path in found}) == 7
+    with Image.open(found[0]) as image:
+        assert image.size == (32, 32)
+
+
+def test_records_are_plain_json(done):
+    record = json.loads((done / "out" / "records" / "cat" / "1.png.json").read_text())
+    assert {"image", "label", "width", "height", "models", "pairs", "agreement", "stamp"} <= record.keys()

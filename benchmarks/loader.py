@@ -1,8 +1,8 @@
 """Images per second of the loaders: `python benchmarks/loader.py [--step-rate IMG_PER_S] [--record]`.
 
-DALI (on the GPU where there is one, and on the CPU), the resident loader, and a torch DataLoader with worker processes as
-what a user would take instead: all deliver the same training batches of procedural 32 px images with crop and flip, and
-take turns. The share of the step is the time a batch takes to make over the time a training step takes; at 100 % or
+DALI (on the GPU where there is one, and on the CPU), the resident loader, and a torch DataLoader with worker processes
+as what a user would take instead: all deliver the same training batches of procedural 32 px images with crop and flip,
+and take turns. The share of the step is the time a batch takes to make over the time a training step takes; at 100 % or
 more the loader is the bottleneck. `--record` writes what `--loader auto` follows.
 """
 
@@ -105,9 +105,7 @@ def main(argv: list[str]) -> None:
     for kind, found in speeds(case, args.num_workers, args.batches, args.rounds).items():
         row = {"loader": kind, "img/s": harness.quantiles(found)}
         rows.append(row | {"share of step": rate / row["img/s"][1]})
-        print(
-            f"{kind:9} {row['img/s'][1]:12,.0f} img/s  {rows[-1]['share of step']:7.1%} of a step at {rate:,.0f} img/s"
-        )
+        print(f"{kind:9} {row['img/s'][1]:12,.0f} img/s  {rate / row['img/s'][1]:7.1%} of a step at {rate:,.0f} img/s")
     if args.record:
         record(args.speeds, rows)
     settings = harness.settings_of(case, num_workers=args.num_workers, step_rate=rate, step=args.step)

@@ -1,9 +1,9 @@
 """Images per second of training and inference: `python benchmarks/throughput.py [--peers] [--out FILE]`.
 
 Our step is the one of `effnet-fast train` (clipping and the guard against bad steps included). With `--peers` the same
-architecture of timm, torchvision and efficientnet-pytorch, where they can be imported, runs beside it on the same batch,
-channels last, with a plain step, eager and compiled; all take turns, so that a ratio of two is of neighbours in time.
-Ratios are the peer's time over ours, taken per turn: above 1 we are faster.
+architecture of timm, torchvision and efficientnet-pytorch, where they can be imported, runs beside it on the same
+batch, channels last, with a plain step, eager and compiled; all take turns, so that a ratio of two is of neighbours in
+time. Ratios are the peer's time over ours, taken per turn: above 1 we are faster.
 """
 
 from __future__ import annotations

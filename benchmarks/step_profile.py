@@ -2,7 +2,8 @@
 
 Profiles a few steps fed by a loader, with a range for each stage of the model, the step and the loader (NVTX too on
 CUDA, so that Nsight shows them), and prints the top kernels (on the CPU: operators), the time by category, and on CUDA
-the gaps between kernels. On the CPU categories go by the operators' own time, and the idle share is what no operator took.
+the gaps between kernels. On the CPU categories go by the operators' own time, and the idle share is what no operator
+took.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def peers(case: Case, required: bool) -> list[str]:
     for name, make in PEERS.items():
         try:
             make(case)
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # torchvision built for another torch raises the second
             if required:
                 raise ImportError(f"--require-peers: {name} cannot be imported ({error}): pip install {name}") from None
             print(f"{name} is left out: {error}")

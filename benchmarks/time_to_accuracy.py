@@ -45,7 +45,8 @@ class Clock:
         self._compile(step, loader)
         self.compile_seconds = time.perf_counter() - begin
         self.start, self.evaluating = time.perf_counter(), 0.0
-        every = dataclasses.replace(every, evaluate=lambda: self._evaluate(every.evaluate, progress))
+        evaluate = every.evaluate
+        every = dataclasses.replace(every, evaluate=lambda: self._evaluate(evaluate, progress))
         self.real(step, loader, watch, progress, epochs, every, stop)
 
     real = staticmethod(training.fit)

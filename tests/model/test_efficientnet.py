@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from efficientnet_pytorch import EfficientNet as Oracle
 
 from effnet_fast import create_model, list_models
@@ -145,3 +146,20 @@ def test_multipliers_stand_in_for_the_variants_own():
     assert {k: v.shape for k, v in scaled.items()} == {
         k: v.shape for k, v in create_model("efficientnet-b2").state_dict().items()
     }
+
+
+@pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (2, 5), (3, 3)], ids=str)
+def test_convolution_of_a_small_map_is_that_of_torch(size, stride, kernel, groups):
+    """Leaving out the taps that meet only padding changes neither the result nor a gradient."""
+    conv = Conv(6, 6, kernel, stride, groups, bias=True).double()
+    x = torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True)
+    leaves = (x, conv.weight, conv.bias)
+    expected = F.conv2d(x, conv.weight, conv.bias, stride, kernel // 2, groups=groups)
+    actual = conv(x)
+    seed = torch.randn_like(expected)
+    torch.testing.assert_close(actual, expected)
+    gradients = (torch.autograd.grad(y, leaves, seed) for y in (actual, expected))
+    torch.testing.assert_close(*gradients)

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Every benchmark in one command, under 10 minutes on one GPU, into one JSON with its provenance.
+#
+#   benchmarks/gpu_suite.sh [OUT.json]         default benchmarks/results/suite-DATE.json
+#
+# Environment: PYTHON (default python), DATA_DIR (a folder with CIFAR-100 for time_to_accuracy.py; without it the
+# procedural images of the quick start serve). It changes no setting of the machine. Without a GPU the smallest form
+# of each runs to its end. A benchmark that fails or takes too long is named, and the status is 1; the others go on.
+set -uo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python}
+out=${1:-$here/results/suite-$(date +%Y%m%d-%H%M%S).json}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+if ! "$python" -c "import effnet_fast" 2>"$work/import.log"; then
+    echo "error: $python cannot import effnet_fast: pip install '.[bench]' first, or set PYTHON ($(tail -n 1 "$work/import.log"))" >&2
+    exit 2
+fi
+
+failed=0
+parts=()
+# part NAME SECONDS ARGUMENTS...: run NAME.py within its time, and keep what it wrote.
+part() {
+    local name=$1 seconds=$2 begin=$SECONDS
+    shift 2
+    echo "== $name $*"
+    parts+=("$work/$name.json")
+    if ! timeout -k 10 "$seconds" "$python" "$here/$name.py" "$@" --out "$work/$name.json"; then
+        echo "FAILED: $name.py after $((SECONDS - begin)) s" >&2
+        failed=1
+    fi
+}
+
+if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    modes=(--step eager --step compile)
+    if (cd "$here" && "$python" -c "import harness; harness.check_mode('graph')") 2>/dev/null; then
+        modes+=(--step graph)
+    fi
+    tta=(--recipe quickstart --target 80)
+    if [ -n "${DATA_DIR:-}" ]; then
+        tta=(--recipe cifar100-cpu --set "data_dir=$DATA_DIR" --set output_stride=8 --set num_epochs=20 --target 60)
+    fi
+    part throughput 170 --require-peers --output-stride 32 "${modes[@]}" --memory --rounds 10
+    part roofline 30 --measure
+    part loader 60 --num-workers 16 --batches 50
+    part step_profile 60
+    part scaling 90 --rounds 20
+    part time_to_accuracy 110 "${tta[@]}" --seeds 2
+    ops=(--op mbconv --limit 4 --no-compile)
+    ops_seconds=60
+else
+    echo "no GPU: the smallest form of each benchmark; the figures say nothing about a GPU"
+    small=(--batch-size 4 --output-stride 32)
+    part throughput 120 --peers --no-compile --rounds 2 --warm-up 1 "${small[@]}"
+    part roofline 60 --chip h100 "${small[@]}"
+    part loader 90 --batches 2 --rounds 2 --num-workers 2 "${small[@]}"
+    part step_profile 90 --steps 1 "${small[@]}"
+    part scaling 120 --ranks 1 2 --kind weak --rounds 2 "${small[@]}"
+    part time_to_accuracy 120 --recipe quickstart --target 0 --seeds 1 --set limit_train=64 --set limit_eval=20 \
+        --set batch_size=32 --set num_epochs=1 --set num_workers=1
+    ops=(--op silu --limit 1 --no-compile)
+    ops_seconds=90
+fi
+echo "== ops ${ops[*]}"
+if ! timeout -k 10 "$ops_seconds" "$python" "$here/ops.py" "${ops[@]}"; then
+    echo "FAILED: ops.py" >&2
+    failed=1
+fi
+"$python" "$here/report.py" --merge "$out" "${parts[@]}" || exit 1
+exit "$failed"

@@ -1,0 +1,123 @@
+"""Images per second of the loaders: `python benchmarks/loader.py [--step-rate IMG_PER_S] [--record]`.
+
+DALI (on the GPU where there is one, and on the CPU), the resident loader, and a torch DataLoader with worker processes
+as what a user would take instead: all deliver the same training batches of procedural 32 px images with crop and flip,
+and take turns. The share of the step is the time a batch takes to make over the time a training step takes; at 100 % or
+more the loader is the bottleneck. `--record` writes what `--loader auto` follows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import harness
+import torch
+from harness import Case
+
+from effnet_fast.data import loaders
+from effnet_fast.data.loader import Loader
+from effnet_fast.provenance import environment
+
+SPEEDS = Path(loaders.__file__).with_name("loader_speeds.json")
+
+
+def make(kind: str, case: Case, workers: int) -> tuple[Loader, Iterator]:
+    """A loader and its endless batches, delivered on the device; `dali-cpu` computes on the CPU and copies them up.
+
+    Raises:
+        ValueError, ImportError: it cannot serve here.
+    """
+    if kind != "dali-cpu":
+        return harness.make_batches(case, kind, workers)
+    loader, batches = harness.make_batches(case, "dali", workers, device=torch.device("cpu"))
+    return loader, (tuple(t.to(harness.DEVICE, non_blocking=True) for t in batch) for batch in batches)
+
+
+def kinds() -> list[str]:
+    """What there is to measure: DALI on the CPU is DALI where there is no GPU."""
+    return (["dali", "dali-cpu"] if harness.DEVICE == "cuda" else ["dali"]) + ["resident", "torch"]
+
+
+def speeds(case: Case, workers: int, batches: int, rounds: int) -> dict[str, list[float]]:
+    """img/s of each loader that can serve here, one figure a round, in turns."""
+    made = {}
+    for kind in kinds():
+        try:
+            made[kind] = make(kind, case, workers)
+        except (ValueError, ImportError) as error:
+            print(f"{kind} is left out: {error}")
+    try:
+        for _, stream in made.values():
+            _drain(stream, batches)
+        found: dict[str, list[float]] = {kind: [] for kind in made}
+        for _ in range(rounds):
+            for kind, (_, stream) in made.items():
+                begin = time.perf_counter()
+                _drain(stream, batches)
+                found[kind].append(batches * case.batch_size / (time.perf_counter() - begin))
+        return found
+    finally:
+        for loader, _ in made.values():
+            loader.close()
+
+
+def _drain(stream: Iterator, batches: int) -> None:
+    for _ in range(batches):
+        next(stream)
+    harness.synchronise()
+
+
+def record(path: Path, rows: list[dict]) -> None:
+    """Put the medians under this device's name into the file that `--loader auto` follows."""
+    about = environment()
+    name = torch.cuda.get_device_name() if harness.DEVICE == "cuda" else "cpu"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[name] = {row["loader"]: round(row["img/s"][1]) for row in rows if row["loader"] != "dali-cpu"} | {
+        "commit": about["commit"],
+        "date": about["date"][:10],
+        "torch_version": about["torch"],
+        "dali_version": about["nvidia-dali-cuda120"],
+        "cores": about["cores"],
+        "machine": about["gpu"] or f"{about['cores']} cores of an {about['cpu']}",
+    }
+    path.write_text(json.dumps(known, indent=2) + "\n")
+    print(f"written: {path}")
+
+
+def main(argv: list[str]) -> None:
+    parser = harness.parser(__doc__)
+    harness.add_case(parser)
+    parser.add_argument("--num-workers", type=int, default=8, help="threads or processes, at most the cores")
+    parser.add_argument("--batches", type=int, default=20, help="of each loader's turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--step-rate", type=float, help="img/s of the training step; default measured here")
+    parser.add_argument("--step", choices=harness.MODES, default="eager", help="mode of the step that is measured")
+    parser.add_argument("--record", action="store_true", help="write the speeds that --loader auto follows")
+    parser.add_argument("--speeds", type=Path, default=SPEEDS, help="where --record writes")
+    args = parser.parse_args(argv)
+    case = harness.case_of(args)
+    print(f"{case}\n{harness.warning()}".rstrip())
+    rate = args.step_rate or step_rate(case, args.step)
+    rows = []
+    for kind, found in speeds(case, args.num_workers, args.batches, args.rounds).items():
+        row = {"loader": kind, "img/s": harness.quantiles(found)}
+        rows.append(row | {"share of step": rate / row["img/s"][1]})
+        print(f"{kind:9} {row['img/s'][1]:12,.0f} img/s  {rate / row['img/s'][1]:7.1%} of a step at {rate:,.0f} img/s")
+    if args.record:
+        record(args.speeds, rows)
+    settings = harness.settings_of(case, num_workers=args.num_workers, step_rate=rate, step=args.step)
+    harness.write(args.out, harness.result("loader", settings, rows))
+
+
+def step_rate(case: Case, mode: str) -> float:
+    """img/s of our training step on a batch in memory."""
+    step, batch = harness.make_step(case, mode), harness.make_batch(case)
+    ms = harness.quantiles(harness.alternating({"step": lambda: step(*batch, 0)}, 5, 2)["step"])[1]
+    return case.batch_size / ms * 1e3
+
+
+if __name__ == "__main__":
+    harness.run(main)

@@ -1,0 +1,249 @@
+"""Every benchmark runs to its end on the CPU in its smallest form, and says that its figures are a CPU's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+SMALL = ("--batch-size", "4", "--output-stride", "32")
+
+sys.path.insert(0, str(BENCHMARKS))
+
+import harness  # noqa: E402
+import report  # noqa: E402
+import roofline  # noqa: E402
+import scaling  # noqa: E402
+import step_profile  # noqa: E402
+import throughput  # noqa: E402
+import time_to_accuracy  # noqa: E402
+
+from effnet_fast import create_model  # noqa: E402
+from effnet_fast.model.complexity import complexity  # noqa: E402
+
+
+def loader_main(argv: list[str]) -> None:
+    import loader
+
+    loader.main(argv)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(harness, "DEVICE", "cpu")
+
+
+def read(path: Path) -> dict:
+    made = json.loads(path.read_text())
+    assert made["device"] == "cpu"
+    assert made["note"].startswith("CPU figures")
+    assert {"gpu", "driver", "torch", "triton", "commit", "date"} <= made["provenance"].keys()
+    return made
+
+
+def test_no_script_bears_the_name_of_a_standard_module():
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    assert not names & sys.stdlib_module_names
+
+
+def test_throughput_beside_a_peer(tmp_path, capsys):
+    pytest.importorskip("efficientnet_pytorch")
+    out = tmp_path / "t.json"
+    throughput.main(["--peers", "--no-compile", "--rounds", "2", "--warm-up", "1", "--out", str(out), *SMALL])
+    rows = {(row["direction"], row["library"]): row for row in read(out)["rows"]}
+    for direction in ("train", "inference"):
+        ours, theirs = rows[direction, "effnet_fast"], rows[direction, "efficientnet-pytorch"]
+        assert ours["time over ours"] == [1, 1, 1]
+        low, middle, high = theirs["time over ours"]
+        assert 0 < low <= middle <= high
+        assert theirs["img/s"][1] == pytest.approx(4 / theirs["ms"][1] * 1e3, rel=0.5)
+    assert "CPU figures" in capsys.readouterr().out
+
+
+def test_throughput_from_a_loader(tmp_path):
+    out = tmp_path / "t.json"
+    words = ["--loader", "resident", "--direction", "train", "--rounds", "1", "--warm-up", "0", "--out", str(out)]
+    throughput.main([*words, *SMALL])
+    assert read(out)["settings"]["loader"] == "resident"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--step", "graph"], "needs a CUDA GPU"),
+        (["--peers", "--output-stride", "8"], "stock strides only"),
+        (["--model", "efficientnet-b9"], "unknown model"),
+        (["--batch-size", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        throughput.main(words)
+
+
+def test_a_missing_peer_is_an_error_only_where_required(monkeypatch, capsys):
+    def absent(case):
+        raise ImportError("No module named 'absent'")
+
+    monkeypatch.setattr(throughput, "PEERS", {"absent": absent})
+    case = harness.Case(output_stride=32)
+    assert throughput.peers(case, required=False) == []
+    assert "absent is left out" in capsys.readouterr().out
+    with pytest.raises(ImportError, match="pip install absent"):
+        throughput.peers(case, required=True)
+
+
+def test_roofline_counts_what_the_model_computes(tmp_path):
+    case = harness.Case(output_stride=8, batch_size=32)
+    model = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
+    macs = complexity(model, case.image_size).macs
+    flops = sum(layer.flops for layer in roofline.layers(model, case))
+    # Three passes of two operations each; the stem has no input gradient, and the gates' layers are left out.
+    assert 0.98 < flops / (6 * macs * case.batch_size) <= 1
+
+
+def test_roofline_block_is_the_kernels_plan():
+    """10 E + 13 D and the narrow ends, as tests/op_tests/op_traffic.py has it."""
+    batch, side, inputs = 32, 32, 24
+    case = harness.Case(batch_size=batch, output_stride=8)
+    model = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
+    block = next(layer for layer in roofline.layers(model, case) if layer.name == "stage 2.2")
+    weights = sum(p.numel() for p in model.stages[1][1].parameters()) * roofline.WEIGHT_BYTES
+    wide = batch * side**2 * 6 * inputs * 2
+    narrow = (3 + 3 + 8 + 1) * batch * side**2 * inputs * 2
+    assert block.bytes - weights == (10 + 13) * wide + narrow
+
+
+def test_roofline_of_a_named_chip_needs_no_gpu(tmp_path, capsys):
+    out, picture = tmp_path / "r.json", tmp_path / "r.png"
+    roofline.main(["--chip", "h100", "--step-ms", "1000", "--picture", str(picture), "--out", str(out), *SMALL])
+    made = read(out)
+    assert made["settings"]["rates"] == "h100, data sheet"
+    assert made["settings"]["reached"] == pytest.approx(made["settings"]["least_ms"] / 1000)
+    assert picture.stat().st_size > 5000
+    slow = roofline.bound([roofline.Layer("a", 1e9, 1e9)], 100, 1e12)
+    assert slow == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="leave --chip out"):
+        roofline.main(["--chip", "h100", "--measure"])
+
+
+def test_loader_measures_and_records(tmp_path):
+    out, speeds = tmp_path / "l.json", tmp_path / "speeds.json"
+    speeds.write_text('{"another GPU": {"dali": 1}}')
+    words = ["--batches", "1", "--rounds", "1", "--num-workers", "1", "--step-rate", "1000", "--record"]
+    loader_main([*words, "--speeds", str(speeds), "--out", str(out), *SMALL])
+    rows = {row["loader"]: row["img/s"][1] for row in read(out)["rows"]}
+    assert {"resident", "torch"} <= rows.keys()
+    recorded = json.loads(speeds.read_text())
+    assert recorded["another GPU"] == {"dali": 1}
+    assert recorded["cpu"]["resident"] == round(rows["resident"])
+    assert {"commit", "date", "torch_version", "dali_version", "cores"} <= recorded["cpu"].keys()
+
+
+def test_step_profile_names_where_the_time_goes(tmp_path, capsys):
+    out, trace = tmp_path / "p.json", tmp_path / "trace.json"
+    step_profile.main(["--steps", "1", "--trace", str(trace), "--out", str(out), *SMALL])
+    made = read(out)
+    shares = {row["category"]: row["share"] for row in made["rows"]}
+    assert {"convolution", "depthwise", "normalisation", "gate", "optimizer", "loader", "idle"} <= shares.keys()
+    assert sum(shares.values()) == pytest.approx(1, abs=0.02)
+    assert made["gaps"] is None
+    assert re.search(r'"name": "stage 3"', trace.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("_squeeze_kernel", "gate"),
+        ("_forward_kernel", "depthwise"),
+        ("_moments_kernel", "normalisation"),
+        ("void multi_tensor_apply_kernel<FusedSgdMath>", "optimizer"),
+        ("Memcpy HtoD (Pinned -> Device)", "loader"),
+        ("sm90_xmma_gemm_bf16", "convolution"),
+        ("something else", "other"),
+    ],
+)
+def test_category_of_a_kernel(name, label):
+    assert step_profile.category(name) == label
+
+
+def test_gaps_between_launches():
+    kernels = [("a", "x", 0.0, 5.0), ("b", "x", 7.0, 1.0), ("c", "x", 7.5, 2.0), ("d", "x", 10.5, 1.0)]
+    assert step_profile.gaps(kernels) == {"gaps": 2, "in all us": 3.0, "p50 us": 1.0, "p80 us": 2.0, "longest us": 2.0}
+
+
+def test_scaling_over_one_rank(tmp_path):
+    out = tmp_path / "s.json"
+    scaling.main(["--ranks", "1", "--kind", "strong", "--rounds", "1", "--out", str(out), *SMALL])
+    (row,) = read(out)["rows"]
+    assert row["efficiency"] == 1
+    with pytest.raises(ValueError, match="divide the batch"):
+        scaling.main(["--ranks", "3", *SMALL])
+
+
+def test_time_to_accuracy(tmp_path):
+    out = tmp_path / "a.json"
+    changes = {"limit_train": 64, "limit_eval": 20, "batch_size": 32, "num_epochs": 2, "num_workers": 1}
+    words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+    time_to_accuracy.main(["--recipe", "quickstart", "--target", "0", "--seeds", "1", *words, "--out", str(out)])
+    made = read(out)
+    (row,) = made["rows"]
+    assert row["reached"]
+    assert row["epoch"] == 1  # it stopped there
+    assert row["s"] > row["s without evaluation"] > 0
+    assert made["settings"]["summary"]["seeds"] == 1
+    assert time_to_accuracy.summary([row, row | {"reached": False}]) == {}
+
+
+@pytest.mark.parametrize("words", [["--recipe", "nothing"], ["--set", "no_such=1"], ["--seeds", "0"]])
+def test_time_to_accuracy_refuses(words):
+    with pytest.raises(ValueError, match=r"no recipe|no such setting|at least 1"):
+        time_to_accuracy.main(["--target", "1", *words])
+
+
+def test_the_readme_shows_what_was_measured():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- report.py: ") == len(report.TABLES)
+    assert report.rendered(text) == text, "run python benchmarks/report.py"
+
+
+def test_report_renders_a_suite(tmp_path):
+    part = harness.result("scaling", {}, [])
+    part["rows"] = [
+        {"scaling": "weak", "ranks": 2, "batch a rank": 8, "img/s": 1234.5, "efficiency": 0.75, "communication": 0.25}
+    ]
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    report.main(
+        ["--merge", str(tmp_path / "r" / "suite.json"), str(tmp_path / "part.json"), str(tmp_path / "gone.json")]
+    )
+    assert json.loads((tmp_path / "r" / "suite.json").read_text())["missing"] == ["gone"]
+    text = report.rendered("<!-- report.py: scaling -->\nold\n<!-- end -->\n", tmp_path / "r")
+    assert "| weak | 2 x 8 | 1,234 | 75.0% | 25.0% |" in text
+    assert "old" not in text
+    with pytest.raises(ValueError, match="no table"):
+        report.rendered("<!-- report.py: nothing -->\n<!-- end -->")
+
+
+@pytest.mark.slow
+def test_the_suite_runs_to_its_end(tmp_path):
+    out = tmp_path / "suite.json"
+    done = subprocess.run(
+        [BENCHMARKS / "gpu_suite.sh", out],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads(out.read_text())
+    assert made["missing"] == []
+    kinds = {"throughput", "roofline", "loader", "step_profile", "scaling", "time_to_accuracy"}
+    assert {part["benchmark"] for part in made["parts"]} == kinds

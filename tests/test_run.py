@@ -262,9 +262,8 @@ def test_workers_are_capped_to_the_cores():
 @pytest.mark.slow
 def test_a_compiled_run_learns_the_same(tmp_path):
     line = f"{TINY} --save_dir {tmp_path} --num_epochs 1 --log_every_steps 1 --learning_rate 0.002"
-    line += " --drop_path 0 --dropout 0"
-    run(f"{line} --run_name eager --compile no")
-    run(f"{line} --run_name compiled --compile")
+    run(f"{line} --run_name eager --step eager")
+    run(f"{line} --run_name compiled --step compile")
     eager, compiled = ([row["loss"] for row in rows(tmp_path / name, "train")] for name in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, rel=1e-3)
     assert not any("_orig_mod" in name for name in checkpoint.load(tmp_path / "compiled" / "last.pt")["model"])

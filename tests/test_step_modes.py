@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
@@ -175,23 +176,29 @@ def test_inductors_own_graphs_stay_off():
 
 
 @pytest.fixture
-def one_rank():
+def one_rank(monkeypatch):
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 256)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    before = torch._dynamo.config.optimize_ddp
     yield
-    torch._dynamo.config.optimize_ddp = before
     dist.destroy_process_group()
 
 
-def test_checkpointed_blocks_compile_under_ddp(one_rank, monkeypatch):
-    """pytorch #108269, #108966: the graph is cut at the bounds of buckets, which no checkpointed block stands."""
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_ddp_cuts_graphs_between_blocks_and_never_a_checkpointed_one(one_rank, monkeypatch, recomputes):
+    """pytorch #108966, #108269: three blocks in as many buckets, behind the small first one."""
     torch._dynamo.reset()
+    graphs = []
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, options: compile_(model, backend="aot_eager"))
-    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 256)
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda model, options: compile_(model, backend=count))
     blocks = nn.Sequential(*(MBConv(4, 4, 3, 1, 2, style=Style(kernels="torch")) for _ in range(3)))
-    recompute_blocks(blocks)
-    small_buckets = DistributedDataParallel(blocks, bucket_cap_mb=0.0005)
-    model = compile_model(small_buckets, torch.device("cpu"), recomputes=True)
+    if recomputes:
+        recompute_blocks(blocks)
+    model = compile_model(DistributedDataParallel(blocks, bucket_cap_mb=0.0005), torch.device("cpu"))
     model(torch.randn(2, 4, 6, 6)).square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in blocks.parameters())
+    assert (len(graphs) > 2) is not recomputes

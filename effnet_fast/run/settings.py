@@ -72,13 +72,12 @@ def _refuse_graph(config: TrainConfig, world: World) -> None:
         )
 
 
-def compile_model(model: nn.Module, device: torch.device, *, recomputes: bool = False) -> nn.Module:
-    """torch.compile, round its known traps; `recomputes` where activations are checkpointed."""
-    if recomputes:
-        # torch cuts the graph of a DDP model at the bounds of the gradients' buckets (pytorch #108966), so that they
-        # travel while the backward pass goes on. That is worth the cuts, but a checkpointed block cannot be cut
-        # (#108269): there the gradients travel at the end.
-        torch._dynamo.config.optimize_ddp = False
+def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """torch.compile, round its known traps.
+
+    One is left as it is: the graph of a DDP model is cut at the bounds of the gradients' buckets (pytorch #108966),
+    which lets them travel while the backward pass goes on. With checkpointed activations torch cuts nothing.
+    """
     return torch.compile(model, options=compile_options(device))  # type: ignore[return-value]
 
 

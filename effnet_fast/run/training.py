@@ -217,9 +217,7 @@ def _callable_model(plan: Plan, module: Network, pieces: int) -> nn.Module:
             # Together with accumulation's no_sync it aborts in torch 2.13.
             static_graph=pieces == 1,
         )
-    if not plan.compile:
-        return model
-    return compile_model(model, plan.world.device, recomputes=plan.config.activation_checkpointing)
+    return compile_model(model, plan.world.device) if plan.compile else model
 
 
 def _loader_spec(plan: Plan, augment: Augment | None) -> LoaderSpec:

@@ -160,7 +160,8 @@ def test_all_ranks_of_a_machine_train_and_only_the_first_writes(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "def note(event, arguments):\n"
-        "    if event == 'open' and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):\n"
+        "    path = not isinstance(arguments[0], int) if arguments else False\n"
+        "    if event == 'open' and path and arguments[2] & (os.O_WRONLY | os.O_RDWR):\n"
         "        os.write(log, f'{arguments[0]}\\n'.encode())\n"
         "    elif event in ('os.mkdir', 'os.rename', 'os.remove'):\n"
         "        os.write(log, f'{arguments[0]}\\n'.encode())\n"
@@ -172,7 +173,8 @@ def test_all_ranks_of_a_machine_train_and_only_the_first_writes(tmp_path):
     flags = f"{SMALL} --val_fraction 0.1 --save_dir {tmp_path}/results --run_name node".split()
     done = launch("train_node.sh", *flags, env=environment(NPROC_PER_NODE="2", PYTHONPATH=path))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("+ torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m effnet_fast train ")
+    assert done.stdout.startswith("+ torchrun --rdzv-backend bound --rdzv-endpoint localhost:0 --rdzv-id ")
+    assert " --nproc-per-node 2 --max-restarts 3 -m effnet_fast train " in done.stdout.splitlines()[0]
     assert "on 2 x cpu" in done.stdout
     assert checkpoint.load(tmp_path / "results" / "node" / "last.pt")["progress"]["finished"]
     wrote = {rank: (tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)}

@@ -99,16 +99,16 @@ class Runs:
         return self.start([*python, "effnet_fast", *line.split()], **environment)
 
     def agent(self, name, flags, *, ranks, endpoint, is_host, prefix=(), **environment):
-        """One of two agents of torchrun, as on two machines; run by the command `prefix`."""
+        """One of two agents of torchrun, as train_multinode.sh starts them; run by the command `prefix`."""
         torchrun = (
-            f"-m torch.distributed.run --nnodes 1:2 --nproc-per-node {ranks} --rdzv-backend c10d --rdzv-id test "
+            f"-m torch.distributed.run --nnodes 1:2 --nproc-per-node {ranks} --rdzv-backend bound --rdzv-id test "
             f"--max-restarts 9 --rdzv-endpoint {endpoint} --rdzv-conf is_host={is_host},last_call_timeout=5"
         )
         if "LOCAL_ADDR" in environment:
             torchrun += f" --local-addr {environment['LOCAL_ADDR']}"
         line = f"{SMALL} --save_dir {self.folder} --run_name {name} {flags}"
         command = [*prefix, sys.executable, *torchrun.split(), "-m", "effnet_fast", *line.split()]
-        return self.start(command, **environment)
+        return self.start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **environment)
 
     def wait_for_step(self, name, step, timeout=180):
         """Wait until the newest row of a run is of this step or a later one."""

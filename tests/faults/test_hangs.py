@@ -104,7 +104,7 @@ def test_a_rank_that_sleeps_shows_its_line(runs, tmp_path):
         "    time.sleep(1e6)\n"
         "def epoch(self, number, start=0):\n"
         "    for i, batch in enumerate(original(self, number, start)):\n"
-        "        if (number, i, os.environ['RANK']) == (1, 2, '1'):\n"
+        "        if (number, i, os.environ['RANK']) == (0, 2, '1'):\n"
         "            wait_for_a_dead_disk()\n"
         "        yield batch\n"
         "if 'RANK' in os.environ:\n"
@@ -113,9 +113,9 @@ def test_a_rank_that_sleeps_shows_its_line(runs, tmp_path):
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     run = runs.train("asleep", "--hang_timeout 15", ranks=2, PYTHONPATH=path)
     assert run.end() != 0
-    assert re.search(r"rank 1 \(host .*it was at epoch 2, loading batch 2, and stands at:", run.said)
+    assert re.search(r"rank 1 \(host .*it was at epoch 1, loading batch 2, and stands at:", run.said)
     assert "in wait_for_a_dead_disk" in run.said
-    assert re.search(r"rank 0 \(host .*it was at epoch 2, computing batch [12]", run.said)
+    assert re.search(r"rank 0 \(host .*it was at epoch 1, computing batch [12]", run.said)
 
 
 def children(pid):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from effnet_fast.data.dataset import Channels
 from effnet_fast.data.draws import Draws, draw
 from effnet_fast.data.loader import LoaderSpec
 
@@ -58,6 +59,20 @@ def upload(array: NDArray, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+class Normalisation:
+    """(x / 255 - mean) / std of each channel: [B, S, S, 3], values 0..255 -> float32, contiguous."""
+
+    def __init__(self, size: int, mean: Channels, std: Channels, device: torch.device) -> None:
+        means, stds = torch.tensor(mean), torch.tensor(std)
+        # A whole row of pixels is normalised at once: the CPU vectorises over it, not over three channels.
+        self._scale = (1 / (255 * stds)).repeat(size).to(device)
+        self._shift = (-means / stds).repeat(size).to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        rows = images.reshape(*images.shape[:2], -1).float()
+        return torch.addcmul(self._shift, rows, self._scale).view(images.shape)
+
+
 class Augmentation:
     """Turns uint8 images into a batch as the specification asks.
 
@@ -67,11 +82,10 @@ class Augmentation:
     def __init__(self, spec: LoaderSpec) -> None:
         self._spec = spec
         size, device = spec.image_size, spec.device
-        mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-        # A whole row of pixels is normalised at once: the CPU vectorises over it, not over three channels.
-        self._scale = (1 / (255 * std)).repeat(size).to(device)
-        self._shift = (-mean / std).repeat(size).to(device)
-        self._erased = ((255 * mean).round() if spec.dtype == torch.uint8 else torch.zeros(3)).to(device, spec.dtype)
+        self._normalisation = Normalisation(size, spec.mean, spec.std, device)
+        self._erased = ((255 * torch.tensor(spec.mean)).round() if spec.dtype == torch.uint8 else torch.zeros(3)).to(
+            device, spec.dtype
+        )
         self._pixel = torch.arange(size, device=device)
         self._rotates = spec.augment is not None and spec.augment.rotation > 0
         self._pad = 0 if spec.augment is None or self._rotates else spec.augment.pad(size)
@@ -136,8 +150,7 @@ class Augmentation:
         """[B, S, S, 3], values 0..255 -> the output type, contiguous."""
         if self._spec.dtype == torch.uint8:
             return (images.round() if images.is_floating_point() else images).to(torch.uint8).contiguous()
-        rows = images.reshape(*images.shape[:2], -1).float()
-        return torch.addcmul(self._shift, rows, self._scale).view(images.shape).to(self._spec.dtype)
+        return self._normalisation(images).to(self._spec.dtype)
 
     def _erase(self, images: Tensor, corners: Tensor) -> Tensor:
         y0, x0, y1, x1 = corners[:, :, None].unbind(1)

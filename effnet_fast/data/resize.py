@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _CHUNK = 32  # images at a time, so that the float32 intermediates stay in the cache
 
@@ -48,21 +52,46 @@ def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return resized
 
 
-def read_image(path: Path, size: int) -> NDArray[np.uint8]:
-    """Decode an image file, cut the central square of its shorter side, and resize that: uint8 [size, size, 3].
+def load_image(path: Path) -> Image.Image:
+    """Decode an image file and turn it as its EXIF tag says: RGB.
 
     Raises:
         ValueError: the file cannot be read or decoded.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            return upright(file)
     except (OSError, ValueError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read the image {path}: {reason}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF tag says, in RGB; such an image is left as it is.
+
+    Raises:
+        ValueError: grey of 16 bits, about which decoders disagree.
+    """
+    from PIL import ImageOps
+
+    if image.mode.startswith("I"):
+        raise ValueError("grey of 16 bits: save it with 8")
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """The central square of an RGB image's shorter side, resized: uint8 [size, size, 3]."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = np.asarray(image.crop((left, top, left + side, top + side)))
-    return resize(square[None], size)[0]
+    return resize(np.asarray(image.crop((left, top, left + side, top + side)))[None], size)[0]
+
+
+def read_image(path: Path, size: int) -> NDArray[np.uint8]:
+    """`load_image`, then `square`.
+
+    Raises:
+        ValueError: the file cannot be read or decoded.
+    """
+    return square(load_image(path), size)

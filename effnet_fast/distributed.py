@@ -89,6 +89,11 @@ def board() -> dist.Store | None:
     return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
+def is_main() -> bool:
+    """Whether this is rank 0, which speaks for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

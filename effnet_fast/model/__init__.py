@@ -1,21 +1,16 @@
-"""Models by name, and the arithmetic that scales them."""
+"""Models by name, the arithmetic that scales them, and weights from elsewhere."""
 
-from effnet_fast.model.efficientnet import (
-    Architecture,
-    EfficientNet,
-    batch_norms,
-    create_model,
-    from_description,
-    list_models,
-    recompute_blocks,
-    variant,
-)
+from effnet_fast.model.efficientnet import Architecture, EfficientNet, recompute_blocks
+from effnet_fast.model.network import Network, batch_norms
+from effnet_fast.model.zoo import create_model, default_output_stride, from_description, list_models, variant
 
 __all__ = [
     "Architecture",
     "EfficientNet",
+    "Network",
     "batch_norms",
     "create_model",
+    "default_output_stride",
     "from_description",
     "list_models",
     "recompute_blocks",

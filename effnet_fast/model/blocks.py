@@ -169,7 +169,7 @@ class ConvNormAct(nn.Module):
         return bn_ops.batch_norm(
             y,
             self.norm.fused(),
-            training=self.training,
+            training=self.norm.training,
             activation=self.activates,
             residual=residual,
             sample_scale=scale,
@@ -178,9 +178,18 @@ class ConvNormAct(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """The spatial mean [N, C'] of `forward(x)`; in training on Triton the map itself is never written."""
-        if self.training and use_triton(self.kernels, x):
+        if self.norm.training and use_triton(self.kernels, x):
             return squeeze_ops.bn_silu_squeeze(self.conv(x), self.norm.fused(), kernels=self.kernels)
         return self(x).mean((2, 3))
+
+
+def norm_relu(x: Tensor, norm: BatchNorm, relu: nn.ReLU, kernels: Kernels, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(x) + residual); on Triton normalisation and residual are one op, and hooks on `norm` see nothing."""
+    if use_triton(kernels, x):
+        fused = bn_ops.batch_norm(x, norm.fused(), training=norm.training, residual=residual, kernels=kernels)
+        return relu(fused)
+    y = norm(x)
+    return relu(y if residual is None else y + residual)
 
 
 class SqueezeExcite(nn.Module):
@@ -305,7 +314,7 @@ class MBConv(nn.Module):
             conv.pads(raw),
             self.depthwise.norm.fused(),
             self.se.fused(),
-            training=self.training,
+            training=self.depthwise.norm.training,
             kernels=self.kernels,
         )
         y = self.project.conv(gated)

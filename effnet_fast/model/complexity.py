@@ -12,7 +12,8 @@ from fvcore.nn.jit_analysis import JitModelAnalysis
 from fvcore.nn.jit_handles import conv_flop_jit, get_shape, linear_flop_jit
 from torch import Tensor
 
-from effnet_fast.model.efficientnet import EfficientNet, batch_norms, create_model
+from effnet_fast.model.network import Network, batch_norms
+from effnet_fast.model.zoo import create_model
 
 FP32, BF16 = 4, 2  # bytes of an element
 EXAMPLE_BATCH = 256  # images of the step whose traffic `describe` tells
@@ -75,7 +76,7 @@ class Complexity:
         return batch_size * per_image * element_bytes + 8 * self.parameters * FP32
 
 
-def complexity(model: EfficientNet, image_size: int) -> Complexity:
+def complexity(model: Network, image_size: int) -> Complexity:
     """Count what a model costs at [3, image_size, image_size] images. The model itself is left as it was.
 
     Counted on copies: one that traces an image through on the CPU (fvcore reads the trace), one without storage whose
@@ -176,7 +177,7 @@ def _images(batch_size: int, image_size: int, device: str) -> Tensor:
 
 
 @torch.no_grad()
-def _layer_counts(model: EfficientNet, image_size: int) -> Counter[str]:
+def _layer_counts(model: Network, image_size: int) -> Counter[str]:
     analysis = JitModelAnalysis(copy.deepcopy(model).cpu().eval(), _images(1, image_size, "cpu"))
     analysis.set_op_handle("aten::_convolution", _convolution_counts, "aten::linear", _linear_counts)
     return analysis.unsupported_ops_warnings(False).by_operator()
@@ -195,7 +196,7 @@ def _counts(macs: int, inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter(macs=int(macs), inputs_read=read, activations=written)
 
 
-def _saved_numbers(model: EfficientNet, batch_size: int, image_size: int) -> int:
+def _saved_numbers(model: Network, batch_size: int, image_size: int) -> int:
     """Numbers in the floating-point storages that a forward pass leaves to autograd, each storage once."""
     storages: dict[int, tuple[Tensor, int]] = {}
 

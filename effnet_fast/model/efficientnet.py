@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from effnet_fast.model import scaling
-from effnet_fast.model.blocks import BatchNorm, ConvNormAct, Kernels, MBConv, Padding, Style
+from effnet_fast.model.blocks import ConvNormAct, Kernels, MBConv, Padding, Style
+from effnet_fast.model.network import Network
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Architecture:
         drop_path: stochastic depth; block i of n has drop_path * i / n.
         padding: symmetric, or TensorFlow's SAME.
         bn_eps, bn_momentum: of every BatchNorm.
+        family: which class of model this describes.
     """
 
     width: float = 1.0
@@ -40,9 +40,10 @@ class Architecture:
     padding: Padding = "symmetric"
     bn_eps: float = 1e-3
     bn_momentum: float = 0.01
+    family: Literal["efficientnet"] = "efficientnet"
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(Network):
     """[N, 3, H, W] -> logits [N, num_classes]. Built channels-last; float32 parameters.
 
     Sub-modules in the order of the data: `stem`, `stages`, `head`, `classifier`. `kernels` as in `create_model`.
@@ -62,12 +63,15 @@ class EfficientNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """What the global pooling sees: [N, C, H / output_stride, W / output_stride], after the activation."""
         return self.head(self.stages(self.stem(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.head.pooled(self.stages(self.stem(x)))
         return self.classifier(self.dropout(pooled))
+
+    def layers(self) -> dict[str, list[nn.Module]]:
+        stages = {f"stages.{i}": [stage] for i, stage in enumerate(self.stages)}
+        return {"stem": [self.stem], **stages, "head": [self.head], "classifier": [self.classifier]}
 
 
 def _stages(plan: scaling.Layout, drop_path: float, style: Style) -> nn.Sequential:
@@ -99,78 +103,6 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def variant(name: str) -> scaling.Variant:
-    """The multipliers behind a name; `efficientnet_b0` is read as `efficientnet-b0`.
-
-    Raises:
-        ValueError: an unknown name, with the nearest known ones.
-    """
-    known = scaling.VARIANTS
-    key = name.lower().replace("_", "-")
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or list(known)
-        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
-    return known[key]
-
-
-def create_model(
-    name: str,
-    num_classes: int = 100,
-    image_size: int = 32,
-    output_stride: int | None = None,
-    *,
-    width: float | None = None,
-    depth: float | None = None,
-    dropout: float | None = None,
-    drop_path: float = 0.2,
-    padding: Padding = "symmetric",
-    bn_eps: float = 1e-3,
-    bn_momentum: float = 0.01,
-    kernels: Kernels = "auto",
-) -> EfficientNet:
-    """Build a model by name.
-
-    Args:
-        name: one of `list_models()`.
-        num_classes: outputs.
-        image_size: pixels of the input.
-        output_stride: 32, 16, 8 or 4; None is 8 below 128 px and 32 from there on.
-        width, depth: multipliers of the baseline; None is the variant's own.
-        dropout: before the classifier; None is the variant's own.
-        drop_path, padding, bn_eps, bn_momentum: see `Architecture`.
-        kernels: auto, triton or torch, see `blocks.Style`; no part of the architecture, so a checkpoint lacks it.
-
-    Raises:
-        ValueError: an unknown name or an impossible value.
-    """
-    chosen = variant(name)
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-    architecture = Architecture(
-        width=chosen.width if width is None else width,
-        depth=chosen.depth if depth is None else depth,
-        num_classes=num_classes,
-        image_size=image_size,
-        output_stride=output_stride or scaling.default_output_stride(image_size),
-        dropout=chosen.dropout if dropout is None else dropout,
-        drop_path=drop_path,
-        padding=padding,
-        bn_eps=bn_eps,
-        bn_momentum=bn_momentum,
-    )
-    return EfficientNet(architecture, kernels)
-
-
-def list_models() -> list[str]:
-    """Names that `create_model` knows."""
-    return sorted(scaling.VARIANTS)
-
-
-def batch_norms(model: nn.Module) -> list[BatchNorm]:
-    """Every BatchNorm of a model, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, BatchNorm)]
-
-
 def recompute_blocks(model: nn.Module) -> None:
     """Keep only the input of each MBConv block for the backward pass, which computes the rest anew.
 
@@ -182,15 +114,3 @@ def recompute_blocks(model: nn.Module) -> None:
         raise ValueError("--activation_checkpointing is for models of MBConv blocks, which this one is not")
     for block in blocks:
         block.recompute = True
-
-
-def from_description(description: dict[str, Any]) -> EfficientNet:
-    """Rebuild the model a checkpoint describes (`dataclasses.asdict` of its Architecture).
-
-    Raises:
-        ValueError: the description is not of an EfficientNet.
-    """
-    known = {field.name for field in dataclasses.fields(Architecture)}
-    if set(description) - known:
-        raise ValueError(f"the checkpoint describes another kind of model: {sorted(set(description) - known)}")
-    return EfficientNet(Architecture(**description))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from effnet_fast.config import TrainConfig
-from effnet_fast.model import EfficientNet, from_description
+from effnet_fast.model import Network, from_description
 
 
 def config_of(saved: dict[str, Any]) -> TrainConfig:
@@ -24,7 +24,7 @@ def config_of(saved: dict[str, Any]) -> TrainConfig:
         raise ValueError("the checkpoint holds no config of a run") from error
 
 
-def load_model(saved: dict[str, Any], weights: str, device: torch.device) -> EfficientNet:
+def load_model(saved: dict[str, Any], weights: str, device: torch.device) -> Network:
     """The model of a checkpoint with its weights: auto (the moving average where there is one), ema or raw.
 
     Raises:

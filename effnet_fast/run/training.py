@@ -21,7 +21,7 @@ from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.data.loaders import choose, make_loader
 from effnet_fast.distributed import World
-from effnet_fast.model import EfficientNet, batch_norms, create_model, recompute_blocks, scaling, variant
+from effnet_fast.model import Network, batch_norms, create_model, recompute_blocks, scaling, variant
 from effnet_fast.run import resume
 from effnet_fast.run.agreement import about_run, about_start, agree
 from effnet_fast.run.settings import (
@@ -144,7 +144,7 @@ def _plan(config: TrainConfig, world: World) -> Plan:
     )
 
 
-def _build_model(plan: Plan, device: torch.device) -> EfficientNet:
+def _build_model(plan: Plan, device: torch.device) -> Network:
     config = plan.config
     torch.manual_seed(config.seed)
     model = create_model(
@@ -165,7 +165,7 @@ def _build_model(plan: Plan, device: torch.device) -> EfficientNet:
     return model.to(device)
 
 
-def _callable_model(plan: Plan, module: EfficientNet, pieces: int) -> nn.Module:
+def _callable_model(plan: Plan, module: Network, pieces: int) -> nn.Module:
     model: nn.Module = module
     if plan.world.size > 1:
         model = DistributedDataParallel(

@@ -73,7 +73,7 @@ def recalibrate(model: nn.Module, batches: Batches, count: int, *, precision: st
 
     In a short run the running averages lag behind the weights: at momentum 0.01 they look some hundred steps back.
     """
-    norms = batch_norms(model)
+    norms = [norm for norm in batch_norms(model) if norm.weight.requires_grad]  # frozen layers stay as they are
     momenta = [norm.momentum for norm in norms]
     with evaluating(model):
         for norm in norms:

@@ -1,0 +1,61 @@
+"""What every model of the zoo is: features, a linear classifier, and layers in the order of the data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from effnet_fast.model.blocks import BatchNorm
+
+
+class Network(nn.Module, ABC):
+    """[N, 3, H, W] -> logits [N, num_classes].
+
+    Attributes:
+        architecture: a frozen dataclass with all that decides the computation; a checkpoint keeps it.
+        classifier: the linear layer behind the pooling.
+    """
+
+    architecture: Any
+    classifier: Any
+    _frozen: Sequence[nn.Module] = ()
+
+    @abstractmethod
+    def forward_features(self, x: Tensor) -> Tensor:
+        """What the global pooling sees: [N, C, H / output_stride, W / output_stride], after the activation."""
+
+    @abstractmethod
+    def layers(self) -> dict[str, list[nn.Module]]:
+        """Name -> modules in the order of the data: stem, stages.0, stages.1 and on, perhaps a head, classifier."""
+
+    def freeze(self, until: str) -> None:
+        """Hold the layers up to and including `until` as they are: no gradients, and evaluation mode in training too.
+
+        Args:
+            until: a name of `layers()`, or backbone for all but the classifier.
+
+        Raises:
+            ValueError: no such layer, or nothing would be left to train.
+        """
+        layers = self.layers()
+        names = list(layers)[:-1]
+        if until not in (*names, "backbone"):
+            raise ValueError(f"cannot freeze up to {until!r}; choose one of {', '.join(names)}, backbone")
+        held = names if until == "backbone" else names[: names.index(until) + 1]
+        self._frozen = [module for name in held for module in layers[name]]
+        for module in self._frozen:
+            module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Network:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
+    """Every BatchNorm of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]

@@ -1,0 +1,396 @@
+"""Weights of other libraries: whose they are, what their names are here, and what computation they were trained in.
+
+A layout is told by its names. It decides the padding and BatchNorm's eps too: weights trained with TensorFlow's SAME
+padding or eps 1e-3 give wrong logits with the other, without any error. timm's `efficientnet_b*` and
+`tf_efficientnet_b*` have the same names but differ in both, so those two are told by what else is known of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from effnet_fast import distributed
+from effnet_fast.model.blocks import Padding
+from effnet_fast.model.efficientnet import EfficientNet
+from effnet_fast.model.network import Network
+
+LayoutName = Literal["auto", "effnet-fast", "torchvision", "timm", "timm-tf", "efficientnet-pytorch"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SHOWN = 4  # names of each kind in a refusal
+
+
+@dataclass(frozen=True)
+class Names:
+    """A library's names of EfficientNet's layers, by ours.
+
+    Attributes:
+        ends: layers outside of the blocks.
+        block: prefix of a block; `stage` and `stage1` count stages from 0 and 1, `place` blocks of the stage, `index`
+            blocks of the network.
+        plain: layers of a block without expansion.
+        expanded: layers of a block with one.
+    """
+
+    ends: Mapping[str, str]
+    block: str
+    plain: Mapping[str, str]
+    expanded: Mapping[str, str]
+
+    def of(self, model: EfficientNet) -> dict[str, str]:
+        """Our layer -> theirs."""
+        names, index = dict(self.ends), 0
+        for stage, blocks in enumerate(model.stages):
+            for place, block in enumerate(blocks.children()):
+                prefix = self.block.format(stage=stage, stage1=stage + 1, place=place, index=index)
+                layers = self.expanded if hasattr(block.expand, "conv") else self.plain
+                names |= {f"stages.{stage}.{place}.{ours}": f"{prefix}.{theirs}" for ours, theirs in layers.items()}
+                index += 1
+        return names
+
+
+def _torchvision_block(first: int) -> dict[str, str]:
+    """Layers behind the expansion, which torchvision numbers."""
+    return {
+        "depthwise.conv": f"{first}.0",
+        "depthwise.norm": f"{first}.1",
+        "se.reduce": f"{first + 1}.fc1",
+        "se.expand": f"{first + 1}.fc2",
+        "project.conv": f"{first + 2}.0",
+        "project.norm": f"{first + 2}.1",
+    }
+
+
+_TORCHVISION = Names(
+    ends={
+        "stem.conv": "features.0.0",
+        "stem.norm": "features.0.1",
+        "head.conv": "features.8.0",
+        "head.norm": "features.8.1",
+        "classifier": "classifier.1",
+    },
+    block="features.{stage1}.{place}.block",
+    plain=_torchvision_block(0),
+    expanded={"expand.conv": "0.0", "expand.norm": "0.1", **_torchvision_block(1)},
+)
+_TIMM = Names(
+    ends={
+        "stem.conv": "conv_stem",
+        "stem.norm": "bn1",
+        "head.conv": "conv_head",
+        "head.norm": "bn2",
+        "classifier": "classifier",
+    },
+    block="blocks.{stage}.{place}",
+    plain={
+        "depthwise.conv": "conv_dw",
+        "depthwise.norm": "bn1",
+        "se.reduce": "se.conv_reduce",
+        "se.expand": "se.conv_expand",
+        "project.conv": "conv_pw",
+        "project.norm": "bn2",
+    },
+    expanded={
+        "expand.conv": "conv_pw",
+        "expand.norm": "bn1",
+        "depthwise.conv": "conv_dw",
+        "depthwise.norm": "bn2",
+        "se.reduce": "se.conv_reduce",
+        "se.expand": "se.conv_expand",
+        "project.conv": "conv_pwl",
+        "project.norm": "bn3",
+    },
+)
+_PYTORCH_BLOCK = {
+    "depthwise.conv": "_depthwise_conv",
+    "depthwise.norm": "_bn1",
+    "se.reduce": "_se_reduce",
+    "se.expand": "_se_expand",
+    "project.conv": "_project_conv",
+    "project.norm": "_bn2",
+}
+_EFFICIENTNET_PYTORCH = Names(
+    ends={
+        "stem.conv": "_conv_stem",
+        "stem.norm": "_bn0",
+        "head.conv": "_conv_head",
+        "head.norm": "_bn1",
+        "classifier": "_fc",
+    },
+    block="_blocks.{index}",
+    plain=_PYTORCH_BLOCK,
+    expanded={"expand.conv": "_expand_conv", "expand.norm": "_bn0", **_PYTORCH_BLOCK},
+)
+
+
+def _torchvision_eps(model: str) -> float:
+    """torchvision builds B0 to B4 with torch's default and B5 to B7 with the authors' eps."""
+    return 1e-3 if model in ("efficientnet-b5", "efficientnet-b6", "efficientnet-b7") else 1e-5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A library's EfficientNet or reference models: a name that only they have, and what they compute with."""
+
+    title: str
+    sign: str
+    padding: Padding = "symmetric"
+    bn_eps: Callable[[str], float] = lambda model: 1e-5
+    names: Names | None = None  # None: as here
+
+
+_LAYOUTS = {
+    "effnet-fast": Layout("effnet_fast's", "stem.conv.weight", bn_eps=lambda model: 1e-3),
+    "torchvision": Layout("torchvision's", "features.0.0.weight", bn_eps=_torchvision_eps, names=_TORCHVISION),
+    "timm": Layout("timm's", "conv_stem.weight", names=_TIMM),
+    "timm-tf": Layout("timm's (tf_)", "conv_stem.weight", "same", lambda model: 1e-3, names=_TIMM),
+    "efficientnet-pytorch": Layout(
+        "EfficientNet-PyTorch's", "_conv_stem.weight", "same", lambda model: 1e-3, names=_EFFICIENTNET_PYTORCH
+    ),
+}
+_REFERENCE = {
+    "layer1.0.conv1.weight": Layout("torchvision's ResNet's", "layer1.0.conv1.weight"),
+    "features.conv0.weight": Layout("torchvision's DenseNet's", "features.conv0.weight"),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of a file and how they are to be computed with.
+
+    Attributes:
+        path: of the file.
+        layout: whose names they have.
+        tensors: by those names, without counters of batches.
+        mean, std: of each channel, that the images they were trained on were normalised with.
+        description: of the architecture, where the file is of this project.
+    """
+
+    path: Path
+    layout: Layout
+    tensors: dict[str, Tensor]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    description: Mapping[str, Any] | None = None
+
+    @property
+    def padding(self) -> Padding:
+        return (self.description or {}).get("padding", self.layout.padding)
+
+    def bn_eps(self, model: str) -> float:
+        """eps of BatchNorm for a model of that name."""
+        return (self.description or {}).get("bn_eps", self.layout.bn_eps(model))
+
+
+def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
+    """Read EfficientNet weights of torchvision, timm, EfficientNet-PyTorch or this project, or torchvision's ResNet or
+    DenseNet, from .safetensors, or from .pth or .pt of which no code can run.
+
+    A state dict may be wrapped as trainers do ({"state_dict": ...}, {"model": ...}, `module.` before every name). Of a
+    run's own checkpoint the moving average is taken where there is one.
+
+    Args:
+        path: the file.
+        layout: whose names it has; auto tells by the names, and `timm` from `timm-tf` by the architecture named in the
+            file, in timm's config.json beside it, or in its path.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no weights, or weights of an unknown layout, or it cannot be told which of timm's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no weights at {path}")
+    content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    tensors = {_bare(name): tensor for name, tensor in content.items() if not name.endswith("num_batches_tracked")}
+    chosen = _LAYOUTS[layout] if layout != "auto" else _recognise(path, tensors, facts)
+    return Weights(
+        path,
+        chosen,
+        {_without_dot(name): tensor for name, tensor in tensors.items()},
+        mean=tuple(facts.get("mean", IMAGENET_MEAN)),  # type: ignore[arg-type]
+        std=tuple(facts.get("std", IMAGENET_STD)),  # type: ignore[arg-type]
+        description=facts.get("description"),
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
+    facts: dict[str, Any] = _facts_beside(path)
+    if "effnet_fast" in metadata:
+        ours = json.loads(metadata["effnet_fast"])
+        if ours["folded"]:
+            raise ValueError(f"{path} has its BatchNorm folded, for use only: export without --fold_batchnorm")
+        facts = {"description": ours["architecture"], "mean": ours["mean"], "std": ours["std"]}
+    return tensors, facts
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import pickle
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors, which could run code: save its state dict alone"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or holds no weights") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no state dict")
+    facts = _facts_beside(path)
+    if "architecture" in state and "format" in state:  # of a run here
+        facts = {"description": state["architecture"], "mean": state["mean"], "std": state["std"]}
+        return {**state["model"], **(state["ema"] or {})}, facts
+    if isinstance(state.get("arch"), str):  # of timm's trainer
+        facts["architecture"] = state["arch"]
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no state dict")
+    return tensors, facts
+
+
+def _facts_beside(path: Path) -> dict[str, Any]:
+    """Architecture, mean and std that timm's config.json in the same folder tells of its weights."""
+    try:
+        told = json.loads((path.parent / "config.json").read_text())
+        normalisation = told.get("pretrained_cfg", {})
+        facts = {name: normalisation[name] for name in ("mean", "std") if name in normalisation}
+        return {"architecture": told["architecture"], **facts}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _bare(name: str) -> str:
+    """A name without what DistributedDataParallel and torch.compile put before it."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return name
+
+
+def _without_dot(name: str) -> str:
+    """`norm.1` as torchvision's first DenseNets were saved -> `norm1`."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
+
+
+def _recognise(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Layout:
+    for sign, layout in _REFERENCE.items():
+        if sign in tensors:
+            return layout
+    found = [name for name, layout in _LAYOUTS.items() if layout.sign in tensors]
+    if not found:
+        raise ValueError(
+            f"{path} has names of no layout known here (torchvision, timm, EfficientNet-PyTorch, effnet_fast): "
+            f"{_some(tensors)}"
+        )
+    if found == ["timm", "timm-tf"]:
+        return _LAYOUTS[_which_of_timm(path, facts.get("architecture"))]
+    return _LAYOUTS[found[0]]
+
+
+def _which_of_timm(path: Path, architecture: str | None) -> str:
+    told = architecture or str(path.absolute())
+    named = {"timm-tf" if tf else "timm" for tf in re.findall(r"(tf_)?efficientnet_b\d", told)}
+    if len(named) != 1:
+        raise ValueError(
+            f"{path}: timm's efficientnet_b* and tf_efficientnet_b* have the same names but other padding and eps, and "
+            "nothing says which this is: add --pretrained_layout timm or timm-tf"
+        )
+    return named.pop()
+
+
+@torch.no_grad()
+def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False) -> None:
+    """Copy weights into a model of the same architecture.
+
+    A classifier of another size stays as it is. That, and which layout it was, is said on stderr.
+
+    Args:
+        allow_unmatched: take the tensors that fit; the others are listed on stderr.
+
+    Raises:
+        ValueError: tensors are missing, have no place or differ in shape.
+    """
+    ours, theirs = model.state_dict(), dict(weights.tensors)
+    names = _their_names(model, weights.layout)
+    lines = [_note(model, weights)]
+    head = {key: names[key] for key in _head_keys(model)}
+    if _only_classes_differ(model, [theirs.get(name) for name in head.values()]):
+        there = len(theirs[next(iter(head.values()))])
+        lines.append(f"its head of {there} classes is replaced by a new one of {model.architecture.num_classes}")
+        theirs = {name: tensor for name, tensor in theirs.items() if name not in head.values()}
+        names = {key: name for key, name in names.items() if key not in head}
+    fitting = {key: name for key, name in names.items() if name in theirs and theirs[name].shape == ours[key].shape}
+    misfits = {
+        "missing in it": [name for name in names.values() if name not in theirs],
+        "without a place here": sorted(set(theirs) - set(names.values())),
+        "of another shape": [name for key, name in names.items() if name in theirs and key not in fitting],
+    }
+    if any(misfits.values()) and not (allow_unmatched and fitting):
+        raise ValueError(_refusal(model, weights, misfits))
+    lines += [f"{kind}: {name}" for kind, unmatched in misfits.items() for name in unmatched]
+    model.load_state_dict({key: theirs[name] for key, name in fitting.items()}, strict=False)
+    if distributed.is_main():
+        print(*(f"{weights.path}: {line}" for line in lines), sep="\n", file=sys.stderr)
+
+
+def _their_names(model: Network, layout: Layout) -> dict[str, str]:
+    """Our tensor -> theirs."""
+    keys = list(model.state_dict())
+    if layout.names is None or not isinstance(model, EfficientNet):
+        return {key: key for key in keys}
+    layers = layout.names.of(model)
+    parts = {key: key.rpartition(".") for key in keys}
+    return {key: f"{layers[layer]}.{tensor}" for key, (layer, _, tensor) in parts.items()}
+
+
+def _head_keys(model: Network) -> list[str]:
+    """Names of the classifier's weight and bias."""
+    own = [id(p) for p in model.classifier.parameters()]
+    return [name for name, p in model.named_parameters() if id(p) in own]
+
+
+def _only_classes_differ(model: Network, head: Sequence[Tensor | None]) -> bool:
+    """Whether a file's weight and bias of the classifier fit but for the number of classes."""
+    weight, bias = head
+    classes, features = model.classifier.weight.shape
+    return weight is not None and bias is not None and weight.shape[1:] == (features,) and len(weight) != classes
+
+
+def _note(model: Network, weights: Weights) -> str:
+    build = model.architecture
+    padding = "TensorFlow's SAME" if getattr(build, "padding", None) == "same" else "symmetric"
+    return f"{weights.layout.title} names; {padding} padding, BatchNorm eps {build.bn_eps:g}"
+
+
+def _refusal(model: Network, weights: Weights, misfits: Mapping[str, list[str]]) -> str:
+    parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in misfits.items() if names]
+    return (
+        f"{weights.path} ({weights.layout.title} names) does not fit this {type(model).__name__}; tensors "
+        f"{'; '.join(parts)}: name the --model it was saved from (with --output_stride 32 for a published stem), or "
+        "take what fits with --allow_unmatched"
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    rest = len(listed) - _SHOWN
+    return ", ".join(listed[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

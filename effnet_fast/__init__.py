@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from effnet_fast.model import create_model as create_model
     from effnet_fast.model import list_models as list_models
+    from effnet_fast.run.prediction import load as load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "list_models"]
+__all__ = ["__version__", "create_model", "list_models", "load"]
 
-_HOMES = {"create_model": "effnet_fast.model", "list_models": "effnet_fast.model"}
+_HOMES = {
+    "create_model": "effnet_fast.model",
+    "list_models": "effnet_fast.model",
+    "load": "effnet_fast.run.prediction",
+}
 
 
 def __getattr__(name: str) -> Any:

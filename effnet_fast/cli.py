@@ -24,6 +24,7 @@ class Verb:
     module: str
     function: str
     positional: str | None = None
+    positional_help: str = ""
 
     @property
     def summary(self) -> str:
@@ -39,7 +40,15 @@ class Verb:
 VERBS = {
     "train": Verb(config.TrainConfig, "training", "train"),
     "eval": Verb(config.EvalConfig, "evaluation", "evaluate_checkpoint"),
-    "plot": Verb(config.PlotConfig, "inspection", "plot", positional="runs"),
+    "plot": Verb(config.PlotConfig, "inspection", "plot", positional="runs", positional_help="folders of runs"),
+    "predict": Verb(
+        config.PredictConfig,
+        "prediction",
+        "predict",
+        positional="images",
+        positional_help="image files, or folders of them",
+    ),
+    "export": Verb(config.ExportConfig, "export", "export"),
     "info": Verb(config.InfoConfig, "inspection", "info"),
     "data": Verb(config.DataConfig, "inspection", "show_data"),
 }
@@ -96,7 +105,7 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
     parser.add_argument("--config", action="config", help="YAML file of settings; flags behind it win")
     parser.add_class_arguments(verb.settings, as_positional=False, skip={verb.positional} if verb.positional else None)
     if verb.positional:
-        parser.add_argument(verb.positional, nargs="+", type=str, help="folders of runs")
+        parser.add_argument(verb.positional, nargs="+", type=str, help=verb.positional_help)
     try:
         values = parser.parse_args(_fill_bare_flags(args, verb.bare_flags)).as_dict()
     except ArgumentError as error:

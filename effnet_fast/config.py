@@ -13,6 +13,7 @@ from typing import Any, Literal
 DatasetName = Literal["cifar100", "cifar10", "folder", "synthetic"]
 LoaderName = Literal["auto", "dali", "resident", "torch"]
 DeviceName = Literal["auto", "cuda", "cpu"]
+LayoutName = Literal["auto", "effnet-fast", "torchvision", "timm", "timm-tf", "efficientnet-pytorch"]
 Switch = Literal["auto", "yes", "no"]
 StepMode = Literal["auto", "eager", "compile", "graph"]
 
@@ -35,7 +36,7 @@ class TrainConfig:
     """Train a model, evaluate it after every epoch, and keep curves and checkpoints in SAVE_DIR/RUN_NAME."""
 
     model: str = "efficientnet-b0"
-    """Architecture, efficientnet-b0 to efficientnet-b7."""
+    """Architecture: efficientnet-b0 to efficientnet-b7, resnet50, resnet152 or densenet201."""
     dataset: DatasetName = "cifar100"
     """Data set; `folder` is DATA_DIR/{train,test}/CLASS/*.{jpg,png}, `synthetic` is procedural and needs no disk."""
     data_dir: str = operational("data")
@@ -85,12 +86,27 @@ class TrainConfig:
     image_size: Literal["auto"] | int = "auto"
     """Pixels; auto scales the data set's own size (32 for CIFAR) by the variant's resolution ratio."""
     output_stride: Literal[4, 8, 16, 32] | None = None
-    """Input pixels per pixel of the final map; default 8 below 128 px and 32 from there on."""
+    """Input pixels per pixel of the final map; default 8 below 128 px and 32 from there on. ResNet and DenseNet: 8 (a
+    stem without strides) up to 64 px, 32 above."""
     dropout: float | None = None
     """Dropout before the classifier (0 to 1); default the variant's own (0.2 for B0)."""
-    drop_path: float = 0.2
-    """Stochastic depth (0 to 1): block i of n is skipped with probability DROP_PATH * i / n. For runs of a few epochs
-    0 is better."""
+    drop_path: float | None = None
+    """Stochastic depth (0 to 1): block i of n is skipped with probability DROP_PATH * i / n; default 0.2 for
+    EfficientNets, and none for others. For runs of a few epochs 0 is better."""
+
+    pretrained: str | None = None
+    """Weights to start from, .pth or .safetensors: of torchvision, timm, EfficientNet-PyTorch or a run here. Images are
+    then normalised as those weights need."""
+    pretrained_layout: LayoutName = "auto"
+    """Whose names the weights have; auto tells by the names. timm-tf is timm's tf_efficientnet_b*."""
+    allow_unmatched: bool = False
+    """Take of the weights what fits and list the rest, rather than refuse them."""
+    freeze: str | None = None
+    """Hold everything up to and including this layer as it is: stem, stages.N (from 0), head, or backbone for all but
+    the classifier."""
+    layer_decay: float = 1.0
+    """Layer-wise learning rate: each layer (stem, stages, head) before the classifier takes this much of the rate of
+    the next one (above 0, at most 1)."""
 
     rotation: float = 0.0
     """Largest rotation in degrees, either way."""
@@ -177,6 +193,7 @@ class TrainConfig:
         for name in ("width", "depth"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"--{name} must be above 0, not {value}")
+        _require(0 < self.layer_decay <= 1, f"--layer_decay must be above 0 and at most 1, not {self.layer_decay}")
         _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
         _require(
             (self.step, self.compile) not in (("eager", "yes"), ("compile", "no")),
@@ -226,6 +243,50 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class PredictConfig:
+    """Classify an image, or every image of a folder: the most probable classes with their names."""
+
+    checkpoint: str
+    """Checkpoint of a run, e.g. results/RUN/best.pt, or a .safetensors export."""
+    images: list[str]
+    """Image files, or folders of them."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """Which weights of a checkpoint; auto is the moving average where the run kept one."""
+    top: int = 5
+    """Classes to tell of each image."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    output: str | None = None
+    """Table to write, .csv or .json."""
+    device: DeviceName = "auto"
+    """auto takes CUDA where there is a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("top", "batch_size"):
+            _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        _require(
+            self.output is None or self.output.endswith((".csv", ".json")),
+            f"--output must end in .csv or .json, not {self.output}",
+        )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a checkpoint's model for use elsewhere: safetensors, ONNX or torch.export."""
+
+    checkpoint: str
+    """Checkpoint to export, e.g. results/RUN/best.pt."""
+    format: Literal["safetensors", "onnx", "torch-export"] = "safetensors"
+    """safetensors holds the weights; onnx and torch-export (.pt2) the computation too, for any batch size."""
+    output: str | None = None
+    """File to write; default the checkpoint's path with .safetensors, .onnx or .pt2."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """Which weights; auto is the moving average where the run kept one."""
+    fold_batchnorm: bool = False
+    """Fold BatchNorm into the convolutions before it: fewer operations, the same logits, no further training."""
+
+
+@dataclass(frozen=True)
 class PlotConfig:
     """Draw the curves of one or several runs over each other."""
 
@@ -240,7 +301,7 @@ class InfoConfig:
     """Print a model's parameters, MACs, FLOPs, activations, final map and memory."""
 
     model: str = "efficientnet-b0"
-    """Architecture, efficientnet-b0 to efficientnet-b7."""
+    """Architecture: efficientnet-b0 to efficientnet-b7, resnet50, resnet152 or densenet201."""
     num_classes: int = 100
     """Classes of the head."""
     width: float | None = None
@@ -250,7 +311,8 @@ class InfoConfig:
     image_size: Literal["auto"] | int = "auto"
     """Pixels; auto scales 32 px by the variant's resolution ratio."""
     output_stride: Literal[4, 8, 16, 32] | None = None
-    """Input pixels per pixel of the final map; default 8 below 128 px and 32 from there on."""
+    """Input pixels per pixel of the final map; default 8 below 128 px and 32 from there on. ResNet and DenseNet: 8 (a
+    stem without strides) up to 64 px, 32 above."""
     json: bool = False
     """Print JSON instead of a table."""
 

@@ -19,7 +19,7 @@ FLOOR = {"model", "data"} | GROUND
 VERBS = {"train", "search", "explain", "report"}
 # What each room may import besides itself; `effnet_fast` is the face, __init__.py.
 MAY_IMPORT = {
-    "effnet_fast": {"model"},
+    "effnet_fast": {"model", "run"},
     "__main__": {"cli"},
     "cli": {"run"} | GROUND,
     "run": VERBS | FLOOR,
@@ -32,7 +32,7 @@ MAY_IMPORT = {
 # Imported where they are needed, never on the way there.
 HEAVY = {"triton", "nvidia", "captum", "optuna", "apex", "amp_C"}
 BUILDERS = {"create_model", "from_description", "load_dataset", "make_loader"}
-BUILT = {"EfficientNet", "Loader", "DaliLoader", "ResidentLoader", "TorchLoader"}
+BUILT = {"EfficientNet", "ResNet", "DenseNet", "Loader", "DaliLoader", "ResidentLoader", "TorchLoader"}
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,16 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from effnet_fast import distributed
+from effnet_fast.config import LayoutName
 from effnet_fast.model.blocks import Padding
 from effnet_fast.model.efficientnet import EfficientNet
 from effnet_fast.model.network import Network
-
-LayoutName = Literal["auto", "effnet-fast", "torchvision", "timm", "timm-tf", "efficientnet-pytorch"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SHOWN = 4  # names of each kind in a refusal
@@ -209,7 +208,7 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
-    content, facts = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    content, facts = _read_exported(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors = {_bare(name): tensor for name, tensor in content.items() if not name.endswith("num_batches_tracked")}
     chosen = _LAYOUTS[layout] if layout != "auto" else _recognise(path, tensors, facts)
     return Weights(
@@ -222,22 +221,34 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and the metadata that `effnet-fast export` wrote into it (none, if another did).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no weights at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
-    facts: dict[str, Any] = _facts_beside(path)
-    if "effnet_fast" in metadata:
-        ours = json.loads(metadata["effnet_fast"])
-        if ours["folded"]:
-            raise ValueError(f"{path} has its BatchNorm folded, for use only: export without --fold_batchnorm")
-        facts = {"description": ours["architecture"], "mean": ours["mean"], "std": ours["std"]}
-    return tensors, facts
+    ours = "effnet_fast" in metadata
+    return tensors, {name: json.loads(value) for name, value in metadata.items()} if ours else {}
+
+
+def _read_exported(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, told = read_safetensors(path)
+    if not told:
+        return tensors, _facts_beside(path)
+    if told["folded"]:
+        raise ValueError(f"{path} has its BatchNorm folded, for use only: export without --fold_batchnorm")
+    return tensors, {"description": told["architecture"], "mean": told["mean"], "std": told["std"]}
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -7,12 +7,13 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from effnet_fast.config import LayoutName
 from effnet_fast.model import reference, scaling
 from effnet_fast.model.blocks import Kernels, Padding
 from effnet_fast.model.efficientnet import Architecture, EfficientNet
 from effnet_fast.model.network import Network
 from effnet_fast.model.reference import DENSENETS, RESNETS, DenseNet, ReferenceArchitecture, ResNet
-from effnet_fast.model.weights import LayoutName, Weights, load_weights, read_weights
+from effnet_fast.model.weights import Weights, load_weights, read_weights
 
 _REFERENCES: dict[str, type[ResNet] | type[DenseNet]] = {
     **dict.fromkeys(RESNETS, ResNet),

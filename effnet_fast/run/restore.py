@@ -9,6 +9,7 @@ import torch
 
 from effnet_fast.config import TrainConfig
 from effnet_fast.model import Network, from_description
+from effnet_fast.model.blocks import Kernels
 
 
 def config_of(saved: dict[str, Any]) -> TrainConfig:
@@ -24,7 +25,7 @@ def config_of(saved: dict[str, Any]) -> TrainConfig:
         raise ValueError("the checkpoint holds no config of a run") from error
 
 
-def load_model(saved: dict[str, Any], weights: str, device: torch.device) -> Network:
+def load_model(saved: dict[str, Any], weights: str, device: torch.device, kernels: Kernels = "auto") -> Network:
     """The model of a checkpoint with its weights: auto (the moving average where there is one), ema or raw.
 
     Raises:
@@ -33,7 +34,7 @@ def load_model(saved: dict[str, Any], weights: str, device: torch.device) -> Net
     if weights == "ema" and saved.get("ema") is None:
         raise ValueError("the run kept no moving average (--ema_decay 0); use --weights raw")
     try:
-        model = from_description(saved["architecture"])
+        model = from_description(saved["architecture"], kernels)
         model.load_state_dict(saved["model"])
         if weights != "raw" and saved["ema"] is not None:
             model.load_state_dict(saved["ema"], strict=False)

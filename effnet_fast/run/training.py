@@ -21,7 +21,8 @@ from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.data.loaders import choose, make_loader
 from effnet_fast.distributed import World
-from effnet_fast.model import Network, batch_norms, create_model, recompute_blocks, scaling, variant
+from effnet_fast.model import Network, batch_norms, create_model, default_output_stride, recompute_blocks, variant
+from effnet_fast.model.weights import Weights, read_weights
 from effnet_fast.run import resume
 from effnet_fast.run.agreement import about_run, about_start, agree
 from effnet_fast.run.settings import (
@@ -60,6 +61,7 @@ class Plan:
     world: World
     folder: Path
     dataset: data.Dataset
+    weights: Weights | None
     image_size: int
     precision: str
     compile: bool
@@ -115,6 +117,7 @@ def _plan(config: TrainConfig, world: World) -> Plan:
     variant(config.model)  # an unknown name is refused before any data is fetched
     if config.optimizer in optim.APEX:
         optim.apex_class(config.optimizer)
+    weights = read_weights(Path(config.pretrained), config.pretrained_layout) if config.pretrained else None
     dataset = data.load_dataset(
         config.dataset,
         Path(config.data_dir),
@@ -124,11 +127,13 @@ def _plan(config: TrainConfig, world: World) -> Plan:
         limit_eval=config.limit_eval,
         on_bad_image=config.on_bad_image,
     )
+    if weights is not None:
+        dataset = dataclasses.replace(dataset, mean=weights.mean, std=weights.std)
     steps_per_epoch = len(dataset.train) // config.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f"--batch_size {config.batch_size} is larger than the {len(dataset.train)} training images")
     image_size = resolve_image_size(config.image_size, config.model, dataset.native_size)
-    stride = config.output_stride or scaling.default_output_stride(image_size)
+    stride = config.output_stride or default_output_stride(config.model, image_size)
     images = steps_per_epoch * config.batch_size * config.num_epochs
     compiled, graph = resolve_step(config, world, stride, images)
     return Plan(
@@ -136,6 +141,7 @@ def _plan(config: TrainConfig, world: World) -> Plan:
         world=world,
         folder=folder,
         dataset=dataset,
+        weights=weights,
         image_size=image_size,
         precision=resolve_precision(str(config.mixed_precision), world.device),
         compile=compiled,
@@ -157,7 +163,11 @@ def _build_model(plan: Plan, device: torch.device) -> Network:
         dropout=config.dropout,
         drop_path=config.drop_path,
         kernels=config.kernels,
+        pretrained=plan.weights,
+        allow_unmatched=config.allow_unmatched,
     )
+    if config.freeze:
+        model.freeze(config.freeze)
     for norm in batch_norms(model):
         norm.synchronised = config.sync_batchnorm
     if config.activation_checkpointing:
@@ -225,7 +235,11 @@ class _Training:
         pieces = resume.accumulation(config, world.size, most_images)
         self.images_per_pass = most_images or config.batch_size // (world.size * pieces)
         optimizer = optim.make_optimizer(
-            config.optimizer, self.model, momentum=config.momentum, weight_decay=config.weight_decay
+            config.optimizer,
+            self.model,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
         )
         self.step = Step(
             _callable_model(plan, self.model, pieces),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effnet_fast.model import Network
 from effnet_fast.train.buffers import Buffers
 
 # NVIDIA apex's optimizers, by our names for them: the class, and the state that it keeps of each parameter.
@@ -63,33 +64,58 @@ class RMSprop(torch.optim.Optimizer):
         torch._foreach_sub_(params, torch._foreach_mul(momenta, keep))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Convolution and linear weights decay; BatchNorm and biases, of one dimension, do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Trainable parameters by weight decay and by `lr_scale`, their share of the learning rate.
+
+    Convolution and linear weights decay; BatchNorm and biases, of one dimension, do not. The classifier has the whole
+    rate, each layer before it `layer_decay` times that of the next (Clark et al. 2020, ELECTRA).
+    """
+    groups = []
+    for scale, parameters in _scaled(model, layer_decay):
+        params = [p for p in parameters if p.requires_grad]
+        for decay, chosen in ((weight_decay, lambda p: p.ndim > 1), (0.0, lambda p: p.ndim <= 1)):
+            group = {"params": [p for p in params if chosen(p)], "weight_decay": decay, "lr_scale": scale}
+            if group["params"]:
+                groups.append(group)
+    return groups
+
+
+def _scaled(model: nn.Module, layer_decay: float) -> list[tuple[float, list[nn.Parameter]]]:
+    if layer_decay == 1:
+        return [(1.0, list(model.parameters()))]
+    assert isinstance(model, Network)
+    layers = list(model.layers().values())
     return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        (layer_decay ** (len(layers) - 1 - i), [p for module in layer for p in module.parameters()])
+        for i, layer in enumerate(layers)
     ]
 
 
-def make_optimizer(name: str, model: nn.Module, *, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Build an optimizer over a model's parameters.
+def make_optimizer(
+    name: str, model: nn.Module, *, momentum: float, weight_decay: float, layer_decay: float = 1.0
+) -> torch.optim.Optimizer:
+    """Build an optimizer over a model's trainable parameters.
 
-    Its learning rate is to be set each step by `set_rate`.
+    Its learning rates, to be set each step by `set_rate`, are float32 tensors on the parameters' device, one shared by
+    all groups of the same `lr_scale`; apex's are numbers.
 
     Args:
         name: sgd (Nesterov), adamw, rmsprop (the paper's), apex-sgd or apex-lamb (NVIDIA apex's).
         momentum: of sgd, rmsprop and apex-sgd.
         weight_decay: per step and unit of learning rate; coupled (added to the gradient) for sgd and rmsprop,
             decoupled for adamw and lamb.
+        layer_decay: see `parameter_groups`; other than 1 it needs a model of the zoo.
 
     Raises:
         ValueError: an unknown name, or NVIDIA apex is asked for and not here.
     """
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, weight_decay, layer_decay)
     if name in APEX:
         return _make_apex(name, groups, momentum)
     rate = torch.zeros((), device=groups[0]["params"][0].device)
+    rates = {group["lr_scale"]: rate.clone() for group in groups}
+    for group in groups:
+        group["lr"] = rates[group["lr_scale"]]
     if name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0, fused=True)
         if momentum > 0:
@@ -162,13 +188,13 @@ def apex_class(name: str) -> type:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of the next step: into the one tensor that torch's and ours share, or apex's numbers."""
-    shared = optimizer.param_groups[0]["lr"]
-    if isinstance(shared, Tensor):
-        shared.fill_(rate)
-    else:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    """Set the learning rate of the next step, times each group's scale: into torch's and our tensors, or apex's numbers."""
+    for group in optimizer.param_groups:
+        scaled = rate * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(scaled)
+        else:
+            group["lr"] = scaled
 
 
 def let_capture(optimizer: torch.optim.Optimizer) -> None:
@@ -179,8 +205,8 @@ def let_capture(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state dict and keep the one shared learning-rate tensor, which loading would replace by copies."""
-    rate = optimizer.param_groups[0]["lr"]
+    """Load a state dict and keep the learning-rate tensors, which loading would replace by copies."""
+    kept = [{name: group[name] for name in ("lr", "lr_scale")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
+        group.update(own)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from effnet_fast import create_model
 from effnet_fast.train import optim
 
 NAMES = ["sgd", "adamw", "rmsprop"]
@@ -18,7 +19,7 @@ def network():
 
 def make(name, model, weight_decay=0.1):
     optimizer = optim.make_optimizer(name, model, momentum=0.9, weight_decay=weight_decay)
-    optimizer.param_groups[0]["lr"].fill_(0.05)
+    optim.set_rate(optimizer, 0.05)
     return optimizer
 
 
@@ -97,6 +98,32 @@ def test_rmsprop_is_the_papers():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_layers_before_the_classifier_learn_slower(name):
+    model = create_model("efficientnet-b0", 5, 32, width=0.25, depth=0.3, output_stride=32)
+    optimizer = optim.make_optimizer(name, model, momentum=0.9, weight_decay=0.1, layer_decay=0.5)
+    optim.set_rate(optimizer, 0.08)
+    rates = {
+        id(p): (group["lr"].item(), group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert len(rates) == len(list(model.parameters()))
+    for i, modules in enumerate(reversed(model.layers().values())):
+        for p in modules[0].parameters():
+            assert rates[id(p)] == (pytest.approx(0.08 * 0.5**i), 0.1 if p.ndim > 1 else 0.0)
+    again = optim.make_optimizer(name, model, momentum=0.9, weight_decay=0.1, layer_decay=0.5)
+    optim.load_state(again, copy.deepcopy(optimizer.state_dict()))
+    optim.set_rate(again, 0.16)
+    assert again.param_groups[0]["lr"].item() == pytest.approx(0.16 * 0.5**9)
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.08 * 0.5**9)
+
+
+def test_frozen_parameters_are_left_out():
+    model = create_model("efficientnet-b0", 5, 32, width=0.25, depth=0.3)
+    model.freeze("backbone")
+    optimizer = optim.make_optimizer("sgd", model, momentum=0.9, weight_decay=0.1, layer_decay=0.5)
+    assert [p.shape for group in optimizer.param_groups for p in group["params"]] == [(5, 320), (5,)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_state_survives_and_the_rate_stays_one_tensor(name):
     model = network()
     optimizer = make(name, model)
@@ -106,7 +133,7 @@ def test_state_survives_and_the_rate_stays_one_tensor(name):
     optim.load_state(restored, copy.deepcopy(optimizer.state_dict()))
     assert restored.param_groups[0]["lr"] is restored.param_groups[1]["lr"]
     for m, o in ((model, optimizer), (twin, restored)):
-        o.param_groups[0]["lr"].fill_(0.01)
+        optim.set_rate(o, 0.01)
         step(m, o, seed=5)
     assert torch.equal(weights(model), weights(twin))
 

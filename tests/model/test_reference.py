@@ -1,0 +1,182 @@
+"""ResNet and DenseNet: sizes, names, stems, and what the rest of the house asks of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from effnet_fast import create_model, list_models
+from effnet_fast.model import Network, batch_norms, default_output_stride, from_description
+from effnet_fast.model.blocks import Conv, ConvNormAct, Kernels, MBConv, Style
+from effnet_fast.model.complexity import describe
+from effnet_fast.model.export import fold_batch_norms
+from effnet_fast.model.reference import Bottleneck, ReferenceArchitecture
+from effnet_fast.train.evaluate import recalibrate
+
+KERNELS: tuple[Kernels, ...] = ("triton", "torch")
+PARAMETERS = {"resnet50": 25_557_032, "resnet152": 60_192_808, "densenet201": 20_013_928}
+
+
+def on_meta(name: str, *arguments: int, **settings: object) -> Network:
+    with torch.device("meta"):
+        return create_model(name, *arguments, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_with_1000_classes(name: str) -> None:
+    assert sum(p.numel() for p in on_meta(name, 1000, 224).parameters()) == PARAMETERS[name]
+    assert name in list_models()
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet201"])
+def test_names_and_shapes_are_torchvisions(name: str) -> None:
+    golden = json.loads((Path(__file__).parent / f"golden_torchvision_{name}.json").read_text())
+    ours = {key: list(value.shape) for key, value in on_meta(name, 1000, 224).state_dict().items()}
+    assert ours == {key: shape for key, shape in golden.items() if not key.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(("size", "kernel", "stride", "pools"), [(32, 3, 1, 0), (64, 3, 1, 0), (65, 7, 2, 1)])
+def test_small_images_get_a_small_stem(name: str, size: int, kernel: int, stride: int, pools: int) -> None:
+    model = on_meta(name, 10, size)
+    stem = next(module for module in model.modules() if isinstance(module, Conv))
+    assert (stem.kernel_size, stem.stride) == ((kernel, kernel), (stride, stride))
+    assert sum(isinstance(module, nn.MaxPool2d) for module in model.modules()) == pools
+    assert model.architecture.output_stride == default_output_stride(name, size) == (32 if pools else 8)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_final_map_and_classifier(name: str) -> None:
+    model = on_meta(name, 7, 64)
+    features = model.forward_features(torch.zeros(2, 3, 64, 64, device="meta"))
+    assert features.shape == (2, model.classifier.in_features, 8, 8)
+    assert model(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 7)
+
+
+def test_macs_are_the_published_ones() -> None:
+    described = describe("resnet50", 1000, 224, None)
+    assert described["parameters"] == PARAMETERS["resnet50"]
+    assert described["macs"] == pytest.approx(4.09e9, rel=0.01)  # torchvision's table
+    assert described["final_map"] == [2048, 7, 7]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_description_rebuilds_the_model(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name, 7, 48, bn_momentum=0.2, dropout=0.1)
+        twin = from_description(json.loads(json.dumps(dataclasses.asdict(model.architecture))))
+    assert twin.architecture == model.architecture
+    assert twin.state_dict().keys() == model.state_dict().keys()
+
+
+def test_descriptions_from_before_there_were_families_are_efficientnets() -> None:
+    model = create_model("efficientnet-b0", width=0.25, depth=0.3)
+    described = dataclasses.asdict(model.architecture)
+    assert described.pop("family") == "efficientnet"
+    assert from_description(described).architecture == model.architecture
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"width": 1.1}, "resnet50 has no width"),
+        ({"depth": 1.1}, "resnet50 has no depth"),
+        ({"drop_path": 0.2}, "resnet50 has no drop_path"),
+        ({"padding": "same"}, "resnet50 has no padding"),
+        ({"output_stride": 16}, "output_stride 8 .* or 32, not 16"),
+    ],
+)
+def test_what_does_not_apply_is_refused(settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        create_model("resnet50", **settings)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet201"])
+def test_hooks_see_every_relu_once_and_not_in_place(name: str) -> None:
+    """Guided backpropagation and DeepLift replace gradients by hooks on ReLU modules."""
+    model = create_model(name, 5, 32, output_stride=32, kernels="torch").eval()
+    calls: list[nn.Module] = []
+    relus = [module for module in model.modules() if isinstance(module, nn.ReLU)]
+    for relu in relus:
+        relu.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    model(torch.randn(1, 3, 32, 32))
+    assert calls
+    assert len(calls) == len(relus) == len({id(module) for module in calls})
+    assert not any(relu.inplace for relu in relus)
+
+
+def test_triton_computes_the_same() -> None:
+    torch.manual_seed(0)
+    fused, plain = (Bottleneck(32, 8, 1, ReferenceArchitecture("resnet50"), kernels) for kernels in KERNELS)
+    plain.load_state_dict(fused.state_dict())
+    images = torch.randn(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)
+    for block in (fused, plain):
+        block(images).square().sum().backward()
+    for (name, ours), theirs in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
+    for (name, ours), theirs in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_statistics_are_recalibrated_on_either_path(kernels: Kernels) -> None:
+    style = Style(kernels=kernels)
+    model = nn.Sequential(ConvNormAct(3, 4, 3, style=style), MBConv(4, 4, 3, 1, 2, style=style))
+    images = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    recalibrate(model, [(images, torch.zeros(2))], 1, precision="no", device=torch.device("cpu"))
+    assert all(norm.running_mean.any() for norm in batch_norms(model))
+
+
+def test_recalibration_leaves_frozen_layers() -> None:
+    model = create_model("efficientnet-b0", 5, 16, width=0.25, depth=0.3)
+    model.freeze("stages.0")
+    batches = [(torch.randn(4, 3, 16, 16), torch.zeros(4))]
+    recalibrate(model, batches, 1, precision="no", device=torch.device("cpu"))
+    moved = [bool(norm.running_mean.any()) for norm in batch_norms(model)]
+    frozen = len(batch_norms(model.stem)) + len(batch_norms(model.stages[0]))
+    assert moved == [False] * frozen + [True] * (len(moved) - frozen)
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "resnet50", "densenet201"])
+def test_freezing(name: str) -> None:
+    model = create_model(name, 5, 32, output_stride=32).train()
+    names = list(model.layers())
+    assert names[0] == "stem"
+    assert names[-1] == "classifier"
+    owned = [id(p) for modules in model.layers().values() for module in modules for p in module.parameters()]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters())  # every parameter is in one layer
+    model.freeze("stages.1")
+    model.eval().train()
+    held = [module for name in names[:3] for module in model.layers()[name]]
+    assert not any(module.training or any(p.requires_grad for p in module.parameters()) for module in held)
+    assert all(p.requires_grad for p in model.layers()["stages.2"][0].parameters())
+    assert model.layers()["stages.2"][0].training
+    model.freeze("backbone")
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in model.classifier.parameters()}
+    with pytest.raises(ValueError, match=r"cannot freeze up to 'stages.9'; choose one of stem, stages.0"):
+        model.freeze("stages.9")
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "resnet50", "densenet201"])
+def test_folding_leaves_the_logits(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, 5, 32, output_stride=32, kernels="torch").eval()
+    for norm in batch_norms(model):
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+        nn.init.uniform_(norm.weight, 0.4, 1.0)
+    images = torch.randn(2, 3, 64, 64)
+    count = len(batch_norms(model))
+    with torch.no_grad():
+        before = model(images)
+        fold_batch_norms(model)
+        torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4)
+    # DenseNet's first BatchNorm of a layer, those of its transitions and its last come before a convolution or none.
+    assert len(batch_norms(model)) == (98 + 3 + 1 if name == "densenet201" else 0) < count

@@ -1,0 +1,349 @@
+"""Weights of other libraries give the logits that those libraries' networks give.
+
+EfficientNet-PyTorch runs here. Of torchvision and timm the names and shapes of every tensor are kept in golden files,
+and the networks are written out below as plain convolutions that read the tensors by those names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from efficientnet_pytorch import EfficientNet as EfficientNetPyTorch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from effnet_fast import create_model
+from effnet_fast.model.weights import read_weights
+
+B0_STAGES = tuple(zip((1, 2, 2, 2, 1, 2, 1), (1, 2, 2, 3, 3, 4, 1), strict=True))  # stride, repeats
+
+
+def golden(name: str) -> dict[str, list[int]]:
+    return json.loads((Path(__file__).parent / f"golden_{name}.json").read_text())
+
+
+def random_state(shapes: dict[str, list[int]], gain: float = 1.0) -> dict[str, Tensor]:
+    """Random weights, and random statistics of BatchNorm; `gain` is about what BatchNorm multiplies by."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(name: str, shape: list[int]) -> Tensor:
+        if name.endswith("num_batches_tracked"):
+            return torch.tensor(7)
+        if name.endswith("running_var"):
+            return torch.rand(shape, generator=random) + 0.5
+        if len(shape) > 1:
+            fan_in = torch.Size(shape[1:]).numel()
+            return torch.randn(shape, generator=random) * (2 / fan_in) ** 0.5
+        if name.endswith("weight"):
+            return gain * (torch.rand(shape, generator=random) + 0.5)
+        return torch.randn(shape, generator=random) * 0.1
+
+    return {name: draw(name, shape) for name, shape in shapes.items()}
+
+
+class Plain:
+    """Layers by name from a state dict, each written out."""
+
+    def __init__(self, state: dict[str, Tensor], eps: float, same: bool = False) -> None:
+        self.state, self.eps, self.same = state, eps, same
+
+    def conv(self, name: str, x: Tensor, stride: int = 1, groups: int = 1) -> Tensor:
+        weight = self.state[f"{name}.weight"]
+        kernel = weight.shape[-1]
+        pad = [kernel // 2] * 4
+        if self.same:
+            totals = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in (x.shape[-1], x.shape[-2])]
+            pad = [half for total in totals for half in (total // 2, total - total // 2)]
+        return F.conv2d(F.pad(x, pad), weight, self.state.get(f"{name}.bias"), stride, groups=groups)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        mean, var, weight, bias = (
+            self.state[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + self.eps).sqrt() * weight + bias
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
+
+    def gate(self, reduce: str, expand: str, x: Tensor) -> Tensor:
+        squeezed = F.silu(self.conv(reduce, x.mean((2, 3), keepdim=True)))
+        return x * torch.sigmoid(self.conv(expand, squeezed))
+
+
+def torchvision_b0(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    net = Plain(state, 1e-5)
+    x = F.silu(net.norm("features.0.1", net.conv("features.0.0", x, 2)))
+    for stage, (stride, repeats) in enumerate(B0_STAGES, start=1):
+        for i in range(repeats):
+            block, at, y, step = f"features.{stage}.{i}.block", 0, x, stride if i == 0 else 1
+            if stage > 1:
+                y, at = F.silu(net.norm(f"{block}.0.1", net.conv(f"{block}.0.0", y))), 1
+            y = net.conv(f"{block}.{at}.0", y, step, groups=y.shape[1])
+            y = F.silu(net.norm(f"{block}.{at}.1", y))
+            y = net.gate(f"{block}.{at + 1}.fc1", f"{block}.{at + 1}.fc2", y)
+            y = net.norm(f"{block}.{at + 2}.1", net.conv(f"{block}.{at + 2}.0", y))
+            x = x + y if step == 1 and x.shape == y.shape else y
+    return net.linear("classifier.1", F.silu(net.norm("features.8.1", net.conv("features.8.0", x))))
+
+
+def timm_b0(state: dict[str, Tensor], x: Tensor, tf: bool = False) -> Tensor:
+    net = Plain(state, 1e-3 if tf else 1e-5, same=tf)
+    x = F.silu(net.norm("bn1", net.conv("conv_stem", x, 2)))
+    for stage, (stride, repeats) in enumerate(B0_STAGES):
+        for i in range(repeats):
+            block, y, step = f"blocks.{stage}.{i}", x, stride if i == 0 else 1
+            if stage > 0:
+                y = F.silu(net.norm(f"{block}.bn1", net.conv(f"{block}.conv_pw", y)))
+            y = net.conv(f"{block}.conv_dw", y, step, groups=y.shape[1])
+            y = F.silu(net.norm(f"{block}.bn{2 if stage else 1}", y))
+            y = net.gate(f"{block}.se.conv_reduce", f"{block}.se.conv_expand", y)
+            y = net.conv(f"{block}.conv_pwl" if stage else f"{block}.conv_pw", y)
+            y = net.norm(f"{block}.bn{3 if stage else 2}", y)
+            x = x + y if step == 1 and x.shape == y.shape else y
+    return net.linear("classifier", F.silu(net.norm("bn2", net.conv("conv_head", x))))
+
+
+def tf_b0(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    return timm_b0(state, x, tf=True)
+
+
+def resnet50(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    net = Plain(state, 1e-5)
+    x = F.max_pool2d(F.relu(net.norm("bn1", net.conv("conv1", x, 2))), 3, 2, 1)
+    for stage, repeats in enumerate((3, 4, 6, 3), start=1):
+        for i in range(repeats):
+            block, stride = f"layer{stage}.{i}", 2 if stage > 1 and i == 0 else 1
+            y = F.relu(net.norm(f"{block}.bn1", net.conv(f"{block}.conv1", x)))
+            y = F.relu(net.norm(f"{block}.bn2", net.conv(f"{block}.conv2", y, stride)))
+            y = net.norm(f"{block}.bn3", net.conv(f"{block}.conv3", y))
+            if i == 0:
+                x = net.norm(f"{block}.downsample.1", net.conv(f"{block}.downsample.0", x, stride))
+            x = F.relu(x + y)
+    return net.linear("fc", x)
+
+
+def densenet201(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    net = Plain(state, 1e-5)
+    x = F.max_pool2d(F.relu(net.norm("features.norm0", net.conv("features.conv0", x, 2))), 3, 2, 1)
+    for block, layers in enumerate((6, 12, 48, 32), start=1):
+        for i in range(layers):
+            layer = f"features.denseblock{block}.denselayer{i + 1}"
+            y = net.conv(f"{layer}.conv1", F.relu(net.norm(f"{layer}.norm1", x)))
+            y = net.conv(f"{layer}.conv2", F.relu(net.norm(f"{layer}.norm2", y)))
+            x = torch.cat([x, y], 1)
+        if block < 4:
+            transition = f"features.transition{block}"
+            x = F.avg_pool2d(net.conv(f"{transition}.conv", F.relu(net.norm(f"{transition}.norm", x))), 2)
+    return net.linear("classifier", F.relu(net.norm("features.norm5", x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layout: golden names, our model, the plain network, and a file name that tells it where names do not."""
+
+    names: str
+    model: str
+    oracle: Callable[[dict[str, Tensor], Tensor], Tensor]
+    file: str
+    gain: float = 0.9  # with which the logits of two images differ
+
+
+CASES = {
+    "torchvision-b0": Case("torchvision_efficientnet_b0", "efficientnet-b0", torchvision_b0, "w.pth"),
+    "timm-b0": Case("timm_efficientnet_b0", "efficientnet-b0", timm_b0, "efficientnet_b0_ra.pth"),
+    "timm-tf-b0": Case("timm_efficientnet_b0", "efficientnet-b0", tf_b0, "tf_efficientnet_b0_ns.pth"),
+    "torchvision-resnet50": Case("torchvision_resnet50", "resnet50", resnet50, "w.pth", 0.6),
+    "torchvision-densenet201": Case("torchvision_densenet201", "densenet201", densenet201, "w.pth", 1.0),
+}
+PADDINGS = {"timm-tf-b0": "same"}
+
+
+def write(path: Path, state: dict[str, Tensor]) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+@torch.no_grad()
+def assert_same_logits(model: torch.nn.Module, expected: Tensor, images: Tensor) -> None:
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    torch.testing.assert_close(model.eval()(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_a_plain_network(tmp_path: Path, name: str, suffix: str) -> None:
+    case = CASES[name]
+    state = random_state(golden(case.names), case.gain)
+    path = write((tmp_path / case.file).with_suffix(suffix), state)
+    images = torch.randn(2, 3, 64, 64)
+    model = create_model(case.model, 1000, 64, output_stride=32, pretrained=path)
+    assert getattr(model.architecture, "padding", "symmetric") == PADDINGS.get(name, "symmetric")
+    assert_same_logits(model, case.oracle(state, images), images)
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-b2"])
+def test_logits_equal_efficientnet_pytorch(tmp_path: Path, name: str) -> None:
+    oracle = EfficientNetPyTorch.from_name(name, image_size=64).eval()
+    oracle.load_state_dict(random_state({key: list(value.shape) for key, value in oracle.state_dict().items()}, 0.9))
+    model = create_model(name, 1000, 64, output_stride=32, pretrained=write(tmp_path / "w.pth", oracle.state_dict()))
+    assert (model.architecture.padding, model.architecture.bn_eps) == ("same", 1e-3)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert_same_logits(model, oracle(images), images)
+
+
+def test_padding_and_eps_of_the_wrong_layout_give_other_logits(tmp_path: Path) -> None:
+    """So the tests above can fail: timm's two kinds differ in nothing else."""
+    state = random_state(golden("timm_efficientnet_b0"), 0.9)
+    images = torch.randn(2, 3, 64, 64)
+    for tf in (False, True):
+        layout = "timm" if tf else "timm-tf"
+        model = create_model(
+            "efficientnet-b0",
+            1000,
+            64,
+            output_stride=32,
+            pretrained=write(tmp_path / "w.pth", state),
+            pretrained_layout=layout,
+        )
+        with torch.no_grad():
+            assert (model.eval()(images) - timm_b0(state, images, tf)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("model", "eps"), [("efficientnet-b0", 1e-5), ("efficientnet-b4", 1e-5), ("efficientnet-b5", 1e-3)]
+)
+def test_torchvisions_eps_goes_with_the_variant(tmp_path: Path, model: str, eps: float) -> None:
+    weights = read_weights(write(tmp_path / "w.pth", {"features.0.0.weight": torch.zeros(1)}))
+    assert weights.bn_eps(model) == eps
+
+
+def timm_file(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write(path, {"conv_stem.weight": torch.zeros(1)})
+
+
+def test_which_of_timms_two_is_told_by_what_is_known_of_the_file(tmp_path: Path, capsys) -> None:
+    told = {
+        timm_file(tmp_path / "efficientnet_b0_ra-3dd342df.pth"): "symmetric",
+        timm_file(tmp_path / "tf_efficientnet_b0_aa-827b6e33.pth"): "same",
+        timm_file(tmp_path / "models--timm--tf_efficientnet_b0.ns_jft_in1k" / "model.safetensors"): "same",
+    }
+    beside = timm_file(tmp_path / "hub" / "model.safetensors")
+    config = {"architecture": "tf_efficientnet_b0", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.4] * 3}}
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    told[beside] = "same"
+    trainer = tmp_path / "model_best.pth.tar"
+    torch.save({"arch": "efficientnet_b0", "state_dict": {"module.conv_stem.weight": torch.zeros(1)}}, trainer)
+    told[trainer] = "symmetric"
+    for path, padding in told.items():
+        assert read_weights(path).padding == padding, path
+    assert read_weights(beside).mean == (0.5, 0.5, 0.5)
+    unknown = timm_file(tmp_path / "unknown.pth")
+    with pytest.raises(ValueError, match="--pretrained_layout timm or timm-tf"):
+        read_weights(unknown)
+    assert read_weights(unknown, "timm-tf").padding == "same"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapped: bool) -> None:
+    state = random_state(golden("torchvision_densenet201"))
+    old = {re.sub(r"(denselayer\d+\.(norm|conv))([12])", r"\1.\3", key): value for key, value in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    if wrapped:
+        old = {"model": {f"module.{key}": value for key, value in old.items()}}
+    torch.save(old, tmp_path / "w.pth")
+    weights = read_weights(tmp_path / "w.pth")
+    assert weights.tensors.keys() == {key for key in state if not key.endswith("num_batches_tracked")}
+
+
+def test_a_head_of_another_size_stays_new_and_that_is_said(tmp_path: Path, capsys) -> None:
+    state = random_state(golden("torchvision_efficientnet_b0"))
+    path = write(tmp_path / "w.pth", state)
+    model = create_model("efficientnet-b0", 10, 64, pretrained=path)
+    said = capsys.readouterr().err
+    assert "its head of 1000 classes is replaced by a new one of 10" in said
+    assert "torchvision's names; symmetric padding, BatchNorm eps 1e-05" in said
+    assert model.classifier.weight.shape == (10, 1280)
+    assert torch.equal(model.head.conv.weight, state["features.8.0.weight"])
+
+
+def test_what_does_not_match_is_listed_and_refused_unless_allowed(tmp_path: Path, capsys) -> None:
+    state = random_state(golden("timm_efficientnet_b0"))
+    del state["conv_head.weight"]
+    state["blocks.0.0.conv_pw.weight"] = torch.zeros(3, 3, 1, 1)
+    state["extra.weight"] = torch.zeros(1)
+    path = write(tmp_path / "efficientnet_b0.pth", state)
+    with pytest.raises(ValueError, match="does not fit this EfficientNet") as refused:
+        create_model("efficientnet-b0", 1000, 64, pretrained=path)
+    for words in (
+        "1 missing in it (conv_head.weight)",
+        "1 without a place here (extra.weight)",
+        "1 of another shape (blocks.0.0.conv_pw.weight)",
+        "--allow_unmatched",
+    ):
+        assert words in str(refused.value)
+    model = create_model("efficientnet-b0", 1000, 64, pretrained=path, allow_unmatched=True)
+    assert torch.equal(model.stem.conv.weight, state["conv_stem.weight"])
+    said = capsys.readouterr().err
+    for words in (
+        "missing in it: conv_head.weight",
+        "without a place here: extra.weight",
+        "of another shape: blocks.0",
+    ):
+        assert words in said
+
+
+@pytest.mark.parametrize("model", ["efficientnet-b1", "resnet50"])
+def test_weights_of_another_model_are_refused(tmp_path: Path, model: str) -> None:
+    path = write(tmp_path / "w.pth", random_state(golden("torchvision_efficientnet_b0")))
+    with pytest.raises(ValueError, match="does not fit this"):
+        create_model(model, 1000, 64, output_stride=32, pretrained=path, allow_unmatched=False)
+
+
+def test_published_weights_do_not_fit_the_small_stem(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.pth", random_state(golden("torchvision_resnet50")))
+    with pytest.raises(ValueError, match=r"1 of another shape \(conv1.weight\).*--output_stride 32"):
+        create_model("resnet50", 1000, 32, pretrained=path)
+
+
+def test_an_explicit_padding_or_eps_wins(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.pth", random_state(golden("torchvision_efficientnet_b0")))
+    model = create_model("efficientnet-b0", 1000, 64, pretrained=path, padding="same", bn_eps=1e-4)
+    assert (model.architecture.padding, model.architecture.bn_eps) == ("same", 1e-4)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def test_files_that_are_no_weights(tmp_path: Path, capsys) -> None:
+    torch.save({"state_dict": Code()}, tmp_path / "code.pth")
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 torn")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x10\x00")
+    torch.save({"weights": {}}, tmp_path / "empty.pth")
+    torch.save({"a.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
+    expected = {
+        "code.pth": "could run code",
+        "torn.pth": "damaged",
+        "torn.safetensors": "damaged",
+        "empty.pth": "holds no state dict",
+        "foreign.pth": "no layout known here",
+    }
+    for name, words in expected.items():
+        with pytest.raises(ValueError, match=words):
+            read_weights(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        read_weights(tmp_path / "nowhere.pth")
+    assert "must not run" not in capsys.readouterr().out

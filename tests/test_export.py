@@ -1,0 +1,119 @@
+"""Exported files compute what the checkpoint computes, and carry what their use needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+
+import effnet_fast
+from effnet_fast import cli, create_model
+from effnet_fast.model import batch_norms
+from effnet_fast.run.prediction import Predictor
+from effnet_fast.train import checkpoint
+
+SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
+
+
+def run(line: str, expected: int = 0) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(line.split())
+    assert done.value.code == expected
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with an average that differs from the weights."""
+    folder = tmp_path_factory.mktemp("results")
+    run(
+        "train --dataset synthetic --width 0.25 --depth 0.3 --limit_train 48 --limit_eval 16 --batch_size 8 --num_epochs 1 "
+        f"--loader resident --num_workers 1 --ema_decay 0.9 --save_dir {folder} --run_name tiny"
+    )
+    return folder / "tiny" / "last.pt"
+
+
+def reload_safetensors(path: Path, images: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    with torch.no_grad():
+        return effnet_fast.load(path, device="cpu").model(torch.from_numpy(images)).numpy(), metadata
+
+
+def run_onnx(path: Path, images: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"images": images})[0], session.get_modelmeta().custom_metadata_map
+
+
+def reload_torch_export(path: Path, images: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+    metadata = dict.fromkeys(("architecture", "classes", "image_size", "mean", "std", "folded"), "")
+    program = torch.export.load(path, extra_files=metadata)
+    with torch.no_grad():
+        return program.module()(torch.from_numpy(images)).numpy(), metadata
+
+
+RUNTIMES = {"safetensors": reload_safetensors, "onnx": run_onnx, "torch-export": reload_torch_export}
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("kind", SUFFIXES)
+def test_the_file_gives_the_same_logits_for_any_batch(trained: Path, tmp_path: Path, kind: str, folded: bool) -> None:
+    output = tmp_path / f"model{SUFFIXES[kind]}"
+    flag = "--fold_batchnorm" if folded else ""
+    run(f"export --checkpoint {trained} --format {kind} --output {output} {flag}")
+    model = effnet_fast.load(trained, device="cpu").model
+    for batch in (1, 5):
+        images = np.random.default_rng(batch).normal(size=(batch, 3, 32, 32)).astype(np.float32)
+        logits, metadata = RUNTIMES[kind](output, images)
+        with torch.no_grad():
+            np.testing.assert_allclose(logits, model(torch.from_numpy(images)).numpy(), rtol=1e-4, atol=1e-4)
+    saved, facts = checkpoint.load(trained), {name: json.loads(value) for name, value in metadata.items()}
+    assert {name: facts[name] for name in ("classes", "mean", "std", "architecture")} == {
+        name: saved[name] for name in ("classes", "mean", "std", "architecture")
+    }
+    assert (facts["image_size"], facts["folded"]) == (32, folded)
+
+
+def test_the_average_is_exported_unless_the_raw_weights_are_asked_for(trained: Path, tmp_path: Path) -> None:
+    saved = checkpoint.load(trained)
+    for weights, group in (("auto", "ema"), ("ema", "ema"), ("raw", "model")):
+        path = tmp_path / f"{weights}.safetensors"
+        run(f"export --checkpoint {trained} --weights {weights} --output {path}")
+        with safe_open(path, framework="pt") as file:
+            assert torch.equal(file.get_tensor("stem.conv.weight"), saved[group]["stem.conv.weight"])
+    assert not torch.equal(saved["ema"]["stem.conv.weight"], saved["model"]["stem.conv.weight"])
+
+
+def test_folding_takes_every_batch_norm_away(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "folded.safetensors"
+    run(f"export --checkpoint {trained} --fold_batchnorm --output {path}")
+    predictor = effnet_fast.load(path, device="cpu")
+    assert isinstance(predictor, Predictor)
+    assert not batch_norms(predictor.model)
+    with pytest.raises(ValueError, match="export without --fold_batchnorm"):
+        create_model("efficientnet-b0", width=0.25, depth=0.3, pretrained=path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "checkpoint"])
+def test_own_weights_go_back_in(trained: Path, tmp_path: Path, form: str) -> None:
+    path = trained
+    if form == "safetensors":
+        path = tmp_path / "model.safetensors"
+        run(f"export --checkpoint {trained} --output {path}")
+    model = create_model("efficientnet-b0", 100, 32, width=0.25, depth=0.3, pretrained=path)
+    for name, tensor in checkpoint.load(trained)["ema"].items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_mistakes(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    run(f"export --checkpoint {tmp_path}/nowhere.pt", expected=2)
+    assert "there is no checkpoint" in capsys.readouterr().err
+    run(f"export --checkpoint {trained} --output {tmp_path}/nowhere/model.safetensors", expected=2)
+    assert "cannot write" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run(f"export --checkpoint {trained} --format onnx", expected=2)
+    assert "pip install 'effnet-fast[export]'" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""Training from the weights of other libraries, with frozen layers and layer-wise rates; training reference models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from efficientnet_pytorch import EfficientNet as EfficientNetPyTorch
+
+from effnet_fast import cli
+from effnet_fast.config import TrainConfig
+from effnet_fast.train import checkpoint
+
+TINY = (
+    "train --dataset synthetic --limit_train 24 --limit_eval 8 --batch_size 8 --num_epochs 1 --output_stride 32 "
+    "--loader resident --num_workers 1 --log_every_steps 1 --device cpu"
+)
+
+
+def run(line: str, expected: int = 0) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(line.split())
+    assert done.value.code == expected
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in EfficientNet-PyTorch's layout, with ImageNet's 1000 classes."""
+    path = tmp_path_factory.mktemp("weights") / "efficientnet-b0.pth"
+    torch.manual_seed(0)
+    torch.save(EfficientNetPyTorch.from_name("efficientnet-b0").state_dict(), path)
+    return path
+
+
+def test_fine_tuning_with_a_frozen_part_and_layer_wise_rates(foreign: Path, tmp_path: Path, capsys) -> None:
+    line = f"{TINY} --pretrained {foreign} --freeze stages.2 --layer_decay 0.5 --save_dir {tmp_path} --run_name tuned"
+    run(line)
+    assert "its head of 1000 classes is replaced by a new one of 100" in capsys.readouterr().err
+    saved, start = checkpoint.load(tmp_path / "tuned" / "last.pt"), torch.load(foreign, weights_only=True)
+    assert (saved["architecture"]["padding"], saved["architecture"]["bn_eps"]) == ("same", 1e-3)
+    assert saved["mean"] == [0.485, 0.456, 0.406]
+    weights = saved["model"]
+    assert torch.equal(weights["stem.conv.weight"], start["_conv_stem.weight"])
+    assert torch.equal(weights["stem.norm.running_mean"], start["_bn0.running_mean"])
+    assert torch.equal(weights["stages.2.1.project.norm.running_var"], start["_blocks.4._bn2.running_var"])
+    assert not torch.equal(weights["stages.3.0.expand.conv.weight"], start["_blocks.5._expand_conv.weight"])
+    assert not torch.equal(weights["stages.3.0.expand.norm.running_mean"], start["_blocks.5._bn0.running_mean"])
+    run(
+        f"eval --checkpoint {tmp_path}/tuned/last.pt --limit_eval 8 --loader resident --output_dir {tmp_path} --device cpu"
+    )
+    assert f"loss {saved['result']['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(foreign: Path, tmp_path: Path) -> None:
+    line = f"{TINY} --pretrained {foreign} --freeze backbone --layer_decay 0.7 --save_dir {tmp_path}"
+    run(f"{line} --run_name whole")
+    run(f"{line} --run_name halves --time_budget 0.001")
+    assert not checkpoint.load(tmp_path / "halves" / "last.pt")["progress"]["finished"]
+    run(f"{line} --run_name halves")
+    whole, halves = (checkpoint.load(tmp_path / name / "last.pt")["model"] for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_two_ranks_fine_tune(foreign: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "effnet_fast"]
+    line = f"{TINY} --pretrained {foreign} --freeze stages.3 --layer_decay 0.7 --save_dir {tmp_path} --run_name ranks"
+    done = subprocess.run(
+        [*command, *line.split()],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("its head of 1000 classes") == 1
+    assert checkpoint.load(tmp_path / "ranks" / "last.pt")["progress"]["finished"]
+
+
+def test_the_recipe_is_the_papers_transfer(tmp_path: Path) -> None:
+    from importlib import resources
+
+    recipe = resources.files("effnet_fast.recipes") / "finetune-cifar100.yaml"
+    settings = cli.parse(cli.VERBS["train"], "train", f"--config {recipe} --pretrained w.pth".split())
+    assert isinstance(settings, TrainConfig)
+    assert (settings.dataset, settings.image_size, settings.output_stride) == ("cifar100", 224, 32)
+    assert settings.learning_rate < TrainConfig().learning_rate
+    assert 19_000 < settings.num_epochs * (50_000 // settings.batch_size) < 21_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--pretrained nowhere.pth", "there are no weights at nowhere.pth"),
+        ("--freeze stages.9", "cannot freeze up to 'stages.9'"),
+        ("--layer_decay 0", "--layer_decay must be above 0"),
+        ("--model resnet50 --width 2", "resnet50 has no width"),
+        ("--model resnet50 --output_stride 16", "not 16"),
+        ("--model resnet51", "did you mean resnet50"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tmp_path: Path, flags: str, words: str) -> None:
+    run(f"{TINY} --save_dir {tmp_path} {flags}", expected=2)
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "resnet50",
+        pytest.param("resnet152", marks=pytest.mark.slow),
+        pytest.param("densenet201", marks=pytest.mark.slow),
+    ],
+)
+def test_reference_models_train_and_evaluate(model: str, tmp_path: Path, capsys) -> None:
+    run(f"{TINY} --model {model} --save_dir {tmp_path} --run_name reference")
+    saved = checkpoint.load(tmp_path / "reference" / "last.pt")
+    assert saved["architecture"] | {"name": model, "family": "reference", "image_size": 32} == saved["architecture"]
+    run(f"eval --checkpoint {tmp_path}/reference/last.pt --limit_eval 8 --loader resident --output_dir {tmp_path}")
+    assert f"loss {saved['result']['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_info_knows_reference_models(capsys) -> None:
+    run("info --model resnet50 --num_classes 100 --json")
+    told = json.loads(capsys.readouterr().out)
+    assert (told["parameters"], told["output_stride"], told["image_size"]) == (23_705_252, 8, 32)

@@ -1,0 +1,117 @@
+"""Prediction from files and from Python, with the preprocessing of evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import effnet_fast
+from effnet_fast import cli
+from effnet_fast.data import load_dataset
+from effnet_fast.train import checkpoint
+
+
+def run(line: str, expected: int = 0) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(line.split())
+    assert done.value.code == expected
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    run(
+        "train --dataset synthetic --width 0.25 --depth 0.3 --limit_train 48 --limit_eval 12 --batch_size 8 --num_epochs 1 "
+        f"--loader resident --num_workers 1 --save_dir {folder} --run_name tiny"
+    )
+    return folder / "tiny" / "last.pt"
+
+
+@pytest.fixture(scope="module")
+def test_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The twelve test images that the run was evaluated on, as files in two folders, and one that is none."""
+    folder = tmp_path_factory.mktemp("images")
+    split = load_dataset("synthetic", "data", limit_eval=12).test
+    for i, pixels in enumerate(split.images):  # type: ignore[union-attr]
+        path = folder / ("a" if i < 6 else "b") / f"{i:02}-{split.labels[i]}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def test_python_predicts_as_the_evaluation_did(trained: Path, test_images: Path) -> None:
+    predictor = effnet_fast.load(trained, device="cpu")
+    files = sorted(test_images.rglob("*.png"))
+    found = predictor.predict(files, top=5)
+    labels = [predictor.classes[int(file.stem.split("-")[1])] for file in files]
+    hits = [label in [p.label for p in best] for label, best in zip(labels, found, strict=True)]
+    result = checkpoint.load(trained)["result"]
+    assert 100 * sum(hits) / len(hits) == pytest.approx(result["top5"])
+    truth = torch.tensor([predictor.classes.index(label) for label in labels])
+    batch = torch.stack([predictor.preprocess(Image.open(file)) for file in files])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(predictor.model(batch), truth)
+    assert loss.item() == pytest.approx(result["loss"], rel=1e-4)
+    probabilities = [p.probability for p in found[0]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    everything = predictor.predict([Image.open(files[0])], top=1000)
+    assert sum(p.probability for p in everything[0]) == pytest.approx(1)
+
+
+def test_top_5_with_names_of_an_image_and_a_folder(trained: Path, test_images: Path, capsys) -> None:
+    one = next(test_images.rglob("*.png"))
+    run(f"predict --checkpoint {trained} {one} --device cpu")
+    (line,) = capsys.readouterr().out.splitlines()
+    best = effnet_fast.load(trained, device="cpu").predict([one])[0]
+    assert line.startswith(f"{one}  {best[0].label} {100 * best[0].probability:.1f} %")
+    assert all(p.label in line for p in best)
+    assert line.count("%") == 5
+    run(f"predict --checkpoint {trained} {test_images} --batch_size 5 --top 2 --device cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12
+    assert all(line.count("%") == 2 for line in lines)
+
+
+def test_tables(trained: Path, test_images: Path, tmp_path: Path) -> None:
+    for name in ("table.csv", "table.json"):
+        run(f"predict --checkpoint {trained} {test_images / 'a'} --output {tmp_path / name} --device cpu")
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    images = json.loads((tmp_path / "table.json").read_text())
+    assert len(rows) == 5 * len(images) == 30
+    assert [row["rank"] for row in rows[:5]] == ["1", "2", "3", "4", "5"]
+    assert rows[0]["image"] == images[0]["image"] == str(test_images / "a" / Path(rows[0]["image"]).name)
+    assert rows[0]["class"] == images[0]["predictions"][0]["class"]
+    assert float(rows[0]["probability"]) == pytest.approx(images[0]["predictions"][0]["probability"], abs=1e-5)
+
+
+def test_bad_files_are_named_and_skipped(trained: Path, tmp_path: Path, capsys) -> None:
+    Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(tmp_path / "good.jpg")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    run(f"predict --checkpoint {trained} {tmp_path} --output {tmp_path / 'table.csv'} --device cpu", expected=1)
+    said = capsys.readouterr()
+    assert "good.jpg" in said.out
+    assert "broken.png" in said.err
+    assert "skipped 1 unreadable of 2 images" in said.err
+    assert "good.jpg" in (tmp_path / "table.csv").read_text()
+
+
+def test_mistakes_are_one_line(trained: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty").mkdir()
+    lines = {
+        f"--checkpoint {trained} {tmp_path}/nowhere.png": "there is no image or folder at",
+        f"--checkpoint {trained} {tmp_path}/empty": "holds no image",
+        f"--checkpoint {trained} {tmp_path} --output table.txt": ".csv or .json",
+        f"--checkpoint {tmp_path}/nowhere.pt {trained.parent}/curves.png": "there is no checkpoint",
+    }
+    for line, words in lines.items():
+        run(f"predict {line} --device cpu", expected=2)
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1

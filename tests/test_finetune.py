@@ -50,9 +50,7 @@ def test_fine_tuning_with_a_frozen_part_and_layer_wise_rates(foreign: Path, tmp_
     assert torch.equal(weights["stages.2.1.project.norm.running_var"], start["_blocks.4._bn2.running_var"])
     assert not torch.equal(weights["stages.3.0.expand.conv.weight"], start["_blocks.5._expand_conv.weight"])
     assert not torch.equal(weights["stages.3.0.expand.norm.running_mean"], start["_blocks.5._bn0.running_mean"])
-    run(
-        f"eval --checkpoint {tmp_path}/tuned/last.pt --limit_eval 8 --loader resident --output_dir {tmp_path} --device cpu"
-    )
+    run(f"eval --checkpoint {tmp_path}/tuned/last.pt --limit_eval 8 --loader resident --output_dir {tmp_path}")
     assert f"loss {saved['result']['loss']:.4f}" in capsys.readouterr().out
 
 

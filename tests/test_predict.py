@@ -27,14 +27,14 @@ def run(line: str, expected: int = 0) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     run(
-        "train --dataset synthetic --width 0.25 --depth 0.3 --limit_train 48 --limit_eval 12 --batch_size 8 --num_epochs 1 "
-        f"--loader resident --num_workers 1 --save_dir {folder} --run_name tiny"
+        "train --dataset synthetic --width 0.25 --depth 0.3 --limit_train 48 --limit_eval 12 --batch_size 8 "
+        f"--num_epochs 1 --loader resident --num_workers 1 --save_dir {folder} --run_name tiny"
     )
     return folder / "tiny" / "last.pt"
 
 
 @pytest.fixture(scope="module")
-def test_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The twelve test images that the run was evaluated on, as files in two folders, and one that is none."""
     folder = tmp_path_factory.mktemp("images")
     split = load_dataset("synthetic", "data", limit_eval=12).test
@@ -45,9 +45,9 @@ def test_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_python_predicts_as_the_evaluation_did(trained: Path, test_images: Path) -> None:
+def test_python_predicts_as_the_evaluation_did(trained: Path, pictures: Path) -> None:
     predictor = effnet_fast.load(trained, device="cpu")
-    files = sorted(test_images.rglob("*.png"))
+    files = sorted(pictures.rglob("*.png"))
     found = predictor.predict(files, top=5)
     labels = [predictor.classes[int(file.stem.split("-")[1])] for file in files]
     hits = [label in [p.label for p in best] for label, best in zip(labels, found, strict=True)]
@@ -64,30 +64,30 @@ def test_python_predicts_as_the_evaluation_did(trained: Path, test_images: Path)
     assert sum(p.probability for p in everything[0]) == pytest.approx(1)
 
 
-def test_top_5_with_names_of_an_image_and_a_folder(trained: Path, test_images: Path, capsys) -> None:
-    one = next(test_images.rglob("*.png"))
+def test_top_5_with_names_of_an_image_and_a_folder(trained: Path, pictures: Path, capsys) -> None:
+    one = next(pictures.rglob("*.png"))
     run(f"predict --checkpoint {trained} {one} --device cpu")
     (line,) = capsys.readouterr().out.splitlines()
     best = effnet_fast.load(trained, device="cpu").predict([one])[0]
     assert line.startswith(f"{one}  {best[0].label} {100 * best[0].probability:.1f} %")
     assert all(p.label in line for p in best)
     assert line.count("%") == 5
-    run(f"predict --checkpoint {trained} {test_images} --batch_size 5 --top 2 --device cpu")
+    run(f"predict --checkpoint {trained} {pictures} --batch_size 5 --top 2 --device cpu")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12
     assert all(line.count("%") == 2 for line in lines)
 
 
-def test_tables(trained: Path, test_images: Path, tmp_path: Path) -> None:
+def test_tables(trained: Path, pictures: Path, tmp_path: Path) -> None:
     for name in ("table.csv", "table.json"):
-        run(f"predict --checkpoint {trained} {test_images / 'a'} --output {tmp_path / name} --device cpu")
+        run(f"predict --checkpoint {trained} {pictures / 'a'} --output {tmp_path / name} --device cpu")
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     images = json.loads((tmp_path / "table.json").read_text())
     assert len(rows) == 5 * len(images) == 30
     assert [row["rank"] for row in rows[:5]] == ["1", "2", "3", "4", "5"]
-    assert rows[0]["image"] == images[0]["image"] == str(test_images / "a" / Path(rows[0]["image"]).name)
-    assert rows[0]["class"] == images[0]["predictions"][0]["class"]
+    assert rows[0]["image"] == images[0]["image"] == str(pictures / "a" / Path(rows[0]["image"]).name)
+    assert rows[0]["label"] == images[0]["predictions"][0]["label"]
     assert float(rows[0]["probability"]) == pytest.approx(images[0]["predictions"][0]["probability"], abs=1e-5)
 
 

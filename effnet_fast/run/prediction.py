@@ -190,7 +190,7 @@ def _write_table(path: Path, found: dict[Path, list[Prediction]]) -> None:
     else:
         buffer = io.StringIO()
         table = csv.writer(buffer)
-        table.writerow(["image", "rank", "class", "probability"])
+        table.writerow(["image", "rank", "label", "probability"])
         for image, best in found.items():
             table.writerows([image, rank, p.label, f"{p.probability:.6f}"] for rank, p in enumerate(best, start=1))
         text = buffer.getvalue()

@@ -188,7 +188,7 @@ def apex_class(name: str) -> type:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of the next step, times each group's scale: into torch's and our tensors, or apex's numbers."""
+    """Set the next step's learning rate, times each group's scale: into torch's and our tensors, or apex's numbers."""
     for group in optimizer.param_groups:
         scaled = rate * group["lr_scale"]
         if isinstance(group["lr"], Tensor):

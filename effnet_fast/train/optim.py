@@ -96,7 +96,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Build an optimizer over a model's trainable parameters.
 
-    Its learning rates, one for each `lr_scale` among its groups, are set each step by `set_rate`.
+    Its learning rates, to be set each step by `set_rate`, are float32 tensors on the parameters' device, one shared by
+    all groups of the same `lr_scale`; apex's are numbers.
 
     Args:
         name: sgd (Nesterov), adamw, rmsprop (the paper's), apex-sgd or apex-lamb (NVIDIA apex's).
@@ -187,15 +188,13 @@ def apex_class(name: str) -> type:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set every group's learning rate to `rate` times its scale, without a wait for the device."""
-    shared = {}
+    """Set the next step's learning rate, times each group's scale: into torch's and our tensors, or apex's numbers."""
     for group in optimizer.param_groups:
+        scaled = rate * group["lr_scale"]
         if isinstance(group["lr"], Tensor):
-            shared[group["lr_scale"]] = group["lr"]
-        else:  # apex takes a number
-            group["lr"] = rate * group["lr_scale"]
-    for scale, tensor in shared.items():
-        tensor.fill_(rate * scale)
+            group["lr"].fill_(scaled)
+        else:
+            group["lr"] = scaled
 
 
 def let_capture(optimizer: torch.optim.Optimizer) -> None:

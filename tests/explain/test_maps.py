@@ -186,6 +186,21 @@ def test_guided_grad_cam_is_guided_backpropagation_times_grad_cam(images):
     torch.testing.assert_close(evidence(model, x, targets, method="guided-grad-cam"), expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("resnet50", "layer4"), pytest.param("densenet201", "features.relu5", marks=pytest.mark.slow)],
+)
+def test_the_reference_models_have_maps_guided_ones_too(images, name, layer):
+    torch.manual_seed(0)
+    model, targets = create_model(name, 10, 32, kernels="torch"), torch.tensor([3, 7])
+    assert pooled_layer(model, images) == layer
+    by_zhou = evidence(model, images, targets, method="cam")
+    assert by_zhou.max() > 0
+    found = evidence(model, images, targets) * by_zhou[0].numel()
+    torch.testing.assert_close(found, by_zhou, rtol=1e-3, atol=1e-5 * by_zhou.max().item())
+    assert cam(model, images, targets, method="guided-grad-cam").shape == (2, 32, 32)
+
+
 def test_what_does_not_fit_the_model_is_refused(b0, images):
     with pytest.raises(ValueError, match="needs a model with ReLU modules"):
         cam(b0, images, method="guided-grad-cam")

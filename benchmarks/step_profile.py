@@ -23,9 +23,6 @@ from effnet_fast.model.efficientnet import EfficientNet
 
 # The first pattern found in a kernel's or operator's name decides. The names of effnet_kernels come first.
 CATEGORIES = (
-    ("gate", ("_squeeze_kernel", "_excite_kernel", "_gate", "_five_sums", "sigmoid", "aten::mean", "aten::mul")),
-    ("depthwise", ("depthwise", "dwconv", "conv_depthwise", "_forward_kernel", "_backward_kernel")),
-    ("normalisation", ("batch_norm", "_moments", "_merge", "_apply", "_grad", "bn_fw", "bn_bw", "batchnorm")),
     (
         "optimizer",
         (
@@ -40,6 +37,9 @@ CATEGORIES = (
             "lpnorm",
         ),
     ),
+    ("gate", ("_squeeze_kernel", "_excite_kernel", "_gate", "_five_sums", "sigmoid", "aten::mean", "aten::mul")),
+    ("depthwise", ("depthwise", "dwconv", "conv_depthwise", "_forward_kernel", "_backward_kernel")),
+    ("normalisation", ("batch_norm", "_moments", "_merge", "_apply", "_grad", "bn_fw", "bn_bw", "batchnorm")),
     ("loader", ("loader", "Memcpy HtoD")),
     ("convolution", ("conv", "gemm", "cutlass", "cudnn", "nvjet", "xmma", "aten::mm", "aten::addmm")),
     ("activation", ("silu",)),

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import harness
 import torch
@@ -125,7 +125,9 @@ def memory_here(who: str, mode: str, case: Case) -> dict[str, float]:
     """The peak of this very process: resident memory on the CPU, allocated memory on the GPU."""
 
     def resident() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: KiB
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
     before = resident()
     call = train_call(who, mode, case)

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 EXIT_STATUS = 70  # EX_SOFTWARE of sysexits.h
 _POLLS = 8  # within the time limit
+_LONGEST_POLL = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,16 @@ class Watchdog:
         return self._seconds / _POLLS
 
     def _watch(self) -> None:
+        poll = min(self._pause, _LONGEST_POLL)
         before = time.monotonic()
-        while not self._done.wait(self._pause):
+        while not self._done.wait(poll):
             now = time.monotonic()
-            if now - before > 3 * self._pause:  # this process itself was stopped for a while
+            if now - before > 3 * poll:  # this process itself was stopped for a while
                 self._since = now
             before = now
             if now - self._since > self._seconds:
                 self._report()
+                time.sleep(2 * poll)  # the other ranks have something to say too, and would end with this one
                 self._end(EXIT_STATUS)
                 return
 

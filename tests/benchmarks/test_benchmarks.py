@@ -147,6 +147,7 @@ def test_loader_measures_and_records(tmp_path):
     assert {"commit", "date", "torch_version", "dali_version", "cores"} <= recorded["cpu"].keys()
 
 
+@pytest.mark.slow
 def test_step_profile_names_where_the_time_goes(tmp_path, capsys):
     out, trace = tmp_path / "p.json", tmp_path / "trace.json"
     step_profile.main(["--steps", "1", "--trace", str(trace), "--out", str(out), *SMALL])

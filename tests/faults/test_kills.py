@@ -90,7 +90,6 @@ def test_stopped_by_a_signal_a_run_loses_no_step(runs, undisturbed, small, asser
     assert runs.saved("stopped")["progress"]["step"] >= step
     again = runs.train("stopped", FLAGS)
     assert again.end() == 0
-    assert f"going on at step {runs.rows('stopped')[0]['step']}" not in again.said
     assert_same_state(runs.saved("stopped"), undisturbed(small, FLAGS))
 
 

@@ -5,7 +5,10 @@ DATASET ?= synthetic
 SAVE_DIR ?= results
 RUN ?= $(if $(filter synthetic,$(DATASET)),quickstart,$(DATASET))
 ARGS ?=
+# Tests run side by side, a file to a process, with a core each.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 BIN := $(VENV)/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 INSTALLED := $(VENV)/.installed
 
 .PHONY: train test test-all lint install clean
@@ -25,10 +28,10 @@ train: $(INSTALLED)
 	$(BIN)/effnet-fast eval --checkpoint $(SAVE_DIR)/$(RUN)/last.pt
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -107,10 +107,14 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
     Raises:
         ValueError: an unknown flag or an impossible value, in one line.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
+    from yaml import YAMLError
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=f"effnet-fast {name}", description=verb.summary, exit_on_error=False)
+    set_loader("plain-yaml", _load_plain_yaml, (YAMLError,))
+    parser = ArgumentParser(
+        prog=f"effnet-fast {name}", description=verb.summary, exit_on_error=False, parser_mode="plain-yaml"
+    )
     parser.add_argument("--config", action="config", help="YAML file of settings; flags behind it win")
     parser.add_class_arguments(verb.settings, as_positional=False, skip={verb.positional} if verb.positional else None)
     if verb.positional:
@@ -124,6 +128,16 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
         raise ValueError(f"{_one_line(error)} (effnet-fast {name} --help lists the options)") from error
     values.pop("config")
     return verb.settings(**values)
+
+
+def _load_plain_yaml(text: str) -> Any:
+    """YAML as jsonargparse reads it, less aliases: one that contains itself would be followed without end."""
+    import yaml
+    from jsonargparse import get_loader
+
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        raise yaml.YAMLError("settings take no YAML aliases (*name)")
+    return get_loader("yaml")(text)
 
 
 def _fill_bare_flags(args: list[str], flags: set[str]) -> list[str]:

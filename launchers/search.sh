@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Search hyper-parameters or the compound scaling coefficients.
+# Search the factors of compound scaling.
 #
 #   launchers/search.sh [--dry-run] [plan|run|collect|choose] ...
 #

@@ -136,6 +136,12 @@ def test_yaml_that_is_none(tmp_path, capsys):
     assert "learning_speed" in mistake(capsys, f"train --config {tmp_path / 'unknown.yaml'}")
 
 
+def test_yaml_that_contains_itself(tmp_path, capsys):
+    path = tmp_path / "endless.yaml"
+    path.write_text("model: &a {b: *a}\n")
+    assert "no YAML aliases" in mistake(capsys, f"train --config {path}")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(capsys):
     assert "no CUDA GPU is visible" in mistake(capsys, "train --dataset synthetic --device cuda")

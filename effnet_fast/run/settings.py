@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from effnet_fast import provenance
+from effnet_fast import data, provenance
 from effnet_fast.config import TrainConfig
 from effnet_fast.distributed import World
 from effnet_fast.model import scaling, variant
@@ -26,6 +27,23 @@ _SAME_DRAWS = {"fallback_random": True, "reorder_for_peak_memory": False}
 # A graph of a backward pass has no forward convolution, by which Inductor decides, and would leave channels-last
 # (pytorch #189239, a fifth of MobileNet's speed).
 _CHANNELS_LAST = {"force_layout_optimization": True}
+
+
+def load_dataset(config: TrainConfig) -> data.Dataset:
+    """The images that a config names, limited and split as it says.
+
+    Raises:
+        ValueError, OSError: they are not there, damaged, or too few for the split.
+    """
+    return data.load_dataset(
+        config.dataset,
+        Path(config.data_dir),
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+        limit_train=config.limit_train,
+        limit_eval=config.limit_eval,
+        on_bad_image=config.on_bad_image,
+    )
 
 
 def resolve_image_size(asked: str | int, model: str, native: int) -> int:

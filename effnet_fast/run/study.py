@@ -17,11 +17,11 @@ from effnet_fast.run.members import (
     failure_reason,
     family_of,
     final_top1,
-    load_dataset,
     run_config,
     training_seconds,
     write_json,
 )
+from effnet_fast.run.settings import load_dataset
 from effnet_fast.run.training import train_in
 from effnet_fast.search import study as ways
 from effnet_fast.search.family import Family

@@ -28,6 +28,7 @@ from effnet_fast.run import resume
 from effnet_fast.run.agreement import about_run, about_start, agree
 from effnet_fast.run.settings import (
     compile_model,
+    load_dataset,
     loader_dtype,
     resolve_image_size,
     resolve_precision,
@@ -150,15 +151,7 @@ def _plan(config: TrainConfig, world: World) -> Plan:
     if config.optimizer in optim.APEX:
         optim.apex_class(config.optimizer)
     weights = read_weights(Path(config.pretrained), config.pretrained_layout) if config.pretrained else None
-    dataset = data.load_dataset(
-        config.dataset,
-        Path(config.data_dir),
-        seed=config.seed,
-        val_fraction=config.val_fraction,
-        limit_train=config.limit_train,
-        limit_eval=config.limit_eval,
-        on_bad_image=config.on_bad_image,
-    )
+    dataset = load_dataset(config)
     if weights is not None:
         dataset = dataclasses.replace(dataset, mean=weights.mean, std=weights.std)
     steps_per_epoch = len(dataset.train) // config.batch_size

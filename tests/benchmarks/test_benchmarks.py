@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -18,6 +20,7 @@ SMALL = ("--batch-size", "4", "--output-stride", "32")
 sys.path.insert(0, str(BENCHMARKS))
 
 import harness  # noqa: E402
+import loader  # noqa: E402
 import report  # noqa: E402
 import roofline  # noqa: E402
 import scaling  # noqa: E402
@@ -26,18 +29,20 @@ import throughput  # noqa: E402
 import time_to_accuracy  # noqa: E402
 
 from effnet_fast import create_model  # noqa: E402
+from effnet_fast.data import loaders  # noqa: E402
+from effnet_fast.data.synthetic import load_synthetic  # noqa: E402
 from effnet_fast.model.complexity import complexity  # noqa: E402
-
-
-def loader_main(argv: list[str]) -> None:
-    import loader
-
-    loader.main(argv)
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr(harness, "DEVICE", "cpu")
+
+
+def script(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / name, *words], capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 def read(path: Path) -> dict:
@@ -67,6 +72,25 @@ def test_throughput_beside_a_peer(tmp_path, capsys):
     assert "CPU figures" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_throughput_of_the_compiled_step(tmp_path):
+    out = tmp_path / "t.json"
+    modes = ["--step", "eager", "--step", "compile"]
+    throughput.main([*modes, "--direction", "train", "--rounds", "2", "--warm-up", "1", "--out", str(out), *SMALL])
+    rows = {row["step"]: row for row in read(out)["rows"]}
+    assert rows.keys() == {"eager", "compile"}
+    assert rows["eager"]["time over ours"] == [1, 1, 1]
+    assert rows["compile"]["ms"][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiled", "graph"), [("eager", False, False), ("compile", True, False), ("graph", True, True)]
+)
+def test_a_mode_is_what_train_makes_of_it(monkeypatch, mode, compiled, graph):
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    assert harness.check_mode(mode) == (compiled, graph)
+
+
 def test_throughput_from_a_loader(tmp_path):
     out = tmp_path / "t.json"
     words = ["--loader", "resident", "--direction", "train", "--rounds", "1", "--warm-up", "0", "--out", str(out)]
@@ -77,7 +101,7 @@ def test_throughput_from_a_loader(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--step", "graph"], "needs a CUDA GPU"),
+        (["--step", "graph"], "graph is a CUDA graph, and this runs on the CPU"),
         (["--peers", "--output-stride", "8"], "stock strides only"),
         (["--model", "efficientnet-b9"], "unknown model"),
         (["--batch-size", "0"], "at least 1"),
@@ -97,7 +121,15 @@ def test_a_missing_peer_is_an_error_only_where_required(monkeypatch, capsys):
     assert throughput.peers(case, required=False) == []
     assert "absent is left out" in capsys.readouterr().out
     with pytest.raises(ImportError, match="pip install absent"):
-        throughput.peers(case, required=True)
+        throughput.main(["--require-peers", *SMALL])
+
+
+def test_required_peers_without_timm_or_torchvision_are_one_line():
+    if all(importlib.util.find_spec(name) for name in ("timm", "torchvision", "efficientnet_pytorch")):
+        pytest.skip("all peers are installed")
+    done = script("throughput.py", "--require-peers", *SMALL)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: --require-peers: \S+ cannot be imported .*: pip install \S+\n", done.stderr)
 
 
 def test_roofline_counts_what_the_model_computes(tmp_path):
@@ -132,22 +164,36 @@ def test_roofline_of_a_named_chip_needs_no_gpu(tmp_path, capsys):
     assert slow == pytest.approx(0.01)
     with pytest.raises(ValueError, match="leave --chip out"):
         roofline.main(["--chip", "h100", "--measure"])
+    with pytest.raises(ValueError, match="EfficientNet's blocks"):
+        roofline.main(["--chip", "h100", "--model", "resnet50"])
 
 
 def test_loader_measures_and_records(tmp_path):
     out, speeds = tmp_path / "l.json", tmp_path / "speeds.json"
     speeds.write_text('{"another GPU": {"dali": 1}}')
     words = ["--batches", "1", "--rounds", "1", "--num-workers", "1", "--step-rate", "1000", "--record"]
-    loader_main([*words, "--speeds", str(speeds), "--out", str(out), *SMALL])
-    rows = {row["loader"]: row["img/s"][1] for row in read(out)["rows"]}
-    assert {"resident", "torch"} <= rows.keys()
+    loader.main([*words, "--speeds", str(speeds), "--out", str(out), *SMALL])
+    measured = {row["loader"]: round(row["img/s"][1]) for row in read(out)["rows"]}
+    assert {"resident", "torch"} <= measured.keys()
     recorded = json.loads(speeds.read_text())
     assert recorded["another GPU"] == {"dali": 1}
-    assert recorded["cpu"]["resident"] == round(rows["resident"])
-    assert {"commit", "date", "torch_version", "dali_version", "cores"} <= recorded["cpu"].keys()
+    here = recorded["cpu"]
+    assert {kind: here.pop(kind) for kind in measured} == measured
+    assert here.keys() == {"commit", "date", "torch_version", "dali_version", "machine"}  # as loaders.py has it
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(("dali", "resident", "faster"), [(10, 20, "resident"), (20, 10, "dali")])
+def test_auto_follows_what_was_recorded(tmp_path, monkeypatch, dali, resident, faster):
+    pytest.importorskip("nvidia.dali")
+    speeds = tmp_path / "speeds.json"
+    rows = [{"loader": "dali", "img/s": (1, dali, 99)}, {"loader": "resident", "img/s": (1, resident, 99)}]
+    loader.record(speeds, rows)
+    monkeypatch.setattr(loaders, "SPEEDS", speeds)
+    kind, reason = loaders.choose("auto", load_synthetic(8, 8).train, torch.device("cpu"))
+    assert kind == faster
+    assert reason.startswith(f"loader {faster}: 20 img/s recorded on cpu")
+
+
 def test_step_profile_names_where_the_time_goes(tmp_path, capsys):
     out, trace = tmp_path / "p.json", tmp_path / "trace.json"
     step_profile.main(["--steps", "1", "--trace", str(trace), "--out", str(out), *SMALL])
@@ -156,7 +202,7 @@ def test_step_profile_names_where_the_time_goes(tmp_path, capsys):
     assert {"convolution", "depthwise", "normalisation", "gate", "optimizer", "loader", "idle"} <= shares.keys()
     assert sum(shares.values()) == pytest.approx(1, abs=0.02)
     assert made["gaps"] is None
-    assert re.search(r'"name": "stage 3"', trace.read_text())
+    assert re.search(r'"name": "stages.3"', trace.read_text())
 
 
 @pytest.mark.parametrize(
@@ -187,6 +233,23 @@ def test_scaling_over_one_rank(tmp_path):
     assert row["efficiency"] == 1
     with pytest.raises(ValueError, match="divide the batch"):
         scaling.main(["--ranks", "3", *SMALL])
+
+
+@pytest.mark.slow
+def test_scaling_over_two_ranks(tmp_path):
+    out = tmp_path / "s.json"
+    scaling.main(["--ranks", "1", "2", "--rounds", "2", "--out", str(out), *SMALL])
+    rows = {(row["scaling"], row["ranks"]): row for row in read(out)["rows"]}
+    assert {key: row["batch a rank"] for key, row in rows.items()} == {
+        ("weak", 1): 4,
+        ("weak", 2): 4,
+        ("strong", 1): 4,
+        ("strong", 2): 2,
+    }
+    for (_, ranks), row in rows.items():
+        assert row["img/s"] == pytest.approx(ranks * row["batch a rank"] / row["ms"] * 1e3)
+        assert 0 <= row["communication"] < 1
+    assert rows["weak", 2]["efficiency"] == pytest.approx(rows["weak", 2]["img/s"] / (2 * rows["weak", 1]["img/s"]))
 
 
 def test_time_to_accuracy(tmp_path):
@@ -246,5 +309,7 @@ def test_the_suite_runs_to_its_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads(out.read_text())
     assert made["missing"] == []
-    kinds = {"throughput", "roofline", "loader", "step_profile", "scaling", "time_to_accuracy"}
-    assert {part["benchmark"] for part in made["parts"]} == kinds
+    assert {"gpu", "driver", "torch", "triton", "nvidia-dali-cuda120", "commit", "date"} <= made["provenance"].keys()
+    kinds = ["throughput", "roofline", "loader", "step_profile", "scaling", "time_to_accuracy", "ops"]
+    assert [part["benchmark"] for part in made["parts"]] == kinds
+    assert all(part["rows"] for part in made["parts"])

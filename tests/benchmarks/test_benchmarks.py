@@ -279,18 +279,26 @@ def test_the_readme_shows_what_was_measured():
 
 
 def test_report_renders_a_suite(tmp_path):
-    part = harness.result("scaling", {}, [])
-    part["rows"] = [
+    scaled, kernels = harness.result("scaling", {}, []), harness.result("ops", {"dtype": "bfloat16"}, [])
+    scaled["rows"] = [
         {"scaling": "weak", "ranks": 2, "batch a rank": 8, "img/s": 1234.5, "efficiency": 0.75, "communication": 0.25}
     ]
-    (tmp_path / "part.json").write_text(json.dumps(part))
-    report.main(
-        ["--merge", str(tmp_path / "r" / "suite.json"), str(tmp_path / "part.json"), str(tmp_path / "gone.json")]
-    )
-    assert json.loads((tmp_path / "r" / "suite.json").read_text())["missing"] == ["gone"]
-    text = report.rendered("<!-- report.py: scaling -->\nold\n<!-- end -->\n", tmp_path / "r")
-    assert "| weak | 2 x 8 | 1,234 | 75.0% | 25.0% |" in text
-    assert "old" not in text
+    about = {"op": "silu", "shape": "1x2", "direction": "forward", "share of copy": 0.8}
+    kernels["rows"] = [
+        about | {"path": path, "ms p20/p50/p80": [1, ms, 9]} for path, ms in (("triton", 2), ("eager", 3))
+    ]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    suite, markers = tmp_path / "r" / "suite.json", "<!-- report.py: scaling -->\nold\n<!-- end -->\n"
+    for gpu, expected in (("a GPU", "| weak | 2 x 8 | 1,234 | 75.0% | 25.0% | a GPU"), (None, "Not measured yet.")):
+        for path, part in zip(files, (scaled, kernels), strict=True):
+            part["provenance"]["gpu"] = gpu
+            path.write_text(json.dumps(part | {"device": "cuda" if gpu else "cpu"}))
+        report.main(["--merge", *map(str, [suite, *files, tmp_path / "gone.json"])])
+        assert json.loads(suite.read_text())["missing"] == ["gone"]
+        text = report.rendered(markers, suite.parent)
+        assert expected in text
+        assert "old" not in text
+        assert ("| silu | 1x2 | forward | 2.000 | 3.000 |  | 80% |" in report.ops(suite.parent)) == bool(gpu)
     with pytest.raises(ValueError, match="no table"):
         report.rendered("<!-- report.py: nothing -->\n<!-- end -->")
 

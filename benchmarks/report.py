@@ -140,6 +140,17 @@ def scaling(folder: Path = RESULTS) -> str:
     return table("| scaling | ranks x batch | img/s | efficiency | communication | machine, versions, commit |", rows)
 
 
+def step_profile(folder: Path = RESULTS) -> str:
+    """Where the time of a profiled step goes."""
+    rows = []
+    for made in results("step_profile", folder):
+        s = made["settings"]
+        shares = ", ".join(f"{row['category']} {row['share']:.0%}" for row in made["rows"])
+        what = f"{s['model']} {s['image_size']} px, stride {s['output_stride']}, batch {s['batch_size']}, {s['step']}"
+        rows.append(f"| {what} | {shares} | {machine(made['provenance'])} |")
+    return table("| step | share of the time, profiled | machine, versions, commit |", rows)
+
+
 def ops(folder: Path = RESULTS) -> str:
     """The Triton kernels beside PyTorch; on the CPU they run in an interpreter, whose times say nothing."""
     rows = []
@@ -163,6 +174,7 @@ TABLES = {
     "loader": loader,
     "scaling": scaling,
     "time_to_accuracy": time_to_accuracy,
+    "step_profile": step_profile,
     "ops": ops,
 }
 

@@ -170,3 +170,15 @@ def test_convolution_of_a_pixel_keeps_the_type_under_autocast(groups):
     x = torch.randn(2, 6, 1, 1, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert Conv(6, 6, 5, groups=groups)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_hooks_of_a_small_convolution_fire_and_its_layout_stays(size):
+    conv, seen = Conv(6, 6, 5, groups=6), []
+    conv.register_forward_hook(lambda *_: seen.append("forward"))
+    conv.register_full_backward_hook(lambda *_: seen.append("backward"))
+    x = torch.randn(2, 6, size, size).to(memory_format=torch.channels_last).requires_grad_()
+    y = conv(x)
+    y.sum().backward()
+    assert seen == ["forward", "backward"]
+    assert y.is_contiguous(memory_format=torch.channels_last)

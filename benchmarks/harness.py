@@ -7,7 +7,6 @@ Nesterov momentum, label smoothing 0.1, clipping at 5, and the guard against a g
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 import time
@@ -20,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import create_model, provenance
+from effnet_fast.config import TrainConfig
 from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.data.loaders import make_loader
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
-from effnet_fast.model import scaling, variant
-from effnet_fast.run.settings import loader_dtype, set_backends, worker_count
+from effnet_fast.model import default_output_stride, variant
+from effnet_fast.run.settings import compile_model, loader_dtype, resolve_step, set_backends, worker_count
 from effnet_fast.train import optim
 from effnet_fast.train.mixing import Mixing
 from effnet_fast.train.step import Step, autocast
@@ -90,7 +90,7 @@ def case_of(args: argparse.Namespace) -> Case:
     for name in ("image_size", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    stride = args.output_stride or scaling.default_output_stride(args.image_size)
+    stride = args.output_stride or default_output_stride(args.model, args.image_size)
     return Case(args.model, args.image_size, stride, args.batch_size, args.dtype)
 
 
@@ -121,16 +121,13 @@ def make_batch(case: Case) -> tuple[Tensor, Tensor]:
     return images.to(DEVICE, memory_format=torch.channels_last), labels.to(DEVICE)
 
 
-def check_mode(mode: str) -> None:
-    """Refuse a step mode that cannot be measured here.
+def check_mode(mode: str) -> tuple[bool, bool]:
+    """Whether a step of this mode is compiled, and whether it is captured, as `effnet-fast train --step` has it.
 
     Raises:
-        ValueError: graph without CUDA, or without a Step that captures.
+        ValueError: graph without CUDA.
     """
-    if mode == "graph" and DEVICE == "cpu":
-        raise ValueError("--step graph needs a CUDA GPU: use eager or compile")
-    if mode == "graph" and "graph" not in inspect.signature(Step).parameters:
-        raise ValueError("--step graph is not built into this version's training step: use eager or compile")
+    return resolve_step(TrainConfig(step=mode), World(0, 1, torch.device(DEVICE)), 0, 0)  # type: ignore[arg-type]
 
 
 def make_step(case: Case, mode: str, world: World | None = None, wrap: Callable | None = None) -> Step:
@@ -143,13 +140,13 @@ def make_step(case: Case, mode: str, world: World | None = None, wrap: Callable 
     Raises:
         ValueError: see `check_mode`.
     """
-    check_mode(mode)
+    compiled, graph = check_mode(mode)
     set_backends(deterministic=False)
     module = make_model(case).train()
     called = module if wrap is None else wrap(module)
     optimizer = optim.make_optimizer("sgd", module, momentum=MOMENTUM, weight_decay=DECAY)
     return Step(
-        called if mode == "eager" else torch.compile(called),  # type: ignore[arg-type]
+        compile_model(called, torch.device(DEVICE)) if compiled else called,
         module,
         optimizer,
         lambda step: 1.0,
@@ -162,7 +159,7 @@ def make_step(case: Case, mode: str, world: World | None = None, wrap: Callable 
         ema=None,
         world=world or World(0, 1, torch.device(DEVICE)),
         seed=0,
-        **({"graph": True} if mode == "graph" else {}),  # type: ignore[arg-type]
+        graph=graph,
     )
 
 

@@ -80,7 +80,6 @@ def record(path: Path, rows: list[dict]) -> None:
         "date": about["date"][:10],
         "torch_version": about["torch"],
         "dali_version": about["nvidia-dali-cuda120"],
-        "cores": about["cores"],
         "machine": about["gpu"] or f"{about['cores']} cores of an {about['cpu']}",
     }
     path.write_text(json.dumps(known, indent=2) + "\n")

@@ -10,25 +10,21 @@ On the CPU the script runs to its end on tiny maps in Triton's interpreter; its 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
-import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 if shutil.which("nvidia-smi") is None:  # before Triton decorates the first kernel
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
-from harness import DEVICE, copy_bandwidth, replayed
+from harness import DEVICE, copy_bandwidth, parser, replayed, result, run, write
 from torch import Tensor
 
-from effnet_fast import create_model, provenance
+from effnet_fast import create_model
 from effnet_fast.model.blocks import MBConv
 from effnet_kernels.batch_norm import BatchNorm, batch_norm
 from effnet_kernels.bn_silu_squeeze import bn_silu_squeeze
@@ -225,16 +221,14 @@ def rows_of(name: str, shape: Shape, dtype: torch.dtype, paths: dict, bandwidth:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--limit", type=int, help="only so many shapes of each op")
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled reference out")
-    parser.add_argument("--out", type=Path, help="write a JSON object a line, the first with the provenance")
-    args = parser.parse_args(argv)
+    words = parser(__doc__)
+    words.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
+    words.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    words.add_argument("--limit", type=int, help="only so many shapes of each op")
+    words.add_argument("--no-compile", action="store_true", help="leave the compiled reference out")
+    args = words.parse_args(argv)
     dtype = getattr(torch, args.dtype)
     bandwidth = copy_bandwidth()
-    rows: list[dict] = [provenance.environment() | {"copy GB/s": bandwidth, "timing": DEVICE == "cuda"}]
     if DEVICE == "cpu":
         print("NOT A TIMING: no GPU, so tiny maps in Triton's interpreter; this run only shows that the script works.")
     print(f"copy bandwidth {bandwidth:.0f} GB/s; {args.dtype}; p50 ms (GB/s, share of copy) per path")
@@ -244,17 +238,17 @@ def main(argv: list[str]) -> None:
     paths = {"triton": ("triton", False), "eager": ("torch", False)}
     if not args.no_compile:
         paths["compiled"] = ("torch", True)
+    rows = []
     for name in args.op or OPS:
         for shape in shapes[: args.limit]:
             for row in rows_of(name, shape, dtype, paths, bandwidth):
                 wrong = f"{name:16} {row['shape']:28} WRONG by {row.get('wrong by')}, so no time is shown"
                 print(wrong if "wrong by" in row else line(row), flush=True)
                 rows.append(row)
-    if args.out:
-        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(args.out, result("ops", {"dtype": args.dtype, "copy_GBs": bandwidth}, rows))
 
 
 if __name__ == "__main__":
     # Autograd runs a backward on its forward's stream, and a graph is captured on a stream of its own: one serves both.
     with torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else contextlib.nullcontext():
-        main(sys.argv[1:])
+        run(main)

@@ -22,11 +22,14 @@ Result = dict[str, Any]
 
 
 def results(kind: str, folder: Path = RESULTS) -> list[Result]:
-    """Results of a kind, each file's and each suite's parts, oldest first."""
+    """Results of a kind, each file's and each suite's parts, oldest first; a suite's smoke form shows nothing."""
     found = []
     for path in folder.glob("*.json"):
         made = json.loads(path.read_text())
-        found += made["parts"] if made["benchmark"] == "suite" else [made]
+        if made["benchmark"] != "suite":
+            found.append(made)
+        elif made["provenance"]["gpu"]:
+            found += made["parts"]
     return sorted((r for r in found if r["benchmark"] == kind), key=lambda r: r["provenance"]["date"])
 
 
@@ -137,12 +140,42 @@ def scaling(folder: Path = RESULTS) -> str:
     return table("| scaling | ranks x batch | img/s | efficiency | communication | machine, versions, commit |", rows)
 
 
+def step_profile(folder: Path = RESULTS) -> str:
+    """Where the time of a profiled step goes."""
+    rows = []
+    for made in results("step_profile", folder):
+        s = made["settings"]
+        shares = ", ".join(f"{row['category']} {row['share']:.0%}" for row in made["rows"])
+        what = f"{s['model']} {s['image_size']} px, stride {s['output_stride']}, batch {s['batch_size']}, {s['step']}"
+        rows.append(f"| {what} | {shares} | {machine(made['provenance'])} |")
+    return table("| step | share of the time, profiled | machine, versions, commit |", rows)
+
+
+def ops(folder: Path = RESULTS) -> str:
+    """The Triton kernels beside PyTorch; on the CPU they run in an interpreter, whose times say nothing."""
+    rows = []
+    for made in results("ops", folder):
+        paths: dict[tuple[str, str, str], dict[str, Any]] = {}
+        for row in made["rows"]:
+            if made["device"] == "cuda" and "wrong by" not in row:
+                paths.setdefault((row["op"], row["shape"], row["direction"]), {})[row["path"]] = row
+        for names, found in paths.items():
+            ms = [f"{found[p]['ms p20/p50/p80'][1]:.3f}" if p in found else "" for p in ("triton", "eager", "compiled")]
+            share = f"{found['triton']['share of copy']:.0%}" if "triton" in found else ""
+            cells = [*names, *ms, share, made["settings"]["dtype"], machine(made["provenance"])]
+            rows.append(f"| {' | '.join(cells)} |")
+    times = "Triton, ms | eager, ms | compiled, ms | share of copy bandwidth"
+    return table(f"| op | shape | | {times} | type | machine, versions, commit |", rows)
+
+
 TABLES = {
     "training": training,
     "throughput": throughput,
     "loader": loader,
     "scaling": scaling,
     "time_to_accuracy": time_to_accuracy,
+    "step_profile": step_profile,
+    "ops": ops,
 }
 
 

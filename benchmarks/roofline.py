@@ -193,6 +193,8 @@ def main(argv: list[str]) -> None:
     case = harness.case_of(args)
     source, bandwidth, rate = rates(args.chip, args.dtype)
     model = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
+    if not isinstance(model, EfficientNet):
+        raise ValueError(f"--model {case.model}: the roofline is that of EfficientNet's blocks; name one of those")
     found = layers(model, case)
     rows = rows_of(found, bandwidth, rate)
     least = bound(found, bandwidth, rate)

@@ -19,7 +19,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from effnet_fast.model.efficientnet import EfficientNet
+from effnet_fast.model import Network
 
 # The first pattern found in a kernel's or operator's name decides. The names of effnet_kernels come first.
 CATEGORIES = (
@@ -66,24 +66,24 @@ def span(name: str) -> Iterator[None]:
                 torch.cuda.nvtx.range_pop()
 
 
-def mark_stages(model: EfficientNet) -> None:
-    """Put a range around the forward pass of the stem and of every stage."""
-    stages = {"stem": model.stem} | {f"stage {i + 1}": stage for i, stage in enumerate(model.stages)}
-    for name, module in stages.items():
-        inner = module.forward
+def mark_layers(model: Network) -> None:
+    """Put a range around the forward pass of the stem, of every stage, and of what follows them."""
+    for name, modules in model.layers().items():
+        for module in modules:
+            inner = module.forward
 
-        def forward(*inputs, inner=inner, name=name):
-            with span(name):
-                return inner(*inputs)
+            def forward(*inputs, inner=inner, name=name):
+                with span(name):
+                    return inner(*inputs)
 
-        module.forward = forward
+            module.forward = forward  # type: ignore[method-assign]
 
 
 def profiled(case: harness.Case, mode: str, kind: str, steps: int) -> tuple[profile, float]:
     """The profile of some steps, and their wall time in ms."""
     step = harness.make_step(case, mode)
     if mode == "eager":  # a compiled model's stages melt into one another
-        mark_stages(step.module)  # type: ignore[arg-type]
+        mark_layers(step.module)  # type: ignore[arg-type]
     loader, batches = harness.make_batches(case, kind, 2)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if harness.DEVICE == "cuda" else [])
 
@@ -114,7 +114,7 @@ def kernels_of(prof: profile) -> list[tuple[str, str, float, float]]:
             if event.device_type == DeviceType.CUDA and "nvtx" not in event.name:
                 label = category(event.name)
                 found.append((event.name, label, event.time_range.start, event.time_range.elapsed_us()))
-        elif event.self_cpu_time_total > 0:
+        elif event.self_cpu_time_total > 0 and not event.is_user_annotation:
             label = _category_by_range(event) or category(event.name, event.input_shapes)
             found.append((event.name, label, event.time_range.start, event.self_cpu_time_total))
     return sorted(found, key=lambda kernel: kernel[2])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -18,6 +21,7 @@ SMALL = ("--batch-size", "4", "--output-stride", "32")
 sys.path.insert(0, str(BENCHMARKS))
 
 import harness  # noqa: E402
+import loader  # noqa: E402
 import report  # noqa: E402
 import roofline  # noqa: E402
 import scaling  # noqa: E402
@@ -26,18 +30,20 @@ import throughput  # noqa: E402
 import time_to_accuracy  # noqa: E402
 
 from effnet_fast import create_model  # noqa: E402
+from effnet_fast.data import loaders  # noqa: E402
+from effnet_fast.data.synthetic import load_synthetic  # noqa: E402
 from effnet_fast.model.complexity import complexity  # noqa: E402
-
-
-def loader_main(argv: list[str]) -> None:
-    import loader
-
-    loader.main(argv)
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr(harness, "DEVICE", "cpu")
+
+
+def script(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / name, *words], capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 def read(path: Path) -> dict:
@@ -67,6 +73,25 @@ def test_throughput_beside_a_peer(tmp_path, capsys):
     assert "CPU figures" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_throughput_of_the_compiled_step(tmp_path):
+    out = tmp_path / "t.json"
+    modes = ["--step", "eager", "--step", "compile"]
+    throughput.main([*modes, "--direction", "train", "--rounds", "2", "--warm-up", "1", "--out", str(out), *SMALL])
+    rows = {row["step"]: row for row in read(out)["rows"]}
+    assert rows.keys() == {"eager", "compile"}
+    assert rows["eager"]["time over ours"] == [1, 1, 1]
+    assert rows["compile"]["ms"][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiled", "graph"), [("eager", False, False), ("compile", True, False), ("graph", True, True)]
+)
+def test_a_mode_is_what_train_makes_of_it(monkeypatch, mode, compiled, graph):
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    assert harness.check_mode(mode) == (compiled, graph)
+
+
 def test_throughput_from_a_loader(tmp_path):
     out = tmp_path / "t.json"
     words = ["--loader", "resident", "--direction", "train", "--rounds", "1", "--warm-up", "0", "--out", str(out)]
@@ -77,7 +102,7 @@ def test_throughput_from_a_loader(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--step", "graph"], "needs a CUDA GPU"),
+        (["--step", "graph"], "graph is a CUDA graph, and this runs on the CPU"),
         (["--peers", "--output-stride", "8"], "stock strides only"),
         (["--model", "efficientnet-b9"], "unknown model"),
         (["--batch-size", "0"], "at least 1"),
@@ -97,7 +122,15 @@ def test_a_missing_peer_is_an_error_only_where_required(monkeypatch, capsys):
     assert throughput.peers(case, required=False) == []
     assert "absent is left out" in capsys.readouterr().out
     with pytest.raises(ImportError, match="pip install absent"):
-        throughput.peers(case, required=True)
+        throughput.main(["--require-peers", *SMALL])
+
+
+def test_required_peers_without_timm_or_torchvision_are_one_line():
+    if all(importlib.util.find_spec(name) for name in ("timm", "torchvision", "efficientnet_pytorch")):
+        pytest.skip("all peers are installed")
+    done = script("throughput.py", "--require-peers", *SMALL)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: --require-peers: \S+ cannot be imported .*: pip install \S+\n", done.stderr)
 
 
 def test_roofline_counts_what_the_model_computes(tmp_path):
@@ -132,22 +165,36 @@ def test_roofline_of_a_named_chip_needs_no_gpu(tmp_path, capsys):
     assert slow == pytest.approx(0.01)
     with pytest.raises(ValueError, match="leave --chip out"):
         roofline.main(["--chip", "h100", "--measure"])
+    with pytest.raises(ValueError, match="EfficientNet's blocks"):
+        roofline.main(["--chip", "h100", "--model", "resnet50"])
 
 
 def test_loader_measures_and_records(tmp_path):
     out, speeds = tmp_path / "l.json", tmp_path / "speeds.json"
     speeds.write_text('{"another GPU": {"dali": 1}}')
     words = ["--batches", "1", "--rounds", "1", "--num-workers", "1", "--step-rate", "1000", "--record"]
-    loader_main([*words, "--speeds", str(speeds), "--out", str(out), *SMALL])
-    rows = {row["loader"]: row["img/s"][1] for row in read(out)["rows"]}
-    assert {"resident", "torch"} <= rows.keys()
+    loader.main([*words, "--speeds", str(speeds), "--out", str(out), *SMALL])
+    measured = {row["loader"]: round(row["img/s"][1]) for row in read(out)["rows"]}
+    assert {"resident", "torch"} <= measured.keys()
     recorded = json.loads(speeds.read_text())
     assert recorded["another GPU"] == {"dali": 1}
-    assert recorded["cpu"]["resident"] == round(rows["resident"])
-    assert {"commit", "date", "torch_version", "dali_version", "cores"} <= recorded["cpu"].keys()
+    here = recorded["cpu"]
+    assert {kind: here.pop(kind) for kind in measured} == measured
+    assert here.keys() == {"commit", "date", "torch_version", "dali_version", "machine"}  # as loaders.py has it
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(("dali", "resident", "faster"), [(10, 20, "resident"), (20, 10, "dali")])
+def test_auto_follows_what_was_recorded(tmp_path, monkeypatch, dali, resident, faster):
+    pytest.importorskip("nvidia.dali")
+    speeds = tmp_path / "speeds.json"
+    rows = [{"loader": "dali", "img/s": (1, dali, 99)}, {"loader": "resident", "img/s": (1, resident, 99)}]
+    loader.record(speeds, rows)
+    monkeypatch.setattr(loaders, "SPEEDS", speeds)
+    kind, reason = loaders.choose("auto", load_synthetic(8, 8).train, torch.device("cpu"))
+    assert kind == faster
+    assert reason.startswith(f"loader {faster}: 20 img/s recorded on cpu")
+
+
 def test_step_profile_names_where_the_time_goes(tmp_path, capsys):
     out, trace = tmp_path / "p.json", tmp_path / "trace.json"
     step_profile.main(["--steps", "1", "--trace", str(trace), "--out", str(out), *SMALL])
@@ -156,7 +203,7 @@ def test_step_profile_names_where_the_time_goes(tmp_path, capsys):
     assert {"convolution", "depthwise", "normalisation", "gate", "optimizer", "loader", "idle"} <= shares.keys()
     assert sum(shares.values()) == pytest.approx(1, abs=0.02)
     assert made["gaps"] is None
-    assert re.search(r'"name": "stage 3"', trace.read_text())
+    assert re.search(r'"name": "stages.3"', trace.read_text())
 
 
 @pytest.mark.parametrize(
@@ -189,6 +236,23 @@ def test_scaling_over_one_rank(tmp_path):
         scaling.main(["--ranks", "3", *SMALL])
 
 
+@pytest.mark.slow
+def test_scaling_over_two_ranks(tmp_path):
+    out = tmp_path / "s.json"
+    scaling.main(["--ranks", "1", "2", "--rounds", "2", "--out", str(out), *SMALL])
+    rows = {(row["scaling"], row["ranks"]): row for row in read(out)["rows"]}
+    assert {key: row["batch a rank"] for key, row in rows.items()} == {
+        ("weak", 1): 4,
+        ("weak", 2): 4,
+        ("strong", 1): 4,
+        ("strong", 2): 2,
+    }
+    for (_, ranks), row in rows.items():
+        assert row["img/s"] == pytest.approx(ranks * row["batch a rank"] / row["ms"] * 1e3)
+        assert 0 <= row["communication"] < 1
+    assert rows["weak", 2]["efficiency"] == pytest.approx(rows["weak", 2]["img/s"] / (2 * rows["weak", 1]["img/s"]))
+
+
 def test_time_to_accuracy(tmp_path):
     out = tmp_path / "a.json"
     changes = {"limit_train": 64, "limit_eval": 20, "batch_size": 32, "num_epochs": 2, "num_workers": 1}
@@ -216,20 +280,80 @@ def test_the_readme_shows_what_was_measured():
 
 
 def test_report_renders_a_suite(tmp_path):
-    part = harness.result("scaling", {}, [])
-    part["rows"] = [
+    scaled, kernels = harness.result("scaling", {}, []), harness.result("ops", {"dtype": "bfloat16"}, [])
+    scaled["rows"] = [
         {"scaling": "weak", "ranks": 2, "batch a rank": 8, "img/s": 1234.5, "efficiency": 0.75, "communication": 0.25}
     ]
-    (tmp_path / "part.json").write_text(json.dumps(part))
-    report.main(
-        ["--merge", str(tmp_path / "r" / "suite.json"), str(tmp_path / "part.json"), str(tmp_path / "gone.json")]
-    )
-    assert json.loads((tmp_path / "r" / "suite.json").read_text())["missing"] == ["gone"]
-    text = report.rendered("<!-- report.py: scaling -->\nold\n<!-- end -->\n", tmp_path / "r")
-    assert "| weak | 2 x 8 | 1,234 | 75.0% | 25.0% |" in text
-    assert "old" not in text
+    about = {"op": "silu", "shape": "1x2", "direction": "forward", "share of copy": 0.8}
+    kernels["rows"] = [
+        about | {"path": path, "ms p20/p50/p80": [1, ms, 9]} for path, ms in (("triton", 2), ("eager", 3))
+    ]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    suite, markers = tmp_path / "r" / "suite.json", "<!-- report.py: scaling -->\nold\n<!-- end -->\n"
+    for gpu, expected in (("a GPU", "| weak | 2 x 8 | 1,234 | 75.0% | 25.0% | a GPU"), (None, "Not measured yet.")):
+        for path, part in zip(files, (scaled, kernels), strict=True):
+            part["provenance"]["gpu"] = gpu
+            path.write_text(json.dumps(part | {"device": "cuda" if gpu else "cpu"}))
+        report.main(["--merge", *map(str, [suite, *files, tmp_path / "gone.json"])])
+        assert json.loads(suite.read_text())["missing"] == ["gone"]
+        text = report.rendered(markers, suite.parent)
+        assert expected in text
+        assert "old" not in text
+        assert ("| silu | 1x2 | forward | 2.000 | 3.000 |  | 80% |" in report.ops(suite.parent)) == bool(gpu)
     with pytest.raises(ValueError, match="no table"):
         report.rendered("<!-- report.py: nothing -->\n<!-- end -->")
+
+
+STUB = """#!/usr/bin/env bash
+case "$1" in
+-c) exit 0 ;; # everything is installed, and there is a GPU
+*/report.py) exec {python} "$@" ;;
+esac
+echo "$@" >>{log}
+[[ $1 == */loader.py ]] && exit 1
+echo '{{"benchmark": "stub", "provenance": {{}}}}' >"${{@: -1}}"
+"""
+
+
+def test_the_suite_on_a_gpu(tmp_path, monkeypatch):
+    """Its arguments are ones that the scripts know, one that fails stops no other, and all ends in 10 minutes."""
+    stub, log, out = (tmp_path / name for name in ("python", "log", "suite.json"))
+    stub.write_text(STUB.format(python=sys.executable, log=log))
+    stub.chmod(0o755)
+    suite = BENCHMARKS / "gpu_suite.sh"
+    done = subprocess.run([suite, out], env=os.environ | {"PYTHON": str(stub)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"FAILED: loader.py after \d+ s\n", done.stderr)
+    made = json.loads(out.read_text())
+    assert [len(made["parts"]), made["missing"]] == [7, ["4-loader"]]
+
+    limits = re.findall(r"^    part \w+ (\d+)", suite.read_text().split("\nelse\n")[0], re.MULTILINE)
+    assert len(limits) == 8
+    assert sum(map(int, limits)) <= 570
+
+    class Parsed(Exception):
+        pass
+
+    def parsed(*args):
+        raise Parsed
+
+    monkeypatch.setattr(harness, "case_of", parsed)
+    monkeypatch.setattr(time_to_accuracy, "recipe", parsed)
+    scripts = {m.__name__: m for m in (throughput, roofline, loader, step_profile, scaling, time_to_accuracy)}
+    for path, *words in map(shlex.split, log.read_text().splitlines()):
+        if Path(path).stem != "ops":  # importing it would choose Triton's interpreter for all
+            with pytest.raises(Parsed):
+                scripts[Path(path).stem].main(words)
+
+
+def test_the_suite_without_the_package_is_one_line(tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/usr/bin/env bash\necho \"No module named 'effnet_fast'\" >&2\nexit 1\n")
+    broken.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(broken)}
+    done = subprocess.run([BENCHMARKS / "gpu_suite.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .* cannot import effnet_fast: pip install .*\n", done.stderr)
 
 
 @pytest.mark.slow
@@ -246,5 +370,7 @@ def test_the_suite_runs_to_its_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads(out.read_text())
     assert made["missing"] == []
-    kinds = {"throughput", "roofline", "loader", "step_profile", "scaling", "time_to_accuracy"}
-    assert {part["benchmark"] for part in made["parts"]} == kinds
+    assert {"gpu", "driver", "torch", "triton", "nvidia-dali-cuda120", "commit", "date"} <= made["provenance"].keys()
+    kinds = ["throughput", "roofline", "loader", "step_profile", "scaling", "time_to_accuracy", "ops"]
+    assert [part["benchmark"] for part in made["parts"]] == kinds
+    assert all(part["rows"] for part in made["parts"])

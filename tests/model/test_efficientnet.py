@@ -148,18 +148,37 @@ def test_multipliers_stand_in_for_the_variants_own():
     }
 
 
-@pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
+@pytest.mark.parametrize(("groups", "bias"), [(1, True), (6, False), (6, True)], ids=["dense", "depthwise", "biased"])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (2, 5), (3, 3)], ids=str)
-def test_convolution_of_a_small_map_is_that_of_torch(size, stride, kernel, groups):
+def test_convolution_of_a_small_map_is_that_of_torch(size, stride, kernel, groups, bias):
     """Leaving out the taps that meet only padding changes neither the result nor a gradient."""
-    conv = Conv(6, 6, kernel, stride, groups, bias=True).double()
+    conv = Conv(6, 6, kernel, stride, groups, bias=bias).double()
     x = torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True)
-    leaves = (x, conv.weight, conv.bias)
+    leaves = (x, *conv.parameters())
     expected = F.conv2d(x, conv.weight, conv.bias, stride, kernel // 2, groups=groups)
     actual = conv(x)
     seed = torch.randn_like(expected)
     torch.testing.assert_close(actual, expected)
     gradients = (torch.autograd.grad(y, leaves, seed) for y in (actual, expected))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
+def test_convolution_of_a_pixel_keeps_the_type_under_autocast(groups):
+    x = torch.randn(2, 6, 1, 1, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Conv(6, 6, 5, groups=groups)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_hooks_of_a_small_convolution_fire_and_its_layout_stays(size):
+    conv, seen = Conv(6, 6, 5, groups=6), []
+    conv.register_forward_hook(lambda *_: seen.append("forward"))
+    conv.register_full_backward_hook(lambda *_: seen.append("backward"))
+    x = torch.randn(2, 6, size, size).to(memory_format=torch.channels_last).requires_grad_()
+    y = conv(x)
+    y.sum().backward()
+    assert seen == ["forward", "backward"]
+    assert y.is_contiguous(memory_format=torch.channels_last)

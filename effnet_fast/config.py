@@ -324,6 +324,8 @@ class StudyConfig(_FamilyConfig):
     target_flops: float | list[float] | None = None
     """MACs of one image (fvcore's "flops") that all four ways shall cost within 5 %, or a list of such costs; default
     the factors of the paper's table 7: d = 4, w = 2, r = 2, and d = 1.4, w = 1.2, r = 1.3 together."""
+    references: list[str] | None = None
+    """Other models to train alike beside them, e.g. resnet50; may be given several times."""
     seeds: int = operational(1)
     """Runs of each model, with seeds SEED, SEED + 1, ...; may be raised later."""
 

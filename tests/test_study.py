@@ -112,3 +112,26 @@ def test_an_impossible_target_is_one_line(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "below the baseline's 8,590,048 MACs" in said
     assert said.count("\n") == 1
+
+
+def test_reference_models_are_trained_alike_and_stand_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(studying, "_draw", lambda *a: None)
+    asked = fake_training(monkeypatch, trained)
+    line = (
+        f"{TINY} --save_dir {tmp_path} --run_name more --drop_path 0.1 --references resnet50 --references DenseNet-201"
+    )
+    run(line)
+    assert [(c.model, c.width, c.drop_path, c.image_size) for c in asked[-2:]] == [
+        ("resnet50", None, None, 32),
+        ("densenet201", None, None, 32),
+    ]
+    with (tmp_path / "more" / "study.csv").open() as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(rows) == [*NAMES, "resnet50", "densenet201"]
+    assert rows["resnet50"]["parameters"] == "23705252"
+    assert rows["densenet201"]["depth"] == ""
+
+
+def test_an_unknown_reference_model_is_told(tmp_path, capsys):
+    run(f"{TINY} --save_dir {tmp_path} --references resnet51", expected=2)
+    assert "did you mean resnet50" in capsys.readouterr().err

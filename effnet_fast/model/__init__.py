@@ -2,7 +2,14 @@
 
 from effnet_fast.model.efficientnet import Architecture, EfficientNet, recompute_blocks
 from effnet_fast.model.network import Network, batch_norms
-from effnet_fast.model.zoo import create_model, default_output_stride, from_description, list_models, variant
+from effnet_fast.model.zoo import (
+    create_model,
+    default_output_stride,
+    from_description,
+    list_models,
+    model_name,
+    variant,
+)
 
 __all__ = [
     "Architecture",
@@ -13,6 +20,7 @@ __all__ = [
     "default_output_stride",
     "from_description",
     "list_models",
+    "model_name",
     "recompute_blocks",
     "variant",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ COSTS = {
     "pareto_latency": ("latency_ms", "latency of one image, measured (ms)"),
 }
 LINES = ("-", "--", "-.", ":")
+REFERENCE_MARKERS = ("P", "X", "*", "h", "p")
 
 
 def save_both(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -132,14 +134,15 @@ def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
     """Accuracy against MACs of each way to scale, from the baseline on (figure 8 of the EfficientNet paper).
 
     Args:
-        rows: model, macs, top1_mean, top1_std of the baseline and of each scaled model.
+        rows: model, depth, macs, top1_mean, top1_std of the baseline, of each scaled model, and of reference models,
+            which have no depth and stand for themselves.
         split: the images the accuracy is of: val or test.
     """
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
     known = [row for row in rows if row["top1_mean"] is not None]
     baseline = [row for row in known if row["model"] == "baseline"]
-    ways = list(dict.fromkeys(row["model"] for row in known if row["model"] != "baseline"))
+    ways = list(dict.fromkeys(row["model"] for row in known if row["model"] != "baseline" and row["depth"]))
     for number, way in enumerate(ways):
         line = sorted((row for row in known if row["model"] == way), key=lambda row: row["macs"])
         points = [*baseline, *line]
@@ -153,6 +156,9 @@ def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
             label=way,
             **look,
         )
+    references = (row for row in known if row["depth"] is None)
+    for marker, row in zip(itertools.cycle(REFERENCE_MARKERS), references):
+        axes.plot(*_points([row], "macs"), marker, color="0.35", markersize=9, label=row["model"])
     axes.plot(*_points(baseline, "macs"), "o", color=COLOURS[2], markersize=11, zorder=4, label="baseline (B0)")
     axes.set(xlabel="multiply-accumulates of one image", ylabel=f"{split} top-1 (%)", title="Ways to scale B0")
     axes.xaxis.set_major_formatter(EngFormatter())

@@ -15,7 +15,7 @@ from effnet_fast.model import scaling
 from effnet_fast.report.curves import read_metrics
 from effnet_fast.run.restore import config_from, differences
 from effnet_fast.run.settings import resolve_image_size
-from effnet_fast.search.family import Family, Scale
+from effnet_fast.search.family import Family
 from effnet_fast.train.checkpoint import write_atomically
 
 
@@ -25,10 +25,10 @@ def family_of(config: TrainConfig, dataset: Dataset) -> Family:
     return Family(len(dataset.classes), size, config.output_stride or scaling.default_output_stride(size))
 
 
-def run_config(config: TrainConfig, family: Family, scale: Scale, **changes: Any) -> TrainConfig:
-    """The config of one run: all that train knows, the scaled model, and `changes` (seed, save_dir, run_name, ...)."""
+def run_config(config: TrainConfig, model: dict[str, Any], **changes: Any) -> TrainConfig:
+    """The config of one run: all that train knows, the model as `Family.settings` has it, and `changes`."""
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**(shared | family.settings(scale) | changes))
+    return TrainConfig(**(shared | model | changes))
 
 
 def claim_folder(path: Path, config: TrainConfig, dataset: Dataset) -> dict[str, Any] | None:

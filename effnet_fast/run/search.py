@@ -260,8 +260,7 @@ def _train(job: _Search, trials: Trials, trial: Trial, candidate: Candidate, boa
 def _trial_config(job: _Search, task: Task, scale: Scale) -> TrainConfig:
     return run_config(
         job.config,
-        job.family,
-        scale,
+        job.family.settings(scale),
         seed=task.seed,
         num_epochs=job.config.search_epochs,
         save_dir=str(job.folder / "trials"),
@@ -393,8 +392,7 @@ def _recipe(job: _Search, best: Candidate, row: dict[str, Any]) -> str:
     name = f"{job.config.name}-phi{phi}"
     settings = run_config(
         job.config,
-        job.family,
-        best.scale.to_the(phi),
+        job.family.settings(best.scale.to_the(phi)),
         run_name=name,
         val_fraction=0.0,
         limit_train=None,

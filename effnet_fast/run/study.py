@@ -10,6 +10,7 @@ from typing import Any
 from effnet_fast import distributed, provenance
 from effnet_fast.config import StudyConfig, identity
 from effnet_fast.distributed import World
+from effnet_fast.model import model_name
 from effnet_fast.report.table import as_csv, as_text
 from effnet_fast.run.agreement import about_start, agree
 from effnet_fast.run.members import (
@@ -24,7 +25,7 @@ from effnet_fast.run.members import (
 from effnet_fast.run.settings import load_dataset
 from effnet_fast.run.training import train_in
 from effnet_fast.search import study as ways
-from effnet_fast.search.family import Family
+from effnet_fast.search.family import Family, Scale
 from effnet_fast.search.study import Member
 from effnet_fast.train.checkpoint import write_atomically
 
@@ -77,9 +78,11 @@ def _study(config: StudyConfig, world: World) -> int:
 
 
 def _members(config: StudyConfig, family: Family) -> list[Member]:
+    references = [Member(model_name(name), scale=None) for name in config.references or []]
     if not config.targets:
-        return list(ways.TABLE_7)
-    return [ways.BASELINE, *(member for target in config.targets for member in ways.solve(family, target))]
+        return [*ways.TABLE_7, *references]
+    solved = [member for target in config.targets for member in ways.solve(family, target)]
+    return [ways.BASELINE, *solved, *references]
 
 
 def _runs(config: StudyConfig, members: list[Member]) -> list[_Run]:
@@ -97,9 +100,9 @@ def _runs(config: StudyConfig, members: list[Member]) -> list[_Run]:
 
 def _train(config: StudyConfig, world: World, family: Family, run: _Run, folder: Path) -> int:
     """Train one run, or go on with it; a model that cannot be trained is told and passed over."""
-    settings = run_config(
-        config, family, run.member.scale, seed=run.seed, save_dir=str(folder / "runs"), run_name=run.name
-    )
+    name, scale = run.member.name, run.member.scale
+    model = family.reference_settings(name) if scale is None else family.settings(scale)
+    settings = run_config(config, model, seed=run.seed, save_dir=str(folder / "runs"), run_name=run.name)
     try:
         outcome = train_in(world, settings)
     except (FloatingPointError, MemoryError, RuntimeError, ValueError) as error:
@@ -120,12 +123,13 @@ def _train(config: StudyConfig, world: World, family: Family, run: _Run, folder:
 
 
 def _cost_row(family: Family, member: Member) -> dict[str, Any]:
-    cost, base = family.cost(member.scale), family.cost(ways.BASELINE.scale)
+    scale = member.scale
+    cost, base = family.reference_cost(member.name) if scale is None else family.cost(scale), family.cost(Scale())
     return {
         "model": member.name,
-        "depth": member.scale.depth,
-        "width": member.scale.width,
-        "image_size": family.image_size(member.scale),
+        "depth": None if scale is None else scale.depth,
+        "width": None if scale is None else scale.width,
+        "image_size": family.base_size if scale is None else family.image_size(scale),
         "parameters": cost.parameters,
         "macs": cost.macs,
         "activations": cost.activations,

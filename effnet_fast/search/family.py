@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,7 @@ class Family:
     num_classes: int
     base_size: int
     output_stride: int
-    _counted: dict[tuple[Layout, int], Complexity] = field(default_factory=dict, repr=False, compare=False)
+    _counted: dict[tuple[Layout | str, int], Complexity] = field(default_factory=dict, repr=False, compare=False)
 
     def image_size(self, scale: Scale) -> int:
         """Pixels of the input, rounded."""
@@ -59,12 +60,21 @@ class Family:
 
     def cost(self, scale: Scale) -> Complexity:
         """What the model costs, counted by fvcore on the built model, once a shape."""
-        shape = self.shape(scale)
+        return self._count(self.shape(scale), lambda: self.build(scale))
+
+    def reference_cost(self, name: str) -> Complexity:
+        """What a model of another kind costs at the baseline's size.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        return self._count((name, self.base_size), lambda: create_model(name, self.num_classes, self.base_size))
+
+    def _count(self, shape: tuple[Layout | str, int], build: Callable[[], Network]) -> Complexity:
         if shape not in self._counted:
-            size = self.image_size(scale)
             with torch.device("meta"):  # the values of the weights do not matter
-                model = self.build(scale)
-            self._counted[shape] = complexity(model.to_empty(device="cpu"), size)
+                model = build()
+            self._counted[shape] = complexity(model.to_empty(device="cpu"), shape[1])
         return self._counted[shape]
 
     def build(self, scale: Scale) -> Network:
@@ -86,4 +96,11 @@ class Family:
             "depth": scale.depth,
             "image_size": self.image_size(scale),
             "output_stride": self.output_stride,
+        }
+
+    def reference_settings(self, name: str) -> dict[str, Any]:
+        """The same for a model of another kind, whose strides and stochastic depth are its own."""
+        return dict.fromkeys(("width", "depth", "output_stride", "drop_path")) | {
+            "model": name,
+            "image_size": self.base_size,
         }

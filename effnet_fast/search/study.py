@@ -21,18 +21,20 @@ class Member:
     """A model of the study.
 
     Attributes:
-        name: baseline, deeper, wider, higher-resolution or compound.
-        scale: its multipliers.
+        name: baseline, deeper, wider, higher-resolution or compound; or a reference model's own.
+        scale: its multipliers; None for a reference model.
         target: MACs of one image that it was solved for; None for the baseline and the paper's factors.
     """
 
     name: str
-    scale: Scale
+    scale: Scale | None
     target: float | None = None
 
     @property
     def label(self) -> str:
         """For people: `compound (d = 1.4, w = 1.2, r = 1.3)`."""
+        if self.scale is None:
+            return self.name
         factors = {"d": self.scale.depth, "w": self.scale.width, "r": self.scale.resolution}
         told = ", ".join(f"{name} = {value:.4g}" for name, value in factors.items() if value != 1)
         return f"{self.name} ({told})" if told else self.name

@@ -33,8 +33,11 @@ ROWS = [
 ]
 DROPPED = [{"alpha": 1.5, "beta": 1.2, "gamma": 1.0, "reason": "large"}]
 MODELS = [
-    {"model": model, "macs": 1e7 * (1 + i), "top1_mean": 20.0 + i, "top1_std": None}
+    {"model": model, "depth": 1.0, "macs": 1e7 * (1 + i), "top1_mean": 20.0 + i, "top1_std": None}
     for i, model in enumerate(["baseline", "deeper", "wider", "higher-resolution", "compound"])
+]
+REFERENCES = [
+    {"model": model, "depth": None, "macs": 1e9, "top1_mean": 30.0, "top1_std": None} for model in ("resnet50", "other")
 ]
 
 
@@ -54,6 +57,13 @@ def test_pictures_are_png_and_svg(tmp_path, figure):
     png, svg = save_both(figure, tmp_path, "picture")
     assert min(Image.open(png).size) > 400
     assert svg.read_text().startswith("<?xml")
+
+
+def test_reference_models_stand_for_themselves():
+    axes = scaling_curves([*MODELS, *REFERENCES], "test").axes[0]
+    points = {line.get_label(): (line.get_xdata(), line.get_marker()) for line in axes.get_lines()}
+    assert [len(points[name][0]) for name in ("resnet50", "other")] == [1, 1]
+    assert points["resnet50"][1] != points["other"][1]
 
 
 def test_ways_to_scale_are_told_apart_without_colour():

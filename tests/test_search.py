@@ -296,7 +296,8 @@ def start(line):
 @pytest.mark.parametrize("dataset", ["synthetic", "cifar100"])
 def test_two_workers_one_killed_and_resumed_end_with_the_table_of_an_undisturbed_run(tmp_path, dataset, request):
     real = f" --dataset cifar100 --data_dir {request.getfixturevalue('cifar100_dir')}" if dataset == "cifar100" else ""
-    line = f"search {TINY}{real} --save_dir {tmp_path} --seeds 2 --search_epochs 3 --pruner none --lease_seconds 6 --phi 1"
+    settings = "--seeds 2 --search_epochs 3 --pruner none --lease_seconds 6 --phi 1"
+    line = f"search {TINY}{real} --save_dir {tmp_path} {settings}"
     undisturbed = start(f"{line} --run_name whole")
     undisturbed.communicate()
     run(f"{line.replace('search', 'search plan', 1)} --run_name killed")

@@ -142,7 +142,7 @@ def test_a_preempted_slurm_job_stops_training_and_is_queued_again(stand_ins, num
     assert "--rdzv-endpoint node1:29500 --rdzv-id 4711" in said
     assert "--nnodes 2 " in said
     job.send_signal(number)
-    rest = job.communicate(timeout=30)[0]
+    rest = job.communicate(timeout=100)[0]
     assert rest.splitlines() == ["saved", "+ scontrol requeue 4711", "did: scontrol requeue 4711"]
     assert job.returncode == 0
 
@@ -205,17 +205,17 @@ def test_a_preempted_slurm_job_goes_on_where_it_was(tmp_path, stand_ins):
     """The stand-in srun starts torchrun for real, on one node; the job is preempted, queued again, and finishes."""
     commands = stand_ins(srun='shift; exec "$@"', scontrol=SCONTROL.replace("node1", "localhost"))
     env = environment(commands, SLURM_NNODES="1", NPROC_PER_NODE="1", RDZV_PORT="29432")
-    flags = f"{SMALL} --num_epochs 8 --save_dir {tmp_path} --run_name job --resume no".split()
+    flags = f"{SMALL} --num_epochs 60 --save_dir {tmp_path} --run_name job --resume no".split()
     job = start("slurm_train.sbatch", env, *flags)
-    wait_for(job, "step 8/48")
+    wait_for(job, "step 8/360")
     job.send_signal(signal.SIGUSR1)
     assert "did: scontrol requeue 4711" in job.communicate(timeout=200)[0]
     saved = checkpoint.load(tmp_path / "job" / "last.pt")["progress"]
-    assert 8 <= saved["step"] < 48
+    assert 8 <= saved["step"] < 360
     done = launch("slurm_train.sbatch", *flags, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     # The same job: it goes on, although it was first asked to start afresh.
-    assert f"going on at step {saved['step']} of 48" in done.stdout
+    assert f"going on at step {saved['step']} of 360" in done.stdout
     assert checkpoint.load(tmp_path / "job" / "last.pt")["progress"]["finished"]
 
 

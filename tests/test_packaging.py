@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -142,13 +140,14 @@ print(json.dumps([len(said.getvalue()), sorted(set({HEAVY!r}) & set(sys.modules)
     ("argv", "limit_s"), [(["--help"], 1.0), (["train", "--help"], 3.0)], ids=["help", "train-help"]
 )
 def test_help_answers_quickly(tmp_path, argv, limit_s):
-    """The best of five: on a busy machine the others measure the machine."""
+    """In time of the processor, of which a busy machine takes hardly more; the best of three."""
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        before = os.times()
         python("-m", "effnet_fast", *argv, cwd=tmp_path)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < limit_s, f"median {statistics.median(seconds):.2f} s"
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(seconds) < limit_s
 
 
 def test_trains_without_triton_and_dali(tmp_path):

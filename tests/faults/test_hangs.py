@@ -30,12 +30,12 @@ def test_a_rank_that_stands_still_says_where(capsys):
         ended.set()
 
     began = time.monotonic()
-    with Watchdog(World(0, 1, CPU), 0.4, end=end) as watchdog:
+    with Watchdog(World(0, 1, CPU), 1.0, end=end) as watchdog:
         for _ in watchdog.watch([1, 2, 3], "epoch 5", number=7):
             time.sleep(0.05)
         watchdog.moved("epoch 6, loading batch 2")
         stand_still(ended)
-    assert 0.4 < time.monotonic() - began < 3
+    assert 1.0 < time.monotonic() - began < 20
     assert statuses == [EXIT_STATUS]
     said = capsys.readouterr().err
     assert re.search(rf"rank 0 \(host \S+, process {os.getpid()}\) has not moved for \d+ s", said)
@@ -44,10 +44,10 @@ def test_a_rank_that_stands_still_says_where(capsys):
 
 
 def test_a_rank_that_moves_is_left_alone():
-    with Watchdog(World(0, 1, CPU), 0.3, end=lambda status: pytest.fail("it moved")) as watchdog:
-        for number in range(12):
+    with Watchdog(World(0, 1, CPU), 1.5, end=lambda status: pytest.fail("it moved")) as watchdog:
+        for number in range(25):
             watchdog.moved(f"batch {number}")
-            time.sleep(0.05)
+            time.sleep(0.1)
 
 
 def test_a_silent_rank_is_named_by_the_others(capsys):

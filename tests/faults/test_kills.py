@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-FLAGS = "--ema_decay 0.9 --mixup 0.2 --cutmix 1 --rotation 15 --dropout 0.3 --drop_path 0.3"
+FLAGS = "--ema_decay 0.9 --mixup 0.2 --cutmix 1 --rotation 15 --dropout 0.3 --drop_path 0.3 --num_epochs 6"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def kill_again_and_again(runs, flags, seed, kills):
     for kill in range(kills):
         run = runs.train("killed", flags)
         # A random step of those left, and a random moment within it, a write or an evaluation.
-        run.wait_for(f"step {chance.randint(1 + 5 * kill, 5 + 5 * kill)}/")
+        run.wait_for(f"step {chance.randint(1 + 10 * kill, 10 + 10 * kill)}/")
         time.sleep(chance.random() * 0.1)
         hits += run.process.poll() is None
         run.kill()
@@ -51,7 +51,7 @@ def check(runs, undisturbed, small, assert_same_state, flags, seed, kills):
     assert hits > 0
     assert_same_state(runs.saved("killed"), undisturbed(small, flags))
     rows = runs.rows("killed")
-    assert [row["step"] for row in rows] == list(range(1, 19))
+    assert [row["step"] for row in rows] == list(range(1, 37))
     assert {row["images"] for row in rows} == {16}
 
 
@@ -82,7 +82,7 @@ def test_other_optimizers_and_fp16(runs, undisturbed, small, assert_same_state, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("seed", range(3))
 def test_stopped_by_a_signal_a_run_loses_no_step(runs, undisturbed, small, assert_same_state, number, seed):
-    step = random.Random(seed).randint(1, 16)
+    step = random.Random(seed).randint(1, 20)
     run = runs.train("stopped", FLAGS)
     run.wait_for(f"step {step}/")
     run.process.send_signal(number)

@@ -12,18 +12,13 @@ import torch
 from safetensors import safe_open
 
 import effnet_fast
-from effnet_fast import cli, create_model
+from command_line import run
+from effnet_fast import create_model
 from effnet_fast.model import batch_norms
 from effnet_fast.run.prediction import Predictor
 from effnet_fast.train import checkpoint
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
-
-
-def run(line: str, expected: int = 0) -> None:
-    with pytest.raises(SystemExit) as done:
-        cli.main(line.split())
-    assert done.value.code == expected
 
 
 @pytest.fixture(scope="module")

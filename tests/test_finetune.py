@@ -12,6 +12,7 @@ import pytest
 import torch
 from efficientnet_pytorch import EfficientNet as EfficientNetPyTorch
 
+from command_line import run
 from effnet_fast import cli
 from effnet_fast.config import TrainConfig
 from effnet_fast.train import checkpoint
@@ -20,12 +21,6 @@ TINY = (
     "train --dataset synthetic --limit_train 24 --limit_eval 8 --batch_size 8 --num_epochs 1 --output_stride 32 "
     "--loader resident --num_workers 1 --log_every_steps 1 --device cpu"
 )
-
-
-def run(line: str, expected: int = 0) -> None:
-    with pytest.raises(SystemExit) as done:
-        cli.main(line.split())
-    assert done.value.code == expected
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,9 @@ import torch
 from PIL import Image
 
 import effnet_fast
-from effnet_fast import cli
+from command_line import run
 from effnet_fast.data import load_dataset
 from effnet_fast.train import checkpoint
-
-
-def run(line: str, expected: int = 0) -> None:
-    with pytest.raises(SystemExit) as done:
-        cli.main(line.split())
-    assert done.value.code == expected
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 
-from effnet_fast import cli, create_model
+from command_line import run
+from effnet_fast import create_model
 from effnet_fast.config import TrainConfig
 from effnet_fast.distributed import World
 from effnet_fast.model import recompute_blocks
@@ -26,12 +27,6 @@ TINY = (
     "train --dataset synthetic --output_stride 32 --limit_train 32 --limit_eval 16 --batch_size 16 --num_epochs 1 "
     "--loader resident --num_workers 1 --device cpu"
 )
-
-
-def run(line, expected=0):
-    with pytest.raises(SystemExit) as done:
-        cli.main(line.split())
-    assert done.value.code == expected
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from effnet_fast import cli
+from command_line import run
 from effnet_fast.run import study as studying
 from effnet_fast.run.training import Outcome
 from effnet_fast.train import checkpoint
@@ -15,12 +15,6 @@ TINY = (
     "--loader resident --num_workers 1 --device cpu"
 )
 NAMES = ["baseline", "deeper", "wider", "higher-resolution", "compound"]
-
-
-def run(line, expected=0):
-    with pytest.raises(SystemExit) as done:
-        cli.main(line.split())
-    assert done.value.code == expected
 
 
 @pytest.fixture(scope="module")

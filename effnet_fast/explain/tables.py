@@ -74,17 +74,13 @@ class Summary:
         return table
 
 
-def to_text(table: Table) -> str:
-    """The summary to be read in a terminal: a line for each model, mean ± spread."""
+def readable(table: Table) -> list[dict[str, str]]:
+    """The summary for people: a row for each model, each score as mean ± spread."""
     scores = [name.removesuffix("_mean") for name in table[0] if name.endswith("_mean")]
-    header = ["model", "images", *scores]
-    lines = [
-        [str(row["model"]), str(row["images"]), *(_mean_and_spread(row, name) for name in scores)] for row in table
+    return [
+        {"model": row["model"], "images": str(row["images"])} | {name: _mean_and_spread(row, name) for name in scores}
+        for row in table
     ]
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in [header, *lines]
-    )
 
 
 def _mean_and_spread(row: dict[str, Any], name: str) -> str:

@@ -27,6 +27,7 @@ from effnet_fast.explain.maps import place
 from effnet_fast.explain.sources import Source, find_sources, read_labels
 from effnet_fast.explain.subject import Maps, Settings, Subject, examine
 from effnet_fast.report import picture
+from effnet_fast.report.table import as_text
 from effnet_fast.run.restore import load_model
 from effnet_fast.run.settings import resolve_precision, set_backends
 from effnet_fast.train import checkpoint
@@ -343,7 +344,7 @@ class _Explanation:
         output.write("gallery.html", self._gallery(rows).encode())
         done_before = len(self.explained) - self.computed
         print(f"{len(self.explained)} images explained, {done_before} of them before; models: {len(self.subjects)}")
-        print(tables.to_text(rows))
+        print(as_text(tables.readable(rows)))
         print(f"in {output.folder}: gallery.html, summary.csv, maps.csv, agreement.csv, grids/, pictures/, maps/")
         if self.skipped:
             print(f"{self.skipped} of {len(self.sources)} files were skipped, each is named above", file=sys.stderr)

@@ -100,8 +100,7 @@ def _runs(config: StudyConfig, members: list[Member]) -> list[_Run]:
 
 def _train(config: StudyConfig, world: World, family: Family, run: _Run, folder: Path) -> int:
     """Train one run, or go on with it; a model that cannot be trained is told and passed over."""
-    name, scale = run.member.name, run.member.scale
-    model = family.reference_settings(name) if scale is None else family.settings(scale)
+    model = _model_settings(family, run.member)
     settings = run_config(config, model, seed=run.seed, save_dir=str(folder / "runs"), run_name=run.name)
     try:
         outcome = train_in(world, settings)
@@ -122,14 +121,18 @@ def _train(config: StudyConfig, world: World, family: Family, run: _Run, folder:
     return outcome.status
 
 
+def _model_settings(family: Family, member: Member) -> dict[str, Any]:
+    return family.reference_settings(member.name) if member.scale is None else family.settings(member.scale)
+
+
 def _cost_row(family: Family, member: Member) -> dict[str, Any]:
-    scale = member.scale
+    scale, model = member.scale, _model_settings(family, member)
     cost, base = family.reference_cost(member.name) if scale is None else family.cost(scale), family.cost(Scale())
     return {
         "model": member.name,
-        "depth": None if scale is None else scale.depth,
-        "width": None if scale is None else scale.width,
-        "image_size": family.base_size if scale is None else family.image_size(scale),
+        "depth": model["depth"],
+        "width": model["width"],
+        "image_size": model["image_size"],
         "parameters": cost.parameters,
         "macs": cost.macs,
         "activations": cost.activations,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from effnet_fast import cli
+from command_line import run
 from effnet_fast.data import FileSplit
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.torch_loader import TorchLoader
@@ -19,12 +19,6 @@ from effnet_fast.explain.maps import cam
 from effnet_fast.run import cam as verb
 
 QUICK = "--curve_steps 4 --device cpu"
-
-
-def run(line, expected=0):
-    with pytest.raises(SystemExit) as done:
-        cli.main(line.split())
-    assert done.value.code == expected
 
 
 def table(path):

@@ -11,15 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from effnet_fast import cli
+from command_line import run
 from effnet_fast.data.archive import Archive, fetch, read
 from effnet_fast.train import checkpoint
-
-
-def run(line, expected=0):
-    with pytest.raises(SystemExit) as done:
-        cli.main(line.split())
-    assert done.value.code == expected
 
 
 @pytest.fixture

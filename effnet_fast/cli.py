@@ -131,13 +131,16 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
 
 
 def _load_plain_yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it, less aliases: one that contains itself would be followed without end."""
+    """YAML as jsonargparse reads it, less what would be followed without end: aliases, and files that name files."""
     import yaml
     from jsonargparse import get_loader
 
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
         raise yaml.YAMLError("settings take no YAML aliases (*name)")
-    return get_loader("yaml")(text)
+    value = get_loader("yaml")(text)
+    if isinstance(value, dict) and "config" in value:
+        raise yaml.YAMLError("a file of settings names no other: `config` is a flag of the command line")
+    return value
 
 
 def _fill_bare_flags(args: list[str], flags: set[str]) -> list[str]:

@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time, so that a change is to blame for what fails; `--hypothesis-profile explore` seeks new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", max_examples=2000)
+settings.load_profile("repeatable")
 
 if shutil.which("nvidia-smi") is None:
     # Kernels run in Triton's interpreter where there is no GPU; it must be known before the first one is decorated,

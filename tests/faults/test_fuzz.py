@@ -179,6 +179,8 @@ NAMES = st.sampled_from([field.name for field in fields(TrainConfig)] + ["model.
         ),
     )
 )
+@example(text="{'config':{}}")
+@example(text="config: recipe.yaml")
 def test_settings_of_any_text(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode(errors="replace"))

@@ -7,35 +7,11 @@
 # procedural images of the quick start serve). It changes no setting of the machine. Without a GPU the smallest form
 # of each runs to its end. A benchmark that fails or takes too long is named, and the status is 1; the others go on.
 set -uo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-python=${PYTHON:-python}
-out=${1:-$here/results/suite-$(date +%Y%m%d-%H%M%S).json}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+suite=suite
+# shellcheck source=benchmarks/parts.sh
+source "$(dirname "$0")/parts.sh"
 
-if ! "$python" -c "import effnet_fast" 2>"$work/import.log"; then
-    echo "error: $python cannot import effnet_fast: pip install '.[bench]' first, or set PYTHON ($(tail -n 1 "$work/import.log"))" >&2
-    exit 2
-fi
-
-failed=0
-parts=()
-# part NAME SECONDS ARGUMENTS...: run NAME.py within its time, and keep what it wrote.
-part() {
-    local name=$1 seconds=$2 begin=$SECONDS
-    local result=$work/$((${#parts[@]} + 1))-$name.json
-    shift 2
-    echo "== $name $*"
-    parts+=("$result")
-    if timeout -k 5 "$seconds" "$python" "$here/$name.py" "$@" --out "$result"; then
-        echo "== $name took $((SECONDS - begin)) s"
-    else
-        echo "FAILED: $name.py after $((SECONDS - begin)) s" >&2
-        failed=1
-    fi
-}
-
-if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+if on_gpu; then
     time_to_accuracy=(--recipe quickstart --target 80)
     if [ -n "${DATA_DIR:-}" ]; then
         time_to_accuracy=(--recipe cifar100-cpu --set "data_dir=$DATA_DIR" --set output_stride=8 --set num_epochs=20)
@@ -63,5 +39,4 @@ else
         --set batch_size=32 --set num_epochs=1 --set num_workers=1
     part ops 60 --op silu --limit 1 --no-compile
 fi
-"$python" "$here/report.py" --merge "$out" "${parts[@]}" || exit 1
-exit "$failed"
+finish

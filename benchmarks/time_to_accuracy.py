@@ -19,9 +19,9 @@ from unittest import mock
 
 import harness
 import torch
-import yaml
 
 import effnet_fast
+from effnet_fast import cli
 from effnet_fast.config import TrainConfig
 from effnet_fast.run import training
 
@@ -104,16 +104,10 @@ def recipe(name: str, changes: list[str]) -> TrainConfig:
         raise ValueError(
             f"no recipe {name!r}; packaged are {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}"
         )
-    fields = yaml.safe_load(path.read_text())
     for change in changes:
-        field, equals, value = change.partition("=")
-        if not equals:
+        if "=" not in change:
             raise ValueError(f"--set {change}: write FIELD=VALUE")
-        fields[field] = yaml.safe_load(value)
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    if set(fields) - known:
-        raise ValueError(f"no such setting of train: {', '.join(sorted(set(fields) - known))}")
-    return TrainConfig(**fields)
+    return cli.parse(cli.VERBS["train"], "train", ["--config", str(path), *(f"--{change}" for change in changes)])
 
 
 def summary(rows: list[dict]) -> dict[str, float]:

@@ -51,11 +51,14 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with `+` behind it where files differ from it; None outside a checkout."""
+    """The commit of this checkout, with `+` behind it where files differ from it.
+
+    Outside a checkout, as on a machine to which the files alone were copied, EFFNET_FAST_COMMIT, or None.
+    """
     root = Path(__file__).resolve().parents[1]
     head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if head is None:
-        return None
+        return os.environ.get("EFFNET_FAST_COMMIT")
     return head + ("+" if _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The same examples each time, so that a change is to blame for what fails; `--hypothesis-profile explore` seeks new ones.
+# The same examples each time, so that a failure is the change's; `--hypothesis-profile explore` seeks new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", max_examples=2000)
 settings.load_profile("repeatable")

@@ -1,4 +1,4 @@
-"""Several ranks compute what one process does; run for real under torchrun on gloo."""
+"""Several ranks compute what one process does: under torchrun on gloo, and one rank of DDP on nccl too."""
 
 import subprocess
 import sys
@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from effnet_fast.model import Architecture, EfficientNet, batch_norms
+from marks import on_gpu
 
 WORKER = Path(__file__).parent / "workers" / "ddp_gradients.py"
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
@@ -37,3 +42,30 @@ def test_two_ranks_give_the_gradients_and_statistics_of_one(tmp_path, kernels):
         for name, expected in one.items():
             error = torch.linalg.norm(two[name] - expected) / (torch.linalg.norm(expected) + 0.1 * scale)
             assert error < TOLERANCE[dtype], (dtype, name, error)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=on_gpu)])
+def test_one_rank_of_ddp_gives_the_plain_gradients(device, backend):
+    """As `train` wraps the model, with BatchNorm synchronised."""
+    torch.manual_seed(0)
+    architecture = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, dropout=0.0, drop_path=0.0)
+    model = EfficientNet(architecture, "torch").to(device)
+    for norm in batch_norms(model):
+        norm.synchronised = True
+    images = torch.randn(8, 3, 32, 32, device=device)
+
+    def gradients(called):
+        model.zero_grad()
+        called(images).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients(model)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = gradients(
+            DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
+        )
+    finally:
+        dist.destroy_process_group()
+    for one, other in zip(plain, wrapped, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from effnet_fast.train import checkpoint
+from marks import on_gpu
 
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
 SCRIPTS = sorted(path for path in LAUNCHERS.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -187,6 +188,16 @@ def test_one_process_trains(tmp_path):
     done = launch("train_single.sh", *f"{SMALL} --save_dir {tmp_path} --run_name one".split(), env=environment())
     assert done.returncode == 0, done.stderr
     assert checkpoint.load(tmp_path / "one" / "last.pt")["progress"]["finished"]
+
+
+@pytest.mark.slow
+@on_gpu
+def test_one_rank_trains_on_nccl(tmp_path):
+    flags = f"{SMALL} --device cuda --save_dir {tmp_path} --run_name nccl".split()
+    done = launch("train_node.sh", *flags, env=environment(NPROC_PER_NODE="1"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 1 x cuda" in done.stdout
+    assert checkpoint.load(tmp_path / "nccl" / "last.pt")["progress"]["finished"]
 
 
 @pytest.mark.slow

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -269,7 +267,7 @@ def test_time_to_accuracy(tmp_path):
 
 @pytest.mark.parametrize("words", [["--recipe", "nothing"], ["--set", "no_such=1"], ["--seeds", "0"]])
 def test_time_to_accuracy_refuses(words):
-    with pytest.raises(ValueError, match=r"no recipe|no such setting|at least 1"):
+    with pytest.raises(ValueError, match=r"no recipe|no_such|at least 1"):
         time_to_accuracy.main(["--target", "1", *words])
 
 
@@ -302,75 +300,3 @@ def test_report_renders_a_suite(tmp_path):
         assert ("| silu | 1x2 | forward | 2.000 | 3.000 |  | 80% |" in report.ops(suite.parent)) == bool(gpu)
     with pytest.raises(ValueError, match="no table"):
         report.rendered("<!-- report.py: nothing -->\n<!-- end -->")
-
-
-STUB = """#!/usr/bin/env bash
-case "$1" in
--c) exit 0 ;; # everything is installed, and there is a GPU
-*/report.py) exec {python} "$@" ;;
-esac
-echo "$@" >>{log}
-[[ $1 == */loader.py ]] && exit 1
-echo '{{"benchmark": "stub", "provenance": {{}}}}' >"${{@: -1}}"
-"""
-
-
-def test_the_suite_on_a_gpu(tmp_path, monkeypatch):
-    """Its arguments are ones that the scripts know, one that fails stops no other, and all ends in 10 minutes."""
-    stub, log, out = (tmp_path / name for name in ("python", "log", "suite.json"))
-    stub.write_text(STUB.format(python=sys.executable, log=log))
-    stub.chmod(0o755)
-    suite = BENCHMARKS / "gpu_suite.sh"
-    done = subprocess.run([suite, out], env=os.environ | {"PYTHON": str(stub)}, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert re.fullmatch(r"FAILED: loader.py after \d+ s\n", done.stderr)
-    made = json.loads(out.read_text())
-    assert [len(made["parts"]), made["missing"]] == [7, ["4-loader"]]
-
-    limits = re.findall(r"^    part \w+ (\d+)", suite.read_text().split("\nelse\n")[0], re.MULTILINE)
-    assert len(limits) == 8
-    assert sum(map(int, limits)) <= 570
-
-    class Parsed(Exception):
-        pass
-
-    def parsed(*args):
-        raise Parsed
-
-    monkeypatch.setattr(harness, "case_of", parsed)
-    monkeypatch.setattr(time_to_accuracy, "recipe", parsed)
-    scripts = {m.__name__: m for m in (throughput, roofline, loader, step_profile, scaling, time_to_accuracy)}
-    for path, *words in map(shlex.split, log.read_text().splitlines()):
-        if Path(path).stem != "ops":  # importing it would choose Triton's interpreter for all
-            with pytest.raises(Parsed):
-                scripts[Path(path).stem].main(words)
-
-
-def test_the_suite_without_the_package_is_one_line(tmp_path):
-    broken = tmp_path / "python"
-    broken.write_text("#!/usr/bin/env bash\necho \"No module named 'effnet_fast'\" >&2\nexit 1\n")
-    broken.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(broken)}
-    done = subprocess.run([BENCHMARKS / "gpu_suite.sh"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: .* cannot import effnet_fast: pip install .*\n", done.stderr)
-
-
-@pytest.mark.slow
-def test_the_suite_runs_to_its_end(tmp_path):
-    out = tmp_path / "suite.json"
-    done = subprocess.run(
-        [BENCHMARKS / "gpu_suite.sh", out],
-        env=os.environ | {"PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    made = json.loads(out.read_text())
-    assert made["missing"] == []
-    assert {"gpu", "driver", "torch", "triton", "nvidia-dali-cuda120", "commit", "date"} <= made["provenance"].keys()
-    kinds = ["throughput", "roofline", "loader", "step_profile", "scaling", "time_to_accuracy", "ops"]
-    assert [part["benchmark"] for part in made["parts"]] == kinds
-    assert all(part["rows"] for part in made["parts"])

@@ -15,6 +15,7 @@ import torch
 from effnet_fast.data.dataset import ArraySplit
 from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import LoaderSpec
+from marks import on_gpu
 
 dali = pytest.importorskip("nvidia.dali")
 
@@ -168,7 +169,7 @@ def test_the_graph_for_a_gpu_ends_on_it(augment: Augment | None, size: int) -> N
     assert [node.device for node in outputs] == ["gpu", "gpu"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_gpu
 @pytest.mark.parametrize("augment", [None, Augment(), Augment(rotation=15, color_jitter=0.3, random_erasing=0.5)])
 def test_the_gpu_makes_the_cpus_batches(augment: Augment | None) -> None:
     spec = dataclasses.replace(SPEC, augment=augment)

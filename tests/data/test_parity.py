@@ -16,6 +16,7 @@ from effnet_fast.data.dataset import ArraySplit
 from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.loaders import make_loader
+from marks import on_gpu
 
 pytest.importorskip("nvidia.dali")
 
@@ -41,11 +42,12 @@ ALL = Augment(rotation=15, color_jitter=0.4, random_erasing=0.5)
 def pixels(kind: str, spec: LoaderSpec) -> torch.Tensor:
     """Two epochs of images, in steps of 1/255."""
     loader = make_loader(kind, SPLIT, spec)
-    images = torch.cat([images for epoch in (0, 1) for images, _ in loader.epoch(epoch)]).float()
+    images = torch.cat([images for epoch in (0, 1) for images, _ in loader.epoch(epoch)]).float().cpu()
     loader.close()
     return images if spec.dtype == torch.uint8 else images * 255 * torch.tensor(spec.std).view(3, 1, 1)
 
 
+@pytest.mark.parametrize("device", [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=on_gpu)], ids=str)
 @pytest.mark.parametrize(
     ("name", "augment", "size", "most", "share"),
     [
@@ -63,8 +65,10 @@ def pixels(kind: str, spec: LoaderSpec) -> torch.Tensor:
         ("all, growing", ALL, 37, 4.001, 0.003),
     ],
 )
-def test_dali_and_resident_agree(name: str, augment: Augment | None, size: int, most: float, share: float) -> None:
-    spec = dataclasses.replace(SPEC, augment=augment, image_size=size)
+def test_dali_and_resident_agree(
+    name: str, augment: Augment | None, size: int, most: float, share: float, device: torch.device
+) -> None:
+    spec = dataclasses.replace(SPEC, augment=augment, image_size=size, device=device)
     error = (pixels("dali", spec) - pixels("resident", spec)).abs()
     print(f"{name}: at most {error.max():.4f}, mean {error.mean():.6f}, differing {(error > 0.5).float().mean():.6f}")
     assert error.max() <= most

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from marks import on_gpu
+
 FLAGS = "--ema_decay 0.9 --mixup 0.2 --cutmix 1 --rotation 15 --dropout 0.3 --drop_path 0.3 --num_epochs 6"
 
 
@@ -69,6 +71,16 @@ def test_killed_three_times_a_run_ends_with_the_same_bits(runs, undisturbed, sma
         pytest.importorskip("nvidia.dali")
         flags += " --loader dali --auto_augment rand"
     check(runs, undisturbed, small, assert_same_state, flags, seed, kills=3)
+
+
+@pytest.mark.slow
+@on_gpu
+@pytest.mark.parametrize("step", ["eager", "compile", "graph"])
+def test_killed_twice_on_a_gpu_a_deterministic_run_ends_with_the_same_bits(
+    runs, undisturbed, small, assert_same_state, step
+):
+    flags = f"{FLAGS} --device cuda --deterministic true --mixed_precision bf16 --step {step}"
+    check(runs, undisturbed, small, assert_same_state, flags, seed=0, kills=2)
 
 
 @pytest.mark.slow

@@ -21,9 +21,9 @@ from effnet_fast.train.ema import Ema
 from effnet_fast.train.graph import Captured
 from effnet_fast.train.mixing import Mixing
 from effnet_fast.train.step import Step
+from marks import on_gpu
 
 NARROW = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, dropout=0.2, drop_path=0.3)
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 OPTIONS = {
     "plain": {"mixing": (0.0, 0.0), "clip_grad": 0.0},

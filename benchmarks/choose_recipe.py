@@ -1,0 +1,81 @@
+"""Compare variants of a recipe by validation images alone: `python benchmarks/choose_recipe.py --variant cutmix=0`.
+
+Each variant is a recipe with FIELD=VALUE changes, trained for the same few epochs on the same part of the training
+images and scored on the rest; the test images are not looked at. One seed tells large differences only: choose by
+`--seeds 3` where the first places are close.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import harness
+from time_to_accuracy import recipe
+
+from effnet_fast import distributed
+from effnet_fast.config import TrainConfig
+from effnet_fast.run.training import train_in
+
+
+class _Stopped(Exception):
+    """By a signal: what is done by then is told and kept."""
+
+
+def top1(config: TrainConfig) -> float:
+    """Train to the end; the last evaluation's top-1 in percent, of the average where there is one."""
+    outcome = train_in(distributed.alone(config.device), config)
+    if not outcome.finished:
+        raise _Stopped
+    return outcome.result.get("ema_top1", outcome.result["top1"])
+
+
+def row(variant: str, config: TrainConfig, seeds: int) -> dict[str, Any]:
+    """A variant's mean and spread over seeds; one that cannot be trained says why."""
+    begin = time.perf_counter()
+    try:
+        scores = [top1(dataclasses.replace(config, seed=seed)) for seed in range(seeds)]
+    except (ValueError, FloatingPointError) as error:
+        return {"variant": variant, "val top1": None, "spread": None, "s": None, "failed": str(error)}
+    spread = statistics.stdev(scores) if seeds > 1 else None
+    seconds = (time.perf_counter() - begin) / seeds
+    return {"variant": variant, "val top1": statistics.mean(scores), "spread": spread, "s": seconds, "failed": ""}
+
+
+def main(argv: list[str]) -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--recipe", default="cifar100", help="name in effnet_fast/recipes, or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change all variants")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE ...",
+        help="changes of one; '' is the recipe itself",
+    )
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--val-fraction", type=float, default=0.1)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, of seeds 0, 1, ...")
+    args = parser.parse_args(argv)
+    if args.seeds < 1 or not 0 < args.val_fraction < 1:
+        raise ValueError("--seeds must be at least 1 and --val-fraction between 0 and 1")
+    variants = args.variant or [""]
+    alike = [*args.set, f"num_epochs={args.epochs}", f"val_fraction={args.val_fraction}", "resume=no"]
+    configs = {variant: recipe(args.recipe, [*variant.split(), *alike]) for variant in variants}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Stopped):
+        for variant, config in configs.items():
+            rows.append(row(variant or "as it is", dataclasses.replace(config, save_dir=folder), args.seeds))
+            print(harness.table(rows[-1:]), flush=True)
+    rows.sort(key=lambda row: -1.0 if row["val top1"] is None else row["val top1"], reverse=True)
+    print(harness.table(rows))
+    settings = {"recipe": args.recipe, "changes": alike, "seeds": args.seeds, "variants": list(configs)}
+    harness.write(args.out, harness.result("choose_recipe", settings, rows))
+
+
+if __name__ == "__main__":
+    harness.run(main)

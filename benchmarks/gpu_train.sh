@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# CIFAR-100 on one GPU, in three commands of under 10 minutes each.
+#
+#   benchmarks/gpu_train.sh choose [OUT.json]  variants of the recipe, compared on validation images alone
+#   benchmarks/gpu_train.sh final              the recipe to its end; SAVE_DIR/cifar100 keeps curves, rows, provenance
+#   benchmarks/gpu_train.sh times [OUT.json]   seconds until 80 % top-1, three seeds; each evaluation is kept
+#
+# OUT.json is by default benchmarks/results/train-DATE.json. Environment: PYTHON (default python), DATA_DIR (a folder
+# with CIFAR-100, default data), SAVE_DIR (default results). `final` goes on where it was, if it is stopped. Without a
+# GPU each trains the procedural images for a moment.
+set -uo pipefail
+what=${1:-}
+shift
+suite=train
+# shellcheck source=benchmarks/parts.sh
+source "$(dirname "$0")/parts.sh"
+
+save_dir=${SAVE_DIR:-results}
+settings=(--set "data_dir=${DATA_DIR:-data}")
+flags=(--data_dir "${DATA_DIR:-data}")
+epochs=(--epochs 30)
+target=(--target 80 --seeds 3)
+if ! on_gpu; then
+    echo "no GPU: procedural images, for a moment; the figures say nothing"
+    small=(dataset=synthetic limit_train=64 limit_eval=20 batch_size=32 output_stride=32 num_workers=1)
+    settings=(--set num_epochs=1)
+    for setting in "${small[@]}"; do
+        settings+=(--set "$setting")
+    done
+    flags=("${small[@]/#/--}" --num_epochs=1)
+    epochs=(--epochs 1)
+    target=(--target 0 --seeds 1)
+fi
+
+case $what in
+choose)
+    part choose_recipe 590 --recipe cifar100 "${settings[@]}" "${epochs[@]}" \
+        --variant "" \
+        --variant "rotation=15 color_jitter=0.3" \
+        --variant "cutmix=0" \
+        --variant "optimizer=adamw learning_rate=2e-3 weight_decay=0.05" \
+        --variant "learning_rate=0.4" \
+        --variant "drop_path=0"
+    ;;
+final)
+    exec "$python" -m effnet_fast train --config "$here/../effnet_fast/recipes/cifar100.yaml" "${flags[@]}" \
+        --save_dir "$save_dir" --run_name cifar100
+    ;;
+times)
+    part time_to_accuracy 590 --recipe cifar100 "${settings[@]}" "${target[@]}"
+    ;;
+*)
+    echo "error: say choose, final or times, not '$what'" >&2
+    exit 2
+    ;;
+esac
+finish

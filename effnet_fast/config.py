@@ -7,6 +7,7 @@ ValueError with a line that says what to do; what depends on the data or the mac
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -313,6 +314,7 @@ def span(name: str, text: str) -> tuple[float, float]:
         ends = float(low), float(high if dots else low)
     except ValueError as error:
         raise ValueError(f"--{name} {text}: give LOW..HIGH or one number, e.g. 1..1.5") from error
+    _require(all(map(math.isfinite, ends)), f"--{name} {text}: both ends must be finite")
     _require(ends[0] <= ends[1], f"--{name} {text}: the first number must not be the larger")
     return ends
 

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -322,3 +324,26 @@ def test_two_workers_one_killed_and_resumed_end_with_the_table_of_an_undisturbed
     # None was trained twice; the kill may have lost the checkpoint of the epoch that was just evaluated.
     assert sum(log.count("\nepoch 1 ") for log in logs) == 4
     assert sum(log.count("\nepoch ") for log in logs) in (4 * 3, 4 * 3 + 1)
+
+
+def test_a_noisy_latency_gets_one_answer_for_a_model(tmp_path, monkeypatch):
+    """First above the limit and then below, and the other way round."""
+    for first in (1.0, 9.0):
+        readings = itertools.chain([1.0], itertools.cycle([first, 10.0 - first]))  # the baseline, then the candidates
+        monkeypatch.setattr(searching.measure, "latency_ms", lambda *a, readings=readings: next(readings))
+        run(f"search plan {TINY} --save_dir {tmp_path} --run_name noisy{first:g} --max_latency_ms 5")
+        plan = json.loads((tmp_path / f"noisy{first:g}" / "plan.json").read_text())
+        assert all(candidate["largest_phi"] >= 1 for candidate in plan["candidates"])
+
+
+def test_where_all_trials_failed_the_line_says_why(planned, monkeypatch, capsys):
+    def failing(config, watch):
+        raise FloatingPointError("the loss is not finite")
+
+    fake_training(monkeypatch, failing)
+    run(planned.format("run"))
+    capsys.readouterr()
+    run(planned.format("collect"), expected=2)
+    said = capsys.readouterr().err
+    assert re.search(r"all 2 trials in .* failed, \S+ thus: not finite: the loss is not finite", said)
+    assert said.count("\n") == 1

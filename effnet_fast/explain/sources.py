@@ -52,12 +52,17 @@ def find_sources(path: Path, labels: dict[str, str] | None, leave_out: set[Path]
         resolved = file.resolve()
         if any(part.startswith(".") for part in relative.parts) or skipped & {resolved, *resolved.parents}:
             continue
-        name = relative.as_posix()
-        label = labels.get(name) if labels is not None else file.resolve().parent.name
+        name = _readable(relative.as_posix())
+        label = labels.get(name) if labels is not None else _readable(file.absolute().parent.name)
         sources.append(Source(file, name, label))
     if not sources:
         raise FileNotFoundError(f"{path} holds no files")
     return sources
+
+
+def _readable(name: str) -> str:
+    """A file's name with the bytes that are no UTF-8 spelt out, so that tables and pages can hold it."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def read_labels(path: Path) -> dict[str, str]:

@@ -92,7 +92,7 @@ def _checkpoints_at(path: Path, seed: int | None) -> list[tuple[str, str, Path]]
         name = file.resolve().parent.name
         return [(name, name, file)]
     try:
-        models = json.loads(study.read_text(encoding="utf-8"))["models"]
+        models = _named_by_cost(_trained(path, json.loads(study.read_text(encoding="utf-8"))["models"]))
         seeds = {model["name"]: [m["seed"] for m in models if m["name"] == model["name"]] for model in models}
         chosen = {name: min(of_name) if seed is None else seed for name, of_name in seeds.items()}
         found = [(m["name"], m["label"], path / m["checkpoint"]) for m in models if m["seed"] == chosen[m["name"]]]
@@ -101,6 +101,36 @@ def _checkpoints_at(path: Path, seed: int | None) -> list[tuple[str, str, Path]]
     if not found:
         raise ValueError(f"{study} has no model{'' if seed is None else f' of seed {seed}'}")
     return found
+
+
+def _trained(folder: Path, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The models of a study that have a checkpoint; the others are told and passed over.
+
+    Raises:
+        FileNotFoundError: none of them has one.
+    """
+    trained = []
+    for model in models:
+        if (folder / model["checkpoint"]).is_file():
+            trained.append(model)
+        else:
+            reason = model.get("failed") or "not trained yet"
+            print(f"skipped: {model['name']} of seed {model['seed']} has no checkpoint: {reason}", file=sys.stderr)
+    if models and not trained:
+        raise FileNotFoundError(f"no model of {folder} has a checkpoint: run effnet-fast study first")
+    return trained
+
+
+def _named_by_cost(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The models of a study of several costs, each of which has one of every name, by names of their own."""
+    if len({model.get("target_macs") for model in models} - {None}) < 2:
+        return models
+    return [
+        {**model, **{key: f"{model[key]}-{model['target_macs']:.4g}" for key in ("name", "label")}}
+        if model.get("target_macs")
+        else model
+        for model in models
+    ]
 
 
 def _load_subject(name: str, label: str, path: Path, weights: str, device: torch.device) -> Subject:
@@ -215,6 +245,15 @@ class _Output:
     def save_grid_members(self, members: dict[str, list[str]]) -> None:
         write_atomically(self.folder / "grids" / "members.json", json.dumps(members).encode())
 
+    def drop_grids(self, members: dict[str, list[str]], count: int) -> None:
+        """Remove what a run of smaller batches, or of more images, left behind the first `count` grids."""
+        stale = members.keys() - {self.grid(number).name for number in range(1, count + 1)}
+        for name in stale:
+            (self.folder / "grids" / name).unlink(missing_ok=True)
+            del members[name]
+        if stale:
+            self.save_grid_members(members)
+
     def write(self, name: str, data: bytes) -> None:
         write_atomically(self.folder / name, data)
 
@@ -266,6 +305,7 @@ class _Explanation:
                 bar.update(task, completed=start + size)
                 if not shown and number % LINE_EVERY == 0:
                     self.console.print(f"{start + size}/{len(self.sources)} images")
+        self.output.drop_grids(grids, -(-len(self.sources) // size))
 
     def _explain_batch(self, number: int, sources: list[Source], grids: dict[str, list[str]]) -> None:
         """Explain what is not done yet of a batch, and draw its grid if anything in it is new."""

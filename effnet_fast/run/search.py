@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -136,7 +137,7 @@ def _make_plan(job: _Search) -> dict[str, Any]:
         parameters=config.max_params,
         activations=config.max_activations,
         latency_ms=config.max_latency_ms,
-        latency=job.latency_ms,
+        latency=functools.cache(job.latency_ms),  # each question about a model gets the same answer
     )
     kept, dropped = candidates(job.family, points, limits, _workload(job))
     return {
@@ -340,8 +341,13 @@ def _draw(job: _Search, rows: list[dict[str, Any]], choice: Choice | None = None
 
 def _rows(job: _Search) -> list[dict[str, Any]]:
     planned = _read_plan(job)
-    rows = collect(planned, _open_trials(job, planned).states(), job.seeds)
+    states = _open_trials(job, planned).states()
+    rows = collect(planned, states, job.seeds)
     if not any(row["seeds"] for row in rows):
+        failures = [state for state in states if state.state == FAIL]
+        if failures and len(failures) == len(states):
+            reason = failures[0].attrs.get("reason", "no reason is kept")
+            raise ValueError(f"all {len(states)} trials in {job.folder} failed, {failures[0].run} thus: {reason}")
         raise ValueError(f"no trial in {job.folder} is complete: run `effnet-fast search run` first")
     return rows
 
@@ -355,6 +361,8 @@ def _choose(job: _Search) -> int:
     table = [_scaled(job, best, phi) for phi in job.config.phis]
     with job.locked():
         (job.folder / "recipes").mkdir(exist_ok=True)
+        for stale in (job.folder / "recipes").glob("phi*.yaml"):  # of an earlier choice
+            stale.unlink()
         for row in table:
             if row["fits"]:
                 text = _recipe(job, best, row)

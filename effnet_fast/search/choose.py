@@ -71,7 +71,7 @@ def paired_p(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, spread = statistics.fmean(differences), statistics.stdev(differences)
-    if spread == 0:
+    if spread < 1e-9:  # percent: what equal differences leave of rounding
         return 1.0
     return student_t_p(mean / (spread / math.sqrt(len(differences))), len(differences) - 1)
 

@@ -6,14 +6,18 @@ alpha * beta^2 * gamma^2 of about 2, searched at phi = 1.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from effnet_fast.model.scaling import PAPER_FACTORS
 from effnet_fast.search.family import Family, Scale
 
 LARGEST_PHI = 7
+MOST_POINTS = 1_000_000
 Span = tuple[float, float]
 Factors = tuple[float, float, float]
 
@@ -38,25 +42,41 @@ class Grid:
         """All factors of the grid whose product lies within.
 
         Raises:
-            ValueError: there are none; the line says which bound is at fault and the nearest that would not be.
+            ValueError: there are none; the line says which bound is at fault and the nearest that would not be. Or the
+                grid is too large to be walked through.
         """
-        alphas, betas, gammas = (_values(ends, self.step) for ends in (self.alpha, self.beta, self.gamma))
-        points = [(alpha, beta, gamma) for alpha in alphas for beta in betas for gamma in gammas]
-        low, high = self.product
-        found = [point for point in points if low - 1e-9 <= product(point) <= high + 1e-9]
-        if not found:
-            raise ValueError(self._why_empty(points))
+        size = math.prod(_count(ends, self.step) for ends in (self.alpha, self.beta, self.gamma))
+        if size > MOST_POINTS:
+            raise ValueError(
+                f"--grid_step {self.step:g} makes {size:,} points, more than {MOST_POINTS:,}: take a larger step, or "
+                "narrower --alpha, --beta and --gamma"
+            )
+        if not (found := self._within()):
+            raise ValueError(self._why_empty(self._points()))
         return found
+
+    def _points(self) -> list[Factors]:
+        alphas, betas, gammas = (_values(ends, self.step) for ends in (self.alpha, self.beta, self.gamma))
+        return list(itertools.product(alphas, betas, gammas))
+
+    def _within(self) -> list[Factors]:
+        low, high = self.product
+        return [point for point in self._points() if low - 1e-9 <= product(point) <= high + 1e-9]
+
+    def _would_do(self, **changes: Any) -> bool:
+        return bool(dataclasses.replace(self, **changes)._within())
 
     def _why_empty(self, points: list[Factors]) -> str:
         low, high = self.product
         largest, smallest = max(points, key=product), min(points, key=product)
         told = f"no alpha * beta^2 * gamma^2 of the grid lies in {low:g}..{high:g}: "
         if product(largest) < low:
-            alpha = low / (product(largest) / largest[0])
+            needed = low / (product(largest) / largest[0])
+            alpha = next(value for value in itertools.count(largest[0], self.step) if value >= needed - 1e-9)
+            advice = f"with --alpha up to {alpha:.6g} it would not be empty"
             return told + (
                 f"the upper ends bound it, which reach {product(largest):.4g} at {_told(largest)}; "
-                f"with --alpha up to {_up(alpha, self.step):g} it would not be empty"
+                + (advice if self._would_do(alpha=(self.alpha[0], alpha)) else self._wider(largest))
             )
         if product(smallest) > high:
             return told + (
@@ -66,8 +86,13 @@ class Grid:
         near = min(points, key=lambda point: max(low - product(point), product(point) - high))
         return told + (
             f"--grid_step {self.step:g} passes over it; the nearest is {product(near):.4g} at {_told(near)}; "
-            f"try --grid_step {self.step / 2:g}"
+            + (f"try --grid_step {self.step / 2:g}" if self._would_do(step=self.step / 2) else self._wider(near))
         )
+
+    def _wider(self, point: Factors) -> str:
+        """The advice that always holds: a product's range which takes in a point of the grid."""
+        low, high = min(self.product[0], product(point)), max(self.product[1], product(point))
+        return f"allow --product {math.floor(low * 1e4) / 1e4:g}..{math.ceil(high * 1e4) / 1e4:g}"
 
 
 def product(factors: Factors) -> float:
@@ -76,9 +101,12 @@ def product(factors: Factors) -> float:
     return alpha * beta**2 * gamma**2
 
 
+def _count(ends: Span, step: float) -> int:
+    return int((ends[1] - ends[0]) / step + 1e-6) + 1
+
+
 def _values(ends: Span, step: float) -> list[float]:
-    low, high = ends
-    return [round(low + i * step, 6) for i in range(int((high - low) / step + 1e-6) + 1)]
+    return [round(ends[0] + i * step, 6) for i in range(_count(ends, step))]
 
 
 def _up(value: float, step: float) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from effnet_fast.model.scaling import PAPER_FACTORS
 from effnet_fast.search.family import Family, Scale
 
+LARGEST_TARGET = 256  # times the baseline, as phi = 8 would be
 TOLERANCE = 1.05  # the dearest of four models that cost the same, over the cheapest
 DEEPER, WIDER, HIGHER, COMPOUND = "deeper", "wider", "higher-resolution", "compound"
 
@@ -62,6 +63,10 @@ def solve(family: Family, target: float) -> tuple[Member, ...]:
     least = family.counts(Scale()).macs
     if target < least:
         raise ValueError(f"--target_flops {target:.4g} is below the baseline's {least:,} MACs: ask for more")
+    if target > LARGEST_TARGET * least:
+        raise ValueError(
+            f"--target_flops {target:.4g} is over {LARGEST_TARGET} times the baseline's {least:,} MACs: ask for less"
+        )
     pairs = _pairs(family, target)
     chosen = _most_alike(family, pairs)
     if _spread(family, chosen) > TOLERANCE:

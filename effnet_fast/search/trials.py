@@ -100,7 +100,7 @@ class Trials:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.lease_seconds = lease_seconds
+        self.epochs, self.lease_seconds = epochs, lease_seconds
         self.owner = f"{socket.gethostname()}:{os.getpid()}"
         self.lock = FileLock(folder / ".lock")
         self.leases = folder / "leases"
@@ -188,11 +188,11 @@ class Trials:
         """Tell an accuracy.
 
         Raises:
-            Pruned: the pruner thinks it not worth while to go on.
+            Pruned: the pruner thinks it not worth while to go on; after the last epoch there is nothing to save.
         """
         if epoch not in self._frozen(trial).intermediate_values:
             trial.report(top1, epoch)
-        if trial.should_prune():
+        if epoch < self.epochs and trial.should_prune():
             raise Pruned
 
     def finish(self, trial: Trial, state: str, top1: float | None = None, **attrs: Any) -> None:

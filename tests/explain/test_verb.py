@@ -16,6 +16,7 @@ from effnet_fast.data import FileSplit
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.torch_loader import TorchLoader
 from effnet_fast.explain.maps import cam
+from effnet_fast.explain.sources import find_sources
 from effnet_fast.run import cam as verb
 
 QUICK = "--curve_steps 4 --device cpu"
@@ -422,3 +423,44 @@ def test_data_exports_test_images_in_class_folders(tmp_path):
 def test_records_are_plain_json(done):
     record = json.loads((done / "out" / "records" / "cat" / "1.png.json").read_text())
     assert {"image", "label", "width", "height", "models", "pairs", "agreement", "stamp"} <= record.keys()
+
+
+def test_a_study_of_several_costs_and_one_that_is_not_whole(study, tmp_path, capsys):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    models = [m for m in json.loads((folder / "study.json").read_text())["models"] if m["seed"] == 0]
+    baseline, deeper, higher = models
+    gone = {**higher, "checkpoint": "runs/none/last.pt", "failed": "out of memory", "target_macs": 1e8}
+    several = [baseline, {**deeper, "target_macs": 1e8}, {**deeper, "target_macs": 2e8}, gone]
+    (folder / "study.json").write_text(json.dumps({"models": several}))
+    images = write(tmp_path / "images", (32, 32))
+    line = f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {folder} {QUICK}"
+    run(line)
+    assert "skipped: higher-resolution of seed 0 has no checkpoint: out of memory" in capsys.readouterr().err
+    names = [row["model"] for row in table(tmp_path / "out" / "summary.csv")]
+    assert names == ["baseline", "deeper-1e+08", "deeper-2e+08"]
+    (folder / "study.json").write_text(json.dumps({"models": [gone]}))
+    run(f"{line} --resume no", expected=2)
+    assert "run effnet-fast study first" in capsys.readouterr().err
+
+
+def test_larger_batches_leave_no_older_grids(study, tmp_path):
+    images = write(tmp_path / "images", (32, 32), (32, 32), (32, 32))
+    line = f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {study} {QUICK} --batch_size"
+    for size, grids in ((1, 3), (3, 1)):
+        run(f"{line} {size}")
+        assert len(list((tmp_path / "out" / "grids").glob("grid-*"))) == grids
+
+
+def test_a_name_that_is_no_utf_8_and_a_link(tmp_path):
+    store = tmp_path / "store"
+    store.mkdir()
+    Image.new("RGB", (8, 8)).save(store / "1.png")
+    folder = tmp_path / "images" / "apple"
+    folder.mkdir(parents=True)
+    (folder / "1.png").symlink_to(store / "1.png")
+    shutil.copy(store / "1.png", os.fsencode(folder) + b"/\xff.png")
+    linked, odd = find_sources(tmp_path / "images", None, [])
+    assert (linked.label, odd.label) == ("apple", "apple")
+    assert odd.name == "apple/\\xff.png"
+    assert odd.path.is_file()

@@ -106,3 +106,8 @@ def test_seeds_that_agree_separate_and_others_are_named():
 
 def test_of_equals_the_cheaper_is_chosen():
     assert choose(rows({"dear": [5, 5, 5], "cheap": [5, 5, 5]}, dear=20, cheap=10)).name == "cheap"
+
+
+def test_equal_differences_are_no_evidence_whatever_their_rounding():
+    assert paired_p([30.2, 41.8], [30.1, 41.7]) == 1.0
+    assert paired_p([13.8, 20.6], [13.7, 20.5]) == 1.0

@@ -1,6 +1,11 @@
 """Candidates: the grid, its bounds, rounding, limits."""
 
+import dataclasses
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from effnet_fast.config import SearchConfig, span
 from effnet_fast.model.scaling import PAPER_FACTORS
@@ -133,3 +138,36 @@ def test_limits_that_rule_out_all_name_themselves_and_what_would_do():
 def test_a_budget_below_the_smallest_model_is_told_as_such():
     with pytest.raises(ValueError, match=r"not even the unscaled model fits, .*--max_flops 1e\+06 is below its 8"):
         plan(PAPER, macs=1e6)
+
+
+@pytest.mark.parametrize("name", ["alpha", "product"])
+@pytest.mark.parametrize("text", ["1..inf", "nan", "-inf..2"])
+def test_a_range_must_be_finite(name, text):
+    with pytest.raises(ValueError, match="must be finite"):
+        span(name, text)
+
+
+def test_a_grid_too_large_to_walk_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"--grid_step 1e-08 makes [\d,]+ points, more than 1,000,000"):
+        grid(step=1e-8).feasible()
+
+
+FACTOR = st.tuples(st.floats(1, 2), st.floats(0, 0.5)).map(lambda pair: (pair[0], sum(pair)))
+
+
+@given(FACTOR, FACTOR, FACTOR, st.sampled_from([0.02, 0.05, 0.1]), st.floats(1, 6), st.floats(0, 0.2))
+def test_the_advice_for_an_empty_grid_holds(alpha, beta, gamma, step, low, width):
+    empty = Grid(alpha, beta, gamma, step, (low, low + width))
+    try:
+        empty.feasible()
+    except ValueError as error:
+        said = str(error)
+    else:
+        return
+    if found := re.search(r"--alpha up to (\S+) it", said):
+        mended = dataclasses.replace(empty, alpha=(alpha[0], float(found[1])))
+    elif found := re.search(r"try --grid_step (\S+)$", said):
+        mended = dataclasses.replace(empty, step=float(found[1]))
+    else:
+        mended = dataclasses.replace(empty, product=span("product", re.search(r"--product (\S+)$", said)[1]))
+    assert mended.feasible()

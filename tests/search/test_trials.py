@@ -129,3 +129,17 @@ def test_a_failed_trial_keeps_its_reason(tmp_path):
     (state,) = shared.states()
     assert (state.state, state.attrs["reason"]) == ("FAIL", "out of memory")
     assert shared.claim() is None
+
+
+def test_after_the_last_epoch_nothing_is_pruned(tmp_path):
+    shared = trials(tmp_path, pruner="median")
+    shared.enqueue([Task(f"c{i}", 1.0, 1.0, 1.0, 0) for i in range(9)])
+    for i in range(8):
+        trial = shared.claim()
+        for epoch in range(1, 10):
+            shared.report(trial, epoch, 50.0 + i)
+        shared.finish(trial, "COMPLETE", 50.0 + i)
+    last = shared.claim()
+    with pytest.raises(Pruned):
+        shared.report(last, 8, 1.0)
+    shared.report(last, 9, 1.0)

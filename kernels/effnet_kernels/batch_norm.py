@@ -501,11 +501,10 @@ def running_statistics(bn: BatchNorm) -> Tensor:
 
 
 def update_running(bn: BatchNorm, stats: Tensor) -> None:
-    """running += momentum * (batch - running), with the unbiased variance, as torch does."""
+    """running += momentum * (batch - running), with the unbiased variance, as torch does; in one launch."""
     with torch.no_grad():
         mean, _, var, _ = stats.detach().unbind()
-        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-        bn.running_var.lerp_(var.to(bn.running_var.dtype), bn.momentum)
+        torch._foreach_lerp_([bn.running_mean, bn.running_var], [mean, var], bn.momentum)
 
 
 def require_values(shape: Sequence[int], sync: bool) -> None:

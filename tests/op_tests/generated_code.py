@@ -1,0 +1,181 @@
+"""Prints the launches of the code that Inductor generates for one training step on an H100, on a machine without one.
+
+torch.compile traces the step on CPU tensors, the ops on their Triton path but launching nothing. The two graphs it ends
+with are moved to fake CUDA tensors, and Inductor writes the CUDA code of these, which nobody runs. One JSON object:
+forward and backward, each with `inductor`, a list of [kernel, elements of its largest side], and `extern`, a count of
+each library call and op.
+"""
+
+import collections
+import json
+import os
+import re
+import sys
+import types
+
+os.environ |= {"TRITON_INTERPRET": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+import torch
+import triton
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.device_interface import CudaInterface
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor import compile_fx, scheduler
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_map
+
+import effnet_fast
+from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, mbconv, se_gate, silu
+
+H100 = types.SimpleNamespace(
+    type="cuda",
+    index=0,
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    gcnArchName="",
+    total_memory=80 * 2**30,
+    L2_cache_size=50 * 2**20,
+    shared_memory_per_block=48 * 2**10,
+    shared_memory_per_block_optin=227 * 2**10,
+    shared_memory_per_multiprocessor=228 * 2**10,
+)
+
+
+def pretend() -> None:
+    """Stand in for all that Inductor asks of a CUDA device while it generates code."""
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    triton.runtime.driver.set_active(types.SimpleNamespace(get_current_target=lambda: target))
+    answers = {
+        torch.cuda: {
+            "is_available": True,
+            "device_count": 1,
+            "current_device": 0,
+            "get_device_properties": H100,
+            "get_device_capability": (9, 0),
+            "synchronize": None,
+            "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+            "set_rng_state": None,
+            "_exchange_device": 0,
+            "_maybe_exchange_device": 0,
+            "_lazy_init": None,
+            "is_bf16_supported": True,
+        },
+        CudaInterface: {
+            "is_available": True,
+            "get_compute_capability": 90,
+            "current_device": 0,
+            "get_device_properties": H100,
+        },
+        CudaInterface.Worker: {"get_device_properties": H100, "current_device": 0},
+        scheduler: {"has_triton": True},
+        # cuDNN's answer for channels-last input, which the build without CUDA cannot give
+        torch._C: {"_conv_determine_backend_memory_format": torch.channels_last},
+    }
+    for place, named in answers.items():
+        for name, answer in named.items():
+            setattr(place, name, lambda *_, _answer=answer, **__: _answer)
+    FakeTensor.__getitem__ = lambda self, i: torch.ops.aten.slice.Tensor(self, 0, i.start, i.stop)
+
+
+def trace(name: str, image_size: int, output_stride: int) -> dict[str, tuple]:
+    """The forward and backward graph of a training step in bf16 on 8 images, with their inputs."""
+    for module in (batch_norm, bn_silu_squeeze, depthwise_conv, mbconv, se_gate, silu):
+        module.launch = lambda *_, **__: None
+    graphs = {}
+
+    def keep(name):
+        def compiler(graph, inputs):
+            graphs[name] = graph, inputs
+            return graph
+
+        return compiler
+
+    def partition(graph, joint_inputs, **kwargs):
+        values = [n.meta["val"] for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        with V.set_fake_mode(detect_fake_mode(values)):
+            compile_fx._recursive_joint_graph_passes(graph)
+        return min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
+
+    # Without dropout and stochastic depth, whose seeds fake CUDA tensors cannot be indexed for.
+    options = {"image_size": image_size, "output_stride": output_stride, "dropout": 0.0, "drop_path": 0.0}
+    model = effnet_fast.create_model(name, kernels="triton", **options).to(memory_format=torch.channels_last)
+    backend = aot_autograd(
+        fw_compiler=keep("forward"),
+        bw_compiler=keep("backward"),
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )
+    images = torch.randn(8, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.compile(model.train(), backend=backend, fullgraph=True)(images)
+    logits.float().sum().backward()
+    return graphs
+
+
+def generate(graph: torch.fx.GraphModule, inputs: list, mode: FakeTensorMode, *, backward: bool) -> str:
+    """Inductor's code for `graph` on CUDA."""
+
+    def to_cuda(value):
+        return torch.device("cuda", 0) if isinstance(value, torch.device) else value
+
+    with mode:
+        fakes = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") if isinstance(t, torch.Tensor) else t
+            for t in inputs
+        ]
+    for node in graph.graph.nodes:
+        node.args, node.kwargs = tree_map(to_cuda, node.args), tree_map(to_cuda, node.kwargs)
+        node.meta.pop("val", None)
+    graph.recompile()
+    FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
+    with tracing(TracingContext(mode)), mode, V.set_fake_mode(mode):
+        compile_fx.compile_fx_inner(graph, fakes, is_backward=backward)
+    return CODE.pop()
+
+
+CODE: list[str] = []
+
+
+def keep_code(self: GraphLowering) -> types.SimpleNamespace:
+    """In place of `GraphLowering.compile_to_module`, which would load the code."""
+    CODE.append(self.codegen()[0].value)
+    return types.SimpleNamespace(call=list, __file__="")
+
+
+def launches(code: str) -> dict:
+    runs = re.findall(r"(triton_\w+?)(?:_\d+)?\.run\((.*), stream=", code)
+    calls = re.findall(r"\b(extern_kernels\.\w+|torch\.ops\.\w+\.\w+)(?:\.default)?\(", code)
+    elements = [[name, _product(re.findall(r"\b\d+\b", arguments))] for name, arguments in runs]
+    return {"inductor": elements, "extern": collections.Counter(calls)}
+
+
+def _product(numbers: list[str]) -> int:
+    total = 1
+    for number in numbers:
+        total *= int(number)
+    return total
+
+
+def main() -> None:
+    graphs = trace(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    pretend()
+    GraphLowering.compile_to_module = keep_code
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    torch._inductor.config.force_disable_caches = True
+    found = {name: launches(generate(*graphs[name], mode, backward=name == "backward")) for name in graphs}
+    print(json.dumps(found))
+
+
+main()

@@ -1,0 +1,46 @@
+"""The CUDA code that Inductor generates around the ops: it must not copy, cast or re-lay a map (pytorch #189239)."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import effnet_fast
+from effnet_fast.model.blocks import MBConv
+from effnet_fast.model.network import batch_norms
+
+SCRIPT = Path(__file__).with_name("generated_code.py")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="stands in for CUDA where torch is built without it")
+@pytest.mark.parametrize(
+    ("name", "image_size", "output_stride"),
+    [("efficientnet_b0", 32, 8), pytest.param("efficientnet_b1", 224, 32, marks=pytest.mark.slow)],
+)
+def test_nothing_is_written_between_the_ops(name, image_size, output_stride):
+    model = effnet_fast.create_model(name)
+    blocks = [m for m in model.modules() if isinstance(m, MBConv)]
+    residuals = sum(block.residual for block in blocks)
+    command = [sys.executable, str(SCRIPT), name, str(image_size), str(output_stride)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    forward, backward = (Counter(name for name, _ in found[way]["inductor"]) for way in ("forward", "backward"))
+    calls = {op.rpartition(".")[2]: count for way in found.values() for op, count in way["extern"].items()}
+    assert calls["mbconv"] == calls["mbconv_backward"] == len(blocks)
+    assert calls["convolution"] == calls["convolution_backward"]
+
+    # The casts are of weights and of the images alone: one for each convolution, three more for classifier and images.
+    casts = "triton_poi_fused__to_copy"
+    assert forward == {casts: calls["convolution"] + 3, "triton_for_fused": len(batch_norms(model))}
+    weights = sum(p.numel() for p in model.parameters())
+    assert sum(size for kernel, size in found["forward"]["inductor"] if kernel == casts) < weights
+    # Back: each weight's gradient in float32, and where a residual leaves, the sum of two gradients.
+    assert backward.pop(casts) == calls["convolution"] + 1
+    sums = {kernel: count for kernel, count in backward.items() if kernel.startswith("triton_poi_fused_add")}
+    assert sum(sums.values()) == residuals
+    assert sum(backward.values()) == residuals + 1, "besides the sums, only the gradient of the classifier's bias"

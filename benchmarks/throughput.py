@@ -3,7 +3,8 @@
 Our step is the one of `effnet-fast train` (clipping and the guard against bad steps included). With `--peers` the same
 architecture of timm, torchvision and efficientnet-pytorch, where they can be imported, runs beside it on the same
 batch, channels last, with a plain step, eager and compiled; all take turns, so that a ratio of two is of neighbours in
-time. Ratios are the peer's time over ours, taken per turn: above 1 we are faster.
+time. Ratios are the peer's time over ours, taken per turn: above 1 we are faster. An EfficientNet of a peer
+gets the strides of the case.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import harness
 import torch
 from harness import Case
 from torch import nn
+
+from effnet_fast import create_model
 
 DROP_PATH, DROPOUT = 0.2, 0.2  # of B0 in all four libraries
 
@@ -48,6 +51,24 @@ PEERS: dict[str, Callable[[Case], nn.Module]] = {
 }
 
 
+def make_peer(who: str, case: Case) -> nn.Module:
+    """A peer's model with the strides of the case, on the CPU."""
+    peer = PEERS[who](case)
+    if case.output_stride != 32:
+        ours = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
+        for own, other in zip(_spatial(ours), _spatial(peer), strict=True):
+            if own.stride != other.stride:
+                other.stride = own.stride
+                if hasattr(other, "static_padding"):  # EfficientNet-PyTorch's; at stride 1 SAME is symmetric
+                    other.static_padding = nn.ZeroPad2d(other.kernel_size[0] // 2)
+    return peer
+
+
+def _spatial(model: nn.Module) -> list[nn.Conv2d]:
+    """Convolutions over more than a pixel, the stem's and the depthwise ones, which come in one order everywhere."""
+    return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1]
+
+
 def peers(case: Case, required: bool) -> list[str]:
     """The peers that can be imported and built.
 
@@ -55,12 +76,12 @@ def peers(case: Case, required: bool) -> list[str]:
         ValueError: the case has strides that the peers lack.
         ImportError: one is missing and `required`.
     """
-    if case.output_stride != 32:
-        raise ValueError("the peers have stock strides only: --peers needs --output-stride 32")
+    if case.output_stride != 32 and not case.model.startswith("efficientnet"):
+        raise ValueError(f"the peers' {case.model} has stock strides only: --peers needs --output-stride 32")
     found = []
-    for name, make in PEERS.items():
+    for name in PEERS:
         try:
-            make(case)
+            make_peer(name, case)
         except (ImportError, RuntimeError) as error:  # torchvision built for another torch raises the second
             if required:
                 raise ImportError(f"--require-peers: {name} cannot be imported ({error}): pip install {name}") from None
@@ -77,7 +98,7 @@ def train_call(who: str, mode: str, case: Case) -> harness.Call:
         step = harness.make_step(case, mode)
         return lambda: step(images, labels, 0)
     torch.manual_seed(0)
-    model = PEERS[who](case).to(harness.DEVICE, memory_format=torch.channels_last).train()
+    model = make_peer(who, case).to(harness.DEVICE, memory_format=torch.channels_last).train()
     plain = harness.plain_step(model if mode == "eager" else torch.compile(model), case)  # type: ignore[arg-type]
     return lambda: plain(images, labels)
 
@@ -85,7 +106,7 @@ def train_call(who: str, mode: str, case: Case) -> harness.Call:
 def inference_call(who: str, mode: str, case: Case) -> harness.Call:
     """A forward pass in evaluation mode of one library in one mode, on a batch in memory."""
     images, _ = harness.make_batch(case)
-    model = harness.make_model(case) if who == "effnet_fast" else PEERS[who](case).to(harness.DEVICE)
+    model = harness.make_model(case) if who == "effnet_fast" else make_peer(who, case).to(harness.DEVICE)
     model = model.to(memory_format=torch.channels_last)
     infer = harness.inference(model if mode == "eager" else torch.compile(model), case)  # type: ignore[arg-type]
     return lambda: infer(images)

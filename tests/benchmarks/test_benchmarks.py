@@ -101,7 +101,7 @@ def test_throughput_from_a_loader(tmp_path):
     ("words", "message"),
     [
         (["--step", "graph"], "graph is a CUDA graph, and this runs on the CPU"),
-        (["--peers", "--output-stride", "8"], "stock strides only"),
+        (["--model", "resnet50", "--peers", "--output-stride", "8"], "stock strides only"),
         (["--model", "efficientnet-b9"], "unknown model"),
         (["--batch-size", "0"], "at least 1"),
     ],
@@ -109,6 +109,20 @@ def test_throughput_from_a_loader(tmp_path):
 def test_what_cannot_be_measured_is_refused(words, message):
     with pytest.raises(ValueError, match=message):
         throughput.main(words)
+
+
+@pytest.mark.parametrize("output_stride", [4, 8, 16, 32])
+def test_a_peer_has_the_strides_of_the_case(tmp_path, output_stride):
+    """Its logits are those of our model with its weights."""
+    pytest.importorskip("efficientnet_pytorch")
+    torch.manual_seed(0)
+    case = harness.Case(output_stride=output_stride)
+    peer = throughput.make_peer("efficientnet-pytorch", case).eval()
+    torch.save(peer.state_dict(), tmp_path / "peer.pth")
+    ours = create_model(case.model, case.num_classes, 32, output_stride, pretrained=tmp_path / "peer.pth").eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(peer(images), ours(images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_missing_peer_is_an_error_only_where_required(monkeypatch, capsys):

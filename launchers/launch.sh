@@ -14,6 +14,12 @@ show() {
     printf '\n'
 }
 
+# torchrun's shared store outlives a restart: new processes read the address of a dead one from it, and a machine that
+# joins later waits for it in vain (torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Seconds that processes have to save after a SIGTERM (torch 2.12 on; before, 30).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}"
+
 launch() {
     show "$@"
     $dry_run || exec "$@"

@@ -16,9 +16,6 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/launch.sh"
 
-# Without it a machine that joins a run later waits in vain for the address of the ranks' store (torch 2.13).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-
 launch torchrun --nnodes "${NNODES:-1:4}" --nproc-per-node "${NPROC_PER_NODE:-auto}" \
     --rdzv-backend bound --rdzv-endpoint "${RDZV_ENDPOINT:?host:port of one of the machines}" \
     --rdzv-id "${RDZV_ID:-effnet-fast}" --max-restarts "${MAX_RESTARTS:-3}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \

@@ -55,6 +55,9 @@ def stand_ins(tmp_path):
     return make
 
 
+# As the real ones: a SIGTERM to srun kills what it started; scancel's reaches that, and not srun.
+SRUN = """shift; "$@" & echo $! >"$(dirname "$0")/step"; trap "kill -KILL $!; exit 137" TERM; wait $!"""
+SCANCEL = '''[[ $* == "--signal=TERM 4711" ]] && kill -TERM "$(cat "$(dirname "$0")/step")"'''
 SCONTROL = 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "did: scontrol $*"; fi'
 
 
@@ -137,20 +140,25 @@ def wait_for(process, words):
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_preempted_slurm_job_stops_training_and_is_queued_again(stand_ins, number):
     torchrun = 'trap "echo saved; exit 143" TERM; echo "training $*"; sleep 60 >&- 2>&- & wait'
-    commands = stand_ins(srun='shift; exec "$@"', scontrol=SCONTROL, torchrun=torchrun)
+    commands = stand_ins(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL, torchrun=torchrun)
     job = start("slurm_train.sbatch", environment(commands), "--seed", "1")
     said = wait_for(job, "training ")
     assert "--rdzv-endpoint node1:29500 --rdzv-id 4711" in said
     assert "--nnodes 2 " in said
     job.send_signal(number)
     rest = job.communicate(timeout=100)[0]
-    assert rest.splitlines() == ["saved", "+ scontrol requeue 4711", "did: scontrol requeue 4711"]
+    assert rest.splitlines() == [
+        "+ scancel --signal=TERM 4711",
+        "saved",
+        "+ scontrol requeue 4711",
+        "did: scontrol requeue 4711",
+    ]
     assert job.returncode == 0
 
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_slurm_job_that_ends_is_not_queued_again(stand_ins, status):
-    commands = stand_ins(srun='shift; exec "$@"', scontrol=SCONTROL, torchrun=f"exit {status}")
+    commands = stand_ins(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL, torchrun=f"exit {status}")
     done = launch("slurm_train.sbatch", env=environment(commands))
     assert done.returncode == status
     assert "requeue" not in done.stdout
@@ -214,7 +222,7 @@ def test_two_agents_meet_and_train(tmp_path):
 @pytest.mark.slow
 def test_a_preempted_slurm_job_goes_on_where_it_was(tmp_path, stand_ins):
     """The stand-in srun starts torchrun for real, on one node; the job is preempted, queued again, and finishes."""
-    commands = stand_ins(srun='shift; exec "$@"', scontrol=SCONTROL.replace("node1", "localhost"))
+    commands = stand_ins(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL.replace("node1", "localhost"))
     env = environment(commands, SLURM_NNODES="1", NPROC_PER_NODE="1", RDZV_PORT="29432")
     flags = f"{SMALL} --num_epochs 60 --save_dir {tmp_path} --run_name job --resume no".split()
     job = start("slurm_train.sbatch", env, *flags)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -63,6 +64,12 @@ class _Batches(Dataset[Batch | str]):
         return np.stack([read_image(self._split.paths[i], self._size) for i in indices])
 
 
+def _leave_signals(worker: int) -> None:
+    """A signal to the whole process group is the run's, which still needs its workers to stop in good order."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class TorchLoader(Loader):
     """Loads from arrays and from files; see `Loader`."""
 
@@ -77,6 +84,7 @@ class TorchLoader(Loader):
             num_workers=spec.num_workers,
             persistent_workers=spec.num_workers > 0,
             pin_memory=spec.device.type == "cuda",
+            worker_init_fn=_leave_signals,
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:

@@ -73,7 +73,8 @@ def training_seconds(folder: Path, batch_size: int) -> float:
     """Seconds that a run spent on its steps, however often it was interrupted: images over the throughput it logged."""
     seconds, before = 0.0, 0
     for row in read_metrics(folder).train:
-        seconds += (row["step"] - before) * batch_size / row["img_per_s"]
+        if row["img_per_s"]:  # 0 where a run went on at the very end of an epoch
+            seconds += (row["step"] - before) * batch_size / row["img_per_s"]
         before = row["step"]
     return seconds
 

@@ -91,7 +91,7 @@ class Outcome:
     """How a training run ended.
 
     Attributes:
-        status: exit status: 0, or 128 + the signal that stopped it.
+        status: exit status: see `Stop.status`.
         finished: all epochs are done.
         result: row of the last evaluation: split, loss, top1, top5, and ema_* where there is an average.
     """
@@ -106,7 +106,7 @@ OnEvaluation = Callable[[int, dict[str, Any]], None]
 
 
 def train(config: TrainConfig) -> int:
-    """Run `effnet-fast train`; returns the exit status: 0, or 128 + the signal that stopped it.
+    """Run `effnet-fast train`; returns the exit status: see `Stop.status`.
 
     Raises:
         ValueError, OSError: for what the user can mend, each with one line.
@@ -285,9 +285,11 @@ class _Training:
 
     def run(self) -> Outcome:
         plan, config = self.plan, self.plan.config
-        saved = self.found[1] if self.found else None
+        path, saved = self.found or (None, None)
         if saved is not None and saved["progress"]["finished"]:
-            self._say(f"{self.folder} is finished; nothing to do (--resume no starts it afresh)")
+            # What a launcher starts goes on from its own checkpoint, whatever --resume says.
+            afresh = "another --run_name starts one" if distributed.launch() else "--resume no starts it"
+            self._say(f"{path} is finished; nothing to do ({afresh} afresh)")
             return Outcome(0, True, saved["result"])
         self._make_loaders()
         self._open_folder()
@@ -312,7 +314,7 @@ class _Training:
             self.loader.close()
             self.eval_loader.close()
         self._conclude(stop)
-        return Outcome(128 + stop.signal if stop.signal else 0, self.progress.finished, self.last_result)
+        return Outcome(stop.status, self.progress.finished, self.last_result)
 
     def _watch(self, batches: Batches) -> Batches:
         where = f"epoch {self.progress.epoch + 1}"
@@ -490,7 +492,9 @@ class _Training:
             return
         if not self.progress.finished:
             why = "time is up" if stop.out_of_time else "stopped"
-            print(f"{why} at step {self.progress.step} of {self.plan.steps}; the same command goes on from there")
+            again = self.plan.config.resume == "auto" or distributed.launch()
+            how = "the same command goes" if again else "the same command without --resume goes"
+            print(f"{why} at step {self.progress.step} of {self.plan.steps}; {how} on from there")
         if not (self.folder / "metrics.jsonl").stat().st_size:
             return
         print(self.recorder.summary())

@@ -67,6 +67,7 @@ class Watchdog:
         self._name = f"rank {world.rank} (host {socket.gethostname()}, process {os.getpid()})"
         self._watched = threading.get_ident()
         self._doing, self._since = "starting", time.monotonic()
+        self._heard = time.monotonic()  # when the board last answered
         self._seen: dict[int, tuple[Sign, float]] = {}  # rank -> newest sign, when it was seen first
         self._done = threading.Event()
         # Two threads: where the network is cut, a word with the board never ends.
@@ -132,6 +133,7 @@ class Watchdog:
                 for rank in others:
                     if self._board.check([_key(rank)]):
                         self._see(rank, Sign(**json.loads(self._board.get(_key(rank)))))
+                self._heard = time.monotonic()
             except RuntimeError:  # torch.distributed's errors are of this kind; the signs seen so far grow old
                 pass
             if self._done.wait(self._pause):
@@ -155,6 +157,8 @@ class Watchdog:
 
     def _silent(self) -> dict[int, str]:
         """The ranks without a sign of life for half the limit, and what is known of them."""
+        if self._world.rank and time.monotonic() - self._heard > self._seconds / 2:
+            return {0: "rank 0, which keeps the signs of life, does not answer; nothing is known of the others"}
         found = {}
         for rank in range(self._world.size):
             if rank == self._world.rank:

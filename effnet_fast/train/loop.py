@@ -86,7 +86,7 @@ class Stop:
         self.deadline = time.monotonic() + seconds if seconds > 0 else float("inf")
         self.poll_steps = POLL_STEPS if world.size > 1 else 1
         self.signal = 0
-        self.out_of_time = False
+        self.elsewhere = self.out_of_time = False
 
     def __enter__(self) -> Stop:
         self._handlers = {number: signal.signal(number, self._caught) for number in self.SIGNALS}
@@ -101,13 +101,21 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
 
+    @property
+    def status(self) -> int:
+        """Exit status: 0, or 128 + the signal; SIGTERM for another rank's, so that torchrun starts this one again."""
+        if self.signal:
+            return 128 + self.signal
+        return 128 + signal.SIGTERM if self.elsewhere else 0
+
     def asked(self, step: int) -> bool:
         if step % self.poll_steps:
             return False
         late = time.monotonic() > self.deadline
         if not distributed.any_rank(bool(self.signal) or late, self.world.device):
             return False
-        self.out_of_time = not distributed.any_rank(bool(self.signal), self.world.device)
+        self.elsewhere = distributed.any_rank(bool(self.signal), self.world.device)
+        self.out_of_time = not self.elsewhere
         return True
 
 

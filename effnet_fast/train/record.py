@@ -202,7 +202,8 @@ class Recorder:
         group = row["split"] if row["kind"] == "eval" else "train"
         for name, value in row.items():
             if isinstance(value, float) and name != "epoch":
-                self._events.add_scalar(f"{group}/{name}", value, row["step"])
+                with contextlib.suppress(OSError):  # a quota, which the free space does not show
+                    self._events.add_scalar(f"{group}/{name}", value, row["step"])
 
     def _show(self, row: dict[str, Any]) -> None:
         if not self.main:
@@ -224,13 +225,13 @@ def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # torn by a kill
+            if row["step"] <= step:
+                rows.append(row)
+        except (ValueError, TypeError, KeyError):  # torn by a kill, or damaged
             continue
-        if row["step"] <= step:
-            rows.append(row)
     return rows
 
 

@@ -87,7 +87,8 @@ class Writer:
                     self._warn(f"warning: {error}; training goes on, and stops if the next checkpoint fails too")
 
     def _write(self, jobs: dict[str, dict[str, Any]]) -> None:
-        for name, state in jobs.items():
+        # The best first: a last.pt already says that there is no better one to write.
+        for name, state in sorted(jobs.items(), key=lambda job: job[0] != checkpoint.BEST):
             keep = self._keep if name == checkpoint.LAST else 1
             checkpoint.write_atomically(self._folder / name, checkpoint.serialise(state), keep)
             with self._changed:

@@ -80,10 +80,19 @@ def test_the_last_few_are_kept(tmp_path):
     assert [path.name for path in checkpoint.generations(tmp_path / "last.pt")] == ["last.pt", "last-1.pt"]
 
 
+def test_a_kill_between_the_two_files_does_not_lose_the_best(tmp_path, monkeypatch):
+    """A last.pt says how good the best was: written first, it would let a resumed run believe best.pt is there."""
+    wrote = []
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda path, *_: wrote.append(path.name))
+    with Writer(tmp_path, keep=1, warn=pytest.fail) as writer:
+        writer.save({"step": 1}, best=True)
+    assert wrote == ["best.pt", "last.pt"]
+
+
 def test_one_failure_warns_and_the_next_checkpoint_makes_it_good(tmp_path, disk):
     warnings = []
     with Writer(tmp_path, keep=1, warn=warnings.append) as writer:
-        writer.save({"step": 1})
+        writer.save({"step": 1}, best=True)
         settle(writer)
         disk.full = True
         writer.save({"step": 2}, best=True)

@@ -63,6 +63,19 @@ def test_a_silent_rank_is_named_by_the_others(capsys):
     assert "rank 2 gives no sign of life, and never gave one" in said
 
 
+def test_where_the_board_is_silent_nobody_else_is_blamed(capsys):
+    class Gone(dist.HashStore):
+        def set(self, key, value):
+            raise RuntimeError("the store's host is gone")
+
+    ended = threading.Event()
+    with Watchdog(World(1, 3, CPU), 0.8, Gone(), end=lambda status: ended.set()):
+        stand_still(ended)
+    said = capsys.readouterr().err
+    assert "rank 0, which keeps the signs of life, does not answer" in said
+    assert "rank 2" not in said
+
+
 def test_zero_switches_it_off():
     before = threading.active_count()
     with Watchdog(World(0, 1, CPU), 0):

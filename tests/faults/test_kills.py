@@ -1,5 +1,6 @@
 """A run that is killed or told to stop at any moment goes on to the same bits as an undisturbed one."""
 
+import os
 import random
 import signal
 import time
@@ -103,6 +104,18 @@ def test_stopped_by_a_signal_a_run_loses_no_step(runs, undisturbed, small, asser
     again = runs.train("stopped", FLAGS)
     assert again.end() == 0
     assert_same_state(runs.saved("stopped"), undisturbed(small, FLAGS))
+
+
+@pytest.mark.parametrize("resume", ["auto", "no"])
+def test_a_signal_to_the_whole_group_reaches_the_workers_too(runs, resume):
+    """As a service manager sends it; the run still needs its loader's processes, and says how to go on."""
+    run = runs.train("group", f"--num_epochs 500 --loader torch --num_workers 2 --resume {resume}")
+    run.wait_for("step 3/")
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.end() == 128 + signal.SIGTERM, run.said
+    how = "the same command goes on from there" if resume == "auto" else "the same command without --resume goes on"
+    assert how in run.said
+    assert runs.saved("group")["progress"]["step"] >= 3
 
 
 @pytest.mark.slow

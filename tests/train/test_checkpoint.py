@@ -34,6 +34,19 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
+def test_a_file_system_that_flushes_no_folders_serves(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.save(tmp_path / "a.pt", {"step": 1})
+    assert checkpoint.load(tmp_path / "a.pt")["step"] == 1
+
+
 @pytest.mark.parametrize("keep", [0, 10, 500])
 def test_a_truncated_file_is_named(tmp_path, keep):
     path = tmp_path / "last.pt"

@@ -55,7 +55,17 @@ def test_a_signal_is_caught_and_given_back(number):
         assert stop.asked(1)
         assert stop.signal == number
         assert not stop.out_of_time
+        assert stop.status == 128 + number
     assert signal.getsignal(number) == before
+
+
+def test_a_rank_that_stops_for_anothers_signal_does_not_count_as_done(monkeypatch):
+    """torchrun takes 0 for the end of the run, and would let the rest of an elastic one end unfinished."""
+    monkeypatch.setattr(loop.distributed, "any_rank", lambda flag, device: True)
+    with Stop(ALONE) as stop:
+        assert stop.asked(1)
+        assert not stop.out_of_time
+    assert stop.status == 128 + signal.SIGTERM
 
 
 def test_a_second_ctrl_c_interrupts_at_once_but_not_under_torchrun(monkeypatch):

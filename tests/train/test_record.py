@@ -40,6 +40,11 @@ def clock(monkeypatch):
     return clock
 
 
+def test_a_damaged_row_costs_no_other(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\n5\n{"kind": "eval"}\n{"step": 2}\n')
+    assert record._rows_until(tmp_path / "metrics.jsonl", 2) == [{"step": 1}, {"step": 2}]
+
+
 def test_rate_and_waiting_are_shares_of_the_same_time(tmp_path, clock):
     def slow_batches():
         for _ in range(3):

@@ -6,7 +6,9 @@ through the entry point in pyproject.toml.
 
 from __future__ import annotations
 
+import ipaddress
 import socket
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -43,8 +45,17 @@ def _create(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 def _serve(host: str, port: int, timeout: timedelta) -> dist.TCPStore | None:
-    """A store that listens on one address; None where another process of this machine does so already."""
+    """A store that listens on one address; None where another process of this machine does so already.
+
+    Raises:
+        SystemExit: the host's name is a loopback address here, as Debian gives it, where no other machine reaches it.
+    """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    named = not host.startswith("localhost") and host != address[0]
+    if named and ipaddress.ip_address(address[0]).is_loopback:
+        sys.exit(
+            f"error: {host} is {address[0]} on this machine, which no other reaches: give --rdzv-endpoint its address"
+        )
     try:
         listener = socket.create_server(address[:2], family=family)
     except OSError:

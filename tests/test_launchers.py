@@ -238,6 +238,18 @@ def test_a_preempted_slurm_job_goes_on_where_it_was(tmp_path, stand_ins):
     assert checkpoint.load(tmp_path / "job" / "last.pt")["progress"]["finished"]
 
 
+def test_a_name_that_no_other_machine_reaches_is_refused(monkeypatch):
+    import torch.distributed.elastic.rendezvous  # noqa: F401  # first, as in torchrun: it loads ours by its entry point
+
+    from effnet_fast import rendezvous
+
+    monkeypatch.setattr(rendezvous.socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.1.1", 29500))])
+    with pytest.raises(
+        SystemExit, match=r"error: node1 is 127\.0\.1\.1 on this machine.*give --rdzv-endpoint its address"
+    ):
+        rendezvous._serve("node1", 29500, None)
+
+
 def test_the_rendezvous_listens_where_it_is_told_to():
     from torch.distributed.elastic.rendezvous import RendezvousParameters
     from torch.distributed.elastic.rendezvous.registry import handler_registry

@@ -64,6 +64,38 @@ def test_a_finished_run_says_so(finished, capsys):
     assert "is finished; nothing to do" in capsys.readouterr().out
 
 
+def _without_a_weight(state):
+    del state["model"]["classifier.weight"]
+
+
+def _with_unknown_progress(state):
+    state["progress"]["no_such"] = 1
+
+
+def _with_an_empty_optimizer(state):
+    state["optimizer"] = {}
+
+
+@pytest.mark.parametrize("spoil", [_without_a_weight, _with_unknown_progress, _with_an_empty_optimizer])
+def test_a_checkpoint_of_another_version_is_one_line(finished, tmp_path, capsys, spoil):
+    state = checkpoint.load(finished / "last.pt")
+    state["progress"]["finished"] = False
+    spoil(state)
+    checkpoint.save(tmp_path / "other.pt", state)
+    flags = f"--save_dir {tmp_path} --run_name new --ema_decay 0.9 --mixup 0.2 --cutmix 1.0"
+    run(f"{TINY} {flags} --resume {tmp_path / 'other.pt'}", expected=2)
+    said = capsys.readouterr().err
+    assert f"error: {tmp_path / 'other.pt'} is of another version or no whole checkpoint (" in said
+    assert said.count("\n") == 1
+
+
+def test_curves_that_cannot_be_drawn_do_not_fail_the_run(tmp_path, capsys):
+    (tmp_path / "one" / "curves.png").mkdir(parents=True)
+    run(f"{TINY} --save_dir {tmp_path} --run_name one --num_epochs 1")
+    assert "warning: cannot write the picture" in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / "one" / "last.pt")["progress"]["finished"]
+
+
 def test_another_config_under_the_same_name_is_refused(finished, capsys):
     run(f"{TINY} --save_dir {finished.parent} --run_name done --ema_decay 0.99 --mixup 0.2 --cutmix 1.0", expected=2)
     assert "ema_decay 0.9 there, 0.99 here" in capsys.readouterr().err

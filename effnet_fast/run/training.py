@@ -294,7 +294,12 @@ class _Training:
         self._make_loaders()
         self._open_folder()
         if saved is not None:
-            self._restore(saved)
+            try:
+                self._restore(saved)
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path} is of another version or no whole checkpoint ({_first_line(error)})"
+                ) from error
         self.recorder = Recorder(
             self.folder,
             main=plan.world.is_main,
@@ -500,11 +505,18 @@ class _Training:
         print(self.recorder.summary())
         from effnet_fast.report.curves import plot_curves
 
-        plot_curves([self.folder], self.folder / "curves.png")
+        try:
+            plot_curves([self.folder], self.folder / "curves.png")
+        except ValueError as error:  # a full disk; what was trained is safe, and `effnet-fast plot` draws it later
+            self.recorder.warn(f"warning: {error}")
         found = (
             name for name in ("last.pt", "best.pt", "curves.png", "metrics.jsonl") if (self.folder / name).exists()
         )
         print(f"in {self.folder}: {', '.join(found)}, tensorboard/, config.yaml, environment.json")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _image_bytes(plan: Plan, cost: Complexity) -> int:

@@ -109,6 +109,10 @@ def test_mistakes(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     assert "there is no checkpoint" in capsys.readouterr().err
     run(f"export --checkpoint {trained} --output {tmp_path}/nowhere/model.safetensors", expected=2)
     assert "cannot write" in capsys.readouterr().err
+    for name in (trained, tmp_path / "weights", tmp_path / "model.onnx"):
+        run(f"export --checkpoint {trained} --output {name}", expected=2)
+        assert "end a safetensors file's name in .safetensors" in capsys.readouterr().err
+    checkpoint.load(trained)  # it was not written over
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     run(f"export --checkpoint {trained} --format onnx", expected=2)
     assert "pip install 'effnet-fast[export]'" in capsys.readouterr().err

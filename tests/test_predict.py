@@ -96,12 +96,21 @@ def test_bad_files_are_named_and_skipped(trained: Path, tmp_path: Path, capsys) 
     assert "good.jpg" in (tmp_path / "table.csv").read_text()
 
 
+def test_an_image_named_twice_is_one(trained: Path, pictures: Path, capsys) -> None:
+    image = next(pictures.rglob("*.png"))
+    run(f"predict --checkpoint {trained} --device cpu {image} {image}")
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1
+    assert not said.err
+
+
 def test_mistakes_are_one_line(trained: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     lines = {
         f"--checkpoint {trained} {tmp_path}/nowhere.png": "there is no image or folder at",
         f"--checkpoint {trained} {tmp_path}/empty": "holds no image",
         f"--checkpoint {trained} {tmp_path} --output table.txt": ".csv or .json",
+        f"--checkpoint {trained} {trained} --output {tmp_path}/no/where.csv": "there is no folder",
         f"--checkpoint {tmp_path}/nowhere.pt {trained.parent}/curves.png": "there is no checkpoint",
     }
     for line, words in lines.items():

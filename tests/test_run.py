@@ -115,6 +115,14 @@ def test_eval_refuses_what_the_run_does_not_have(finished, capsys):
     assert "held out no validation images" in capsys.readouterr().err
 
 
+def test_eval_refuses_data_of_other_classes(finished, tmp_path, capsys):
+    state = checkpoint.load(finished / "last.pt")
+    state["classes"] = [f"other {name}" for name in state["classes"]]
+    checkpoint.save(tmp_path / "other.pt", state)
+    run(f"eval --checkpoint {tmp_path / 'other.pt'} --limit_eval 40", expected=2)
+    assert "was trained on 100 others (other " in capsys.readouterr().err
+
+
 def test_plot_overlays_runs(finished, tmp_path):
     run(f"plot {finished} {finished} --output {tmp_path / 'both.svg'}")
     assert (tmp_path / "both.svg").read_text().lstrip().startswith("<?xml")

@@ -345,15 +345,19 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     lines = [_note(model, weights)]
     head = {key: names[key] for key in _head_keys(model)}
     if _only_classes_differ(model, [theirs.get(name) for name in head.values()]):
-        there = len(theirs[next(iter(head.values()))])
-        lines.append(f"its head of {there} classes is replaced by a new one of {model.architecture.num_classes}")
+        classes = len(theirs[next(iter(head.values()))])
+        lines.append(f"its head of {classes} classes is replaced by a new one of {model.architecture.num_classes}")
         theirs = {name: tensor for name, tensor in theirs.items() if name not in head.values()}
         names = {key: name for key, name in names.items() if key not in head}
-    fitting = {key: name for key, name in names.items() if name in theirs and theirs[name].shape == ours[key].shape}
+    there = {key: name for key, name in names.items() if name in theirs}
+    misshapen = [name for key, name in there.items() if theirs[name].shape != ours[key].shape]
+    broken = [name for name in there.values() if not _is_finite(theirs[name])]
+    fitting = {key: name for key, name in there.items() if name not in (*misshapen, *broken)}
     misfits = {
         "missing in it": [name for name in names.values() if name not in theirs],
         "without a place here": sorted(set(theirs) - set(names.values())),
-        "of another shape": [name for key, name in names.items() if name in theirs and key not in fitting],
+        "of another shape": misshapen,
+        "not of finite floating-point numbers": broken,
     }
     if any(misfits.values()) and not (allow_unmatched and fitting):
         raise ValueError(_refusal(model, weights, misfits))
@@ -361,6 +365,10 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     model.load_state_dict({key: theirs[name] for key, name in fitting.items()}, strict=False)
     if distributed.is_main():
         print(*(f"{weights.path}: {line}" for line in lines), sep="\n", file=sys.stderr)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
 
 
 def _their_names(model: Network, layout: Layout) -> dict[str, str]:

@@ -32,6 +32,12 @@ def evaluate_checkpoint(config: EvalConfig) -> int:
     dataset = load_dataset(
         dataclasses.replace(trained, data_dir=source, limit_train=None, limit_eval=config.limit_eval)
     )
+    if list(dataset.classes) != list(saved["classes"]):
+        here, there = (", ".join(classes[:3]) for classes in (list(dataset.classes), saved["classes"]))
+        raise ValueError(
+            f"{source} has {len(dataset.classes)} classes ({here}, ...), {path} was trained on "
+            f"{len(saved['classes'])} others ({there}, ...): give the --data_dir of its data set"
+        )
     split = getattr(dataset, config.split)
     if split is None:
         raise ValueError(

@@ -33,6 +33,8 @@ def export(config: ExportConfig) -> int:
     path = Path(config.checkpoint)
     suffix, write = _FORMATS[config.format]
     output = Path(config.output) if config.output else path.with_suffix(suffix)
+    if output.suffix != suffix:  # which also keeps the checkpoint from being written over
+        raise ValueError(f"--output {output}: end a {config.format} file's name in {suffix}")
     saved = checkpoint.load(path)
     model = load_model(saved, config.weights, torch.device("cpu"), kernels="torch").eval()
     if config.fold_batchnorm:

@@ -122,6 +122,8 @@ def predict(config: PredictConfig) -> int:
         ValueError, OSError: for what the user can mend, each with one line.
     """
     paths = _image_files(config.images)
+    if config.output and not Path(config.output).parent.is_dir():
+        raise ValueError(f"--output {config.output}: there is no folder {Path(config.output).parent}; make it first")
     predictor = load(config.checkpoint, config.weights, config.device)
     found: dict[Path, list[Prediction]] = {}
     try:
@@ -145,7 +147,7 @@ def predict(config: PredictConfig) -> int:
 
 
 def _image_files(named: Sequence[str]) -> list[Path]:
-    """The files that are named, and those with the suffix of an image in the folders that are, sorted."""
+    """The files that are named, and those with the suffix of an image in the folders that are, sorted; each once."""
     files: list[Path] = []
     for path in map(Path, named):
         if not path.exists():
@@ -154,7 +156,7 @@ def _image_files(named: Sequence[str]) -> list[Path]:
         if path.is_dir() and not inside:
             raise ValueError(f"{path} holds no image ({', '.join(sorted(_SUFFIXES))})")
         files += inside if path.is_dir() else [path]
-    return files
+    return list(dict.fromkeys(files))
 
 
 def _predict_readable(predictor: Predictor, paths: Sequence[Path], top: int) -> dict[Path, list[Prediction]]:

@@ -315,6 +315,8 @@ def test_what_does_not_match_is_listed_and_refused_unless_allowed(tmp_path: Path
     del state["conv_head.weight"]
     state["blocks.0.0.conv_pw.weight"] = torch.zeros(3, 3, 1, 1)
     state["extra.weight"] = torch.zeros(1)
+    state["bn1.weight"] = torch.full_like(state["bn1.weight"], float("nan"))
+    state["bn1.bias"] = state["bn1.bias"].to(torch.int8)
     path = write(tmp_path / "efficientnet_b0.pth", state)
     with pytest.raises(ValueError, match="does not fit this EfficientNet") as refused:
         create_model("efficientnet-b0", 1000, 64, pretrained=path)
@@ -322,6 +324,7 @@ def test_what_does_not_match_is_listed_and_refused_unless_allowed(tmp_path: Path
         "1 missing in it (conv_head.weight)",
         "1 without a place here (extra.weight)",
         "1 of another shape (blocks.0.0.conv_pw.weight)",
+        "2 not of finite floating-point numbers (bn1.weight, bn1.bias)",
         "--allow_unmatched",
     ):
         assert words in str(refused.value)

@@ -19,6 +19,8 @@ show() {
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Seconds that processes have to save after a SIGTERM (torch 2.12 on; before, 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}"
+# srun does not take it from sbatch by itself (Slurm 22.05 on); outside Slurm nobody reads it.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
 launch() {
     show "$@"

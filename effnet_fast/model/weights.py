@@ -352,7 +352,8 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     there = {key: name for key, name in names.items() if name in theirs}
     misshapen = [name for key, name in there.items() if theirs[name].shape != ours[key].shape]
     broken = [name for name in there.values() if not _is_finite(theirs[name])]
-    fitting = {key: name for key, name in there.items() if name not in (*misshapen, *broken)}
+    unfit = {*misshapen, *broken}
+    fitting = {key: name for key, name in there.items() if name not in unfit}
     misfits = {
         "missing in it": [name for name in names.values() if name not in theirs],
         "without a place here": sorted(set(theirs) - set(names.values())),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,28 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(foreign: Path, tmp_path:
     run(f"{line} --run_name halves")
     whole, halves = (checkpoint.load(tmp_path / name / "last.pt")["model"] for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_a_fine_tuning_goes_on_as_its_checkpoint_says_not_as_the_weights_now_do(
+    foreign: Path, tmp_path: Path, capsys
+) -> None:
+    weights = shutil.copy(foreign, tmp_path / "weights.pth")
+    line = f"{TINY} --pretrained {weights} --save_dir {tmp_path} --run_name tuned"
+    run(f"{line} --time_budget 0.001")
+    before = checkpoint.load(tmp_path / "tuned" / "last.pt")
+    assert not before["progress"]["finished"]
+    weights.unlink()
+    capsys.readouterr()
+    run(line)
+    assert "head" not in capsys.readouterr().err
+    after = checkpoint.load(tmp_path / "tuned" / "last.pt")
+    assert after["progress"]["finished"]
+    assert after["architecture"] == before["architecture"]
+    assert (after["architecture"]["padding"], after["mean"]) == ("same", [0.485, 0.456, 0.406])
+    run(line)
+    assert "is finished; nothing to do" in capsys.readouterr().out
+    run(f"{line} --resume no", expected=2)
+    assert f"there are no weights at {weights}" in capsys.readouterr().err
 
 
 def test_two_ranks_fine_tune(foreign: Path, tmp_path: Path) -> None:

@@ -76,7 +76,13 @@ def _with_an_empty_optimizer(state):
     state["optimizer"] = {}
 
 
-@pytest.mark.parametrize("spoil", [_without_a_weight, _with_unknown_progress, _with_an_empty_optimizer])
+def _with_another_architecture(state):
+    state["architecture"]["no_such"] = 1
+
+
+@pytest.mark.parametrize(
+    "spoil", [_without_a_weight, _with_another_architecture, _with_unknown_progress, _with_an_empty_optimizer]
+)
 def test_a_checkpoint_of_another_version_is_one_line(finished, tmp_path, capsys, spoil):
     state = checkpoint.load(finished / "last.pt")
     state["progress"]["finished"] = False

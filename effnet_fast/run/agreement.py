@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import effnet_fast
-from effnet_fast import distributed
+from effnet_fast import data, distributed
 from effnet_fast.config import TrainConfig, identity
+from effnet_fast.model import Network
 
 # What steers the ranks through their common operations without being part of what a run computes.
 _STEERING = (
@@ -48,12 +48,13 @@ def about_start(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def about_run(fingerprint: str, model: nn.Module, saved: dict[str, Any] | None) -> dict[str, Any]:
+def about_run(dataset: data.Dataset, model: Network, saved: dict[str, Any] | None) -> dict[str, Any]:
     """What is known before the first step: data, model, and where it goes on."""
     shapes = [(name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
     return {
-        "the data's fingerprint": fingerprint[:16],
-        "the model's digest": _digest(repr(shapes).encode()),
+        "the data's fingerprint": dataset.fingerprint[:16],
+        "the images' mean and standard deviation": (dataset.mean, dataset.std),
+        "the model's digest": _digest(repr((model.architecture, shapes)).encode()),
         "the checkpoint in the run's folder, which all machines must share,": (
             "none" if saved is None else f"of step {saved['progress']['step']}"
         ),

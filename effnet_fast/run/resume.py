@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from effnet_fast import distributed
@@ -21,7 +22,10 @@ from effnet_fast.train import checkpoint
 PATIENCE = 10.0  # seconds
 
 # What a checkpoint must hold to be gone on from; what not-finite.pt, say, does not.
-_NEEDED = {"model", "ema", "optimizer", "scaler", "meters", "progress", "config", "fingerprint", "result"}
+_NEEDED = {
+    "model", "ema", "optimizer", "scaler", "meters", "progress", "config", "fingerprint", "result", "architecture",
+    "mean", "std",
+}  # fmt: skip
 
 Found = tuple[Path, dict[str, Any]]
 
@@ -56,6 +60,17 @@ def _acquire(lock: FileLock, folder: Path) -> str | None:
     return None
 
 
+def goes_on(config: TrainConfig, folder: Path) -> bool:
+    """Whether a checkpoint has a say, and no weights or flags that a run begins with; asked before it is alone.
+
+    Raises:
+        ValueError: as `read_checkpoint`.
+    """
+    if config.resume == "auto":
+        return bool(checkpoint.generations(folder / checkpoint.LAST))
+    return config.resume != "no" or _own(folder) is not None
+
+
 def read_checkpoint(config: TrainConfig, folder: Path, fingerprint: str) -> Found | None:
     """The checkpoint to go on from and its path, or None to start afresh.
 
@@ -76,12 +91,19 @@ def read_checkpoint(config: TrainConfig, folder: Path, fingerprint: str) -> Foun
 def _choose(resume: str, folder: Path) -> Found | None:
     if resume == "auto":
         return _newest(folder)
+    if (own := _own(folder)) or resume == "no":
+        return own
+    return Path(resume), checkpoint.load(Path(resume))
+
+
+def _own(folder: Path) -> Found | None:
+    """The newest checkpoint if it was written by this very job, which torchrun or Slurm has started again."""
     if distributed.launch():
         with contextlib.suppress(ValueError):
-            own = _newest(folder)
-            if own is not None and own[1].get("launch") == distributed.launch():
-                return own
-    return None if resume == "no" else (Path(resume), checkpoint.load(Path(resume)))
+            newest = _newest(folder)
+            if newest is not None and newest[1].get("launch") == distributed.launch():
+                return newest
+    return None
 
 
 def _newest(folder: Path) -> Found | None:
@@ -110,6 +132,20 @@ def _refuse_another_run(path: Path, saved: dict[str, Any], config: TrainConfig, 
             f"{path} is of a run with another config ({found}): "
             "choose another --run_name, or --resume no to start afresh"
         )
+
+
+@contextlib.contextmanager
+def of_this_version(path: Path | None) -> Iterator[None]:
+    """Say in one line that the checkpoint at `path` does not hold what is being taken from it; None is none."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if path is None:
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"{path} is of another version or no whole checkpoint ({reason})") from error
 
 
 def accumulation(config: TrainConfig, world_size: int, most_images: int | None) -> int:

@@ -22,7 +22,15 @@ from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.data.loaders import choose, make_loader
 from effnet_fast.distributed import World
-from effnet_fast.model import Network, batch_norms, create_model, default_output_stride, recompute_blocks, variant
+from effnet_fast.model import (
+    Network,
+    batch_norms,
+    create_model,
+    default_output_stride,
+    from_description,
+    recompute_blocks,
+    variant,
+)
 from effnet_fast.model.weights import Weights, read_weights
 from effnet_fast.run import resume
 from effnet_fast.run.agreement import about_run, about_start, agree
@@ -57,7 +65,12 @@ CALIBRATION_BATCHES = 50
 
 @dataclass(frozen=True)
 class Plan:
-    """A training run after every `auto` is decided, before anything is built on a device."""
+    """A training run after every `auto` is decided, before anything is built on a device.
+
+    Attributes:
+        weights: to begin with.
+        description: of the architecture to go on with, see `model.from_description`; None for a run that begins.
+    """
 
     config: TrainConfig
     world: World
@@ -69,6 +82,7 @@ class Plan:
     compile: bool
     graph: bool
     steps_per_epoch: int
+    description: dict[str, Any] | None = None
 
     @property
     def steps(self) -> int:
@@ -145,12 +159,15 @@ def train_in(world: World, config: TrainConfig, on_evaluation: OnEvaluation | No
 
 def _plan(config: TrainConfig, world: World) -> Plan:
     folder = Path(config.save_dir) / config.name
-    if not checkpoint.generations(folder / checkpoint.LAST):  # else the checkpoint has a say
+    begins = not resume.goes_on(config, folder)
+    if begins:
         resume.accumulation(config, world.size, None)
     variant(config.model)  # an unknown name is refused before any data is fetched
     if config.optimizer in optim.APEX:
         optim.apex_class(config.optimizer)
-    weights = read_weights(Path(config.pretrained), config.pretrained_layout) if config.pretrained else None
+    weights = None
+    if begins and config.pretrained:
+        weights = read_weights(Path(config.pretrained), config.pretrained_layout)
     dataset = load_dataset(config)
     if weights is not None:
         dataset = dataclasses.replace(dataset, mean=weights.mean, std=weights.std)
@@ -175,10 +192,28 @@ def _plan(config: TrainConfig, world: World) -> Plan:
     )
 
 
+def _as_saved(plan: Plan, saved: dict[str, Any]) -> Plan:
+    """The plan of a run that goes on: weights' files may have changed since, or be gone."""
+    dataset = dataclasses.replace(plan.dataset, mean=tuple(saved["mean"]), std=tuple(saved["std"]))
+    return dataclasses.replace(plan, dataset=dataset, weights=None, description=saved["architecture"])
+
+
 def _build_model(plan: Plan, device: torch.device) -> Network:
     config = plan.config
     torch.manual_seed(config.seed)
-    model = create_model(
+    model = _begin_model(plan) if plan.description is None else from_description(plan.description, config.kernels)
+    if config.freeze:
+        model.freeze(config.freeze)
+    for norm in batch_norms(model):
+        norm.synchronised = config.sync_batchnorm
+    if config.activation_checkpointing:
+        recompute_blocks(model)
+    return model.to(device)
+
+
+def _begin_model(plan: Plan) -> Network:
+    config = plan.config
+    return create_model(
         config.model,
         num_classes=len(plan.dataset.classes),
         image_size=plan.image_size,
@@ -191,13 +226,6 @@ def _build_model(plan: Plan, device: torch.device) -> Network:
         pretrained=plan.weights,
         allow_unmatched=config.allow_unmatched,
     )
-    if config.freeze:
-        model.freeze(config.freeze)
-    for norm in batch_norms(model):
-        norm.synchronised = config.sync_batchnorm
-    if config.activation_checkpointing:
-        recompute_blocks(model)
-    return model.to(device)
 
 
 def _callable_model(plan: Plan, module: Network, pieces: int) -> nn.Module:
@@ -244,15 +272,17 @@ class _Training:
     """A training run's parts, joined."""
 
     def __init__(self, plan: Plan, watchdog: Watchdog, on_evaluation: OnEvaluation | None) -> None:
-        self.plan, self.watchdog, self.on_evaluation = plan, watchdog, on_evaluation
+        self.watchdog, self.on_evaluation = watchdog, on_evaluation
         config, world = plan.config, plan.world
         set_backends(config.deterministic)
         self.folder = plan.folder
         self.progress = Progress()
         self.found = resume.read_checkpoint(config, plan.folder, plan.dataset.fingerprint)
-        saved = self.found[1] if self.found else None
-        self.model = _build_model(plan, world.device)
-        agree(about_run(plan.dataset.fingerprint, self.model, saved))
+        path, saved = self.found or (None, None)
+        with resume.of_this_version(path):
+            self.plan = plan = plan if saved is None else _as_saved(plan, saved)
+            self.model = _build_model(plan, world.device)
+        agree(about_run(plan.dataset, self.model, saved))
         # With other ranks than before, as many images in one pass as before.
         most_images = saved.get("images_per_pass") if saved else None
         pieces = resume.accumulation(config, world.size, most_images)
@@ -294,12 +324,8 @@ class _Training:
         self._make_loaders()
         self._open_folder()
         if saved is not None:
-            try:
+            with resume.of_this_version(path):
                 self._restore(saved)
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path} is of another version or no whole checkpoint ({_first_line(error)})"
-                ) from error
         self.recorder = Recorder(
             self.folder,
             main=plan.world.is_main,
@@ -513,10 +539,6 @@ class _Training:
             name for name in ("last.pt", "best.pt", "curves.png", "metrics.jsonl") if (self.folder / name).exists()
         )
         print(f"in {self.folder}: {', '.join(found)}, tensorboard/, config.yaml, environment.json")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _image_bytes(plan: Plan, cost: Complexity) -> int:

@@ -1,5 +1,6 @@
 """Ranks that come and go: the same batch, no image twice in an epoch; and ranks that were started differently."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from effnet_fast.config import TrainConfig
 from effnet_fast.data.draws import order
 from effnet_fast.data.loader import Shard
+from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.run import agreement
 from effnet_fast.run.resume import accumulation
 
@@ -78,14 +80,31 @@ def test_data_model_and_checkpoint_are_compared(monkeypatch):
     from effnet_fast import create_model
 
     small, wide = (create_model("efficientnet-b0", output_stride=32, depth=0.3, width=width) for width in (0.25, 0.3))
-    here = agreement.about_run("a" * 64, small, None)
-    there = agreement.about_run("b" * 64, wide, {"progress": {"step": 7}})
+    images = load_synthetic(train_size=100, test_size=100)
+    others = dataclasses.replace(images, fingerprint="b" * 64, mean=(0.5, 0.5, 0.5))
+    here = agreement.about_run(dataclasses.replace(images, fingerprint="a" * 64), small, None)
+    there = agreement.about_run(others, wide, {"progress": {"step": 7}})
     monkeypatch.setattr(agreement.distributed, "gather_objects", lambda mine: [("here", here), ("there", there)])
     with pytest.raises(ValueError, match="the ranks disagree") as refused:
         agreement.agree(here)
     said = str(refused.value)
-    for words in ("data's fingerprint is aaaaaaaaaaaaaaaa", "model's digest", "none on rank 0", "of step 7 on rank 1"):
+    for words in (
+        "data's fingerprint is aaaaaaaaaaaaaaaa",
+        "0.5",
+        "model's digest",
+        "none on rank 0",
+        "of step 7 on rank 1",
+    ):
         assert words in said
+
+
+def test_a_model_of_the_same_shapes_that_computes_otherwise_is_seen():
+    from effnet_fast import create_model
+
+    images = load_synthetic(train_size=100, test_size=100)
+    models = [create_model("efficientnet-b0", output_stride=32, depth=0.3, bn_eps=eps) for eps in (1e-3, 1e-5)]
+    here, there = (agreement.about_run(images, model, None) for model in models)
+    assert [name for name in here if here[name] != there[name]] == ["the model's digest"]
 
 
 def test_a_changed_line_of_code_is_seen(monkeypatch, tmp_path):

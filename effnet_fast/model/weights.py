@@ -136,6 +136,11 @@ def _torchvision_eps(model: str) -> float:
     return 1e-3 if model in ("efficientnet-b5", "efficientnet-b6", "efficientnet-b7") else 1e-5
 
 
+def _own_eps(model: str) -> float:
+    """As `create_model` builds them: reference models have torch's default."""
+    return 1e-3 if model.startswith("efficientnet") else 1e-5
+
+
 @dataclass(frozen=True)
 class Layout:
     """A library's EfficientNet or reference models: a name that only they have, and what they compute with."""
@@ -148,7 +153,7 @@ class Layout:
 
 
 _LAYOUTS = {
-    "effnet-fast": Layout("effnet_fast's", "stem.conv.weight", bn_eps=lambda model: 1e-3),
+    "effnet-fast": Layout("effnet_fast's", "stem.conv.weight", bn_eps=_own_eps),
     "torchvision": Layout("torchvision's", "features.0.0.weight", bn_eps=_torchvision_eps, names=_TORCHVISION),
     "timm": Layout("timm's", "conv_stem.weight", names=_TIMM),
     "timm-tf": Layout("timm's (tf_)", "conv_stem.weight", "same", lambda model: 1e-3, names=_TIMM),
@@ -204,8 +209,11 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no weights, or weights of an unknown layout, or it cannot be told which of timm's.
+        ValueError: it holds no weights, or weights of an unknown layout, or it cannot be told which of timm's; there is
+            no such `layout`.
     """
+    if layout not in ("auto", *_LAYOUTS):
+        raise ValueError(f"unknown layout {layout!r} of weights: choose one of auto, {', '.join(_LAYOUTS)}")
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
     content, facts = _read_exported(path) if path.suffix == ".safetensors" else _read_pickle(path)

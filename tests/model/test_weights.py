@@ -260,6 +260,18 @@ def test_torchvisions_eps_goes_with_the_variant(tmp_path: Path, model: str, eps:
     assert weights.bn_eps(model) == eps
 
 
+@pytest.mark.parametrize("layout", ["auto", "effnet-fast", "torchvision"])
+def test_a_reference_models_eps_is_torchs_default_in_any_layout(tmp_path: Path, layout: str) -> None:
+    path = write(tmp_path / "w.pth", random_state(golden("torchvision_resnet50")))
+    model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path, pretrained_layout=layout)
+    assert model.architecture.bn_eps == 1e-5
+
+
+def test_an_unknown_layout_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'tf'.*choose one of auto, effnet-fast, torchvision, timm, timm-tf, eff"):
+        read_weights(write(tmp_path / "w.pth", {"conv_stem.weight": torch.zeros(1)}), "tf")
+
+
 def timm_file(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return write(path, {"conv_stem.weight": torch.zeros(1)})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ from effnet_fast.model.network import Network
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SHOWN = 4  # names of each kind in a refusal
+
+# What trainers put a state dict under: timm's averages and torchvision's come first, as timm reads them.
+_AVERAGES = ("state_dict_ema", "model_ema")
+_WRAPPERS = (*_AVERAGES, "state_dict", "model", "model_state_dict")
+_COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm, and of torch's AveragedModel
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,7 @@ class Weights:
         tensors: by those names, without counters of batches.
         mean, std: of each channel, that the images they were trained on were normalised with.
         description: of the architecture, where the file is of this project.
+        average: name under which a trainer's file holds them, where they are a moving average.
     """
 
     path: Path
@@ -185,6 +192,7 @@ class Weights:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     description: Mapping[str, Any] | None = None
+    average: str | None = None
 
     @property
     def padding(self) -> Padding:
@@ -199,8 +207,8 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
     """Read EfficientNet weights of torchvision, timm, EfficientNet-PyTorch or this project, or torchvision's ResNet or
     DenseNet, from .safetensors, or from .pth or .pt of which no code can run.
 
-    A state dict may be wrapped as trainers do ({"state_dict": ...}, {"model": ...}, `module.` before every name). Of a
-    run's own checkpoint the moving average is taken where there is one.
+    A state dict may be wrapped as trainers do ({"state_dict": ...}, {"model": ...}, `module.` before every name). Where
+    there is a moving average of the weights, of a run here, timm's or torchvision's trainer, it is taken.
 
     Args:
         path: the file.
@@ -217,7 +225,7 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
     content, facts = _read_exported(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    tensors = {_bare(name): tensor for name, tensor in content.items() if not name.endswith("num_batches_tracked")}
+    tensors = {_bare(name): tensor for name, tensor in content.items() if not name.endswith(_COUNTERS)}
     chosen = _LAYOUTS[layout] if layout != "auto" else _recognise(path, tensors, facts)
     return Weights(
         path,
@@ -226,6 +234,7 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
         mean=tuple(facts.get("mean", IMAGENET_MEAN)),  # type: ignore[arg-type]
         std=tuple(facts.get("std", IMAGENET_STD)),  # type: ignore[arg-type]
         description=facts.get("description"),
+        average=facts.get("average"),
     )
 
 
@@ -263,7 +272,8 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import pickle
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # the arguments that trainers keep
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged, or holds more than tensors, which could run code: save its state dict alone"
@@ -278,9 +288,10 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {**state["model"], **(state["ema"] or {})}, facts
     if isinstance(state.get("arch"), str):  # of timm's trainer
         facts["architecture"] = state["arch"]
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state.get(wrapper), dict):
+    for wrapper in _WRAPPERS:
+        if isinstance(state.get(wrapper), dict) and state[wrapper]:
             state = state[wrapper]
+            facts |= {"average": wrapper} if wrapper in _AVERAGES else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no state dict")
@@ -351,6 +362,8 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     ours, theirs = model.state_dict(), dict(weights.tensors)
     names = _their_names(model, weights.layout)
     lines = [_note(model, weights)]
+    if weights.average:
+        lines.append(f"the moving average it holds ({weights.average}) is taken, not the weights it is of")
     head = {key: names[key] for key in _head_keys(model)}
     if _only_classes_differ(model, [theirs.get(name) for name in head.values()]):
         classes = len(theirs[next(iter(head.values()))])

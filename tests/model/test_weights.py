@@ -6,6 +6,7 @@ and the networks are written out below as plain convolutions that read the tenso
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
@@ -299,16 +300,33 @@ def test_which_of_timms_two_is_told_by_what_is_known_of_the_file(tmp_path: Path,
     assert read_weights(unknown, "timm-tf").padding == "same"
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapped: bool) -> None:
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict"])
+def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapper: str | None) -> None:
     state = random_state(golden("torchvision_densenet201"))
     old = {re.sub(r"(denselayer\d+\.(norm|conv))([12])", r"\1.\3", key): value for key, value in state.items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
-    if wrapped:
-        old = {"model": {f"module.{key}": value for key, value in old.items()}}
+    if wrapper:
+        old = {wrapper: {f"module.{key}": value for key, value in old.items()}}
     torch.save(old, tmp_path / "w.pth")
     weights = read_weights(tmp_path / "w.pth")
     assert weights.tensors.keys() == {key for key in state if not key.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(("average", "raw"), [("state_dict_ema", "state_dict"), ("model_ema", "model")])
+def test_a_trainers_moving_average_is_taken_and_that_is_said(tmp_path: Path, capsys, average: str, raw: str) -> None:
+    """As timm's and torchvision's trainers save it, with their arguments."""
+    state = random_state(golden("torchvision_resnet50"))
+    averaged = {f"module.{name}": tensor + 1 for name, tensor in state.items()} | {"n_averaged": torch.tensor(3)}
+    path, arguments = tmp_path / "w.pth", argparse.Namespace(ema=True)
+    torch.save({raw: state, average: averaged, "args": arguments}, path)
+    model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path)
+    assert torch.equal(model.fc.weight, state["fc.weight"] + 1)
+    assert f"the moving average it holds ({average}) is taken" in capsys.readouterr().err
+    for nothing in (None, {}):
+        torch.save({raw: state, average: nothing, "args": arguments}, path)
+        model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path)
+        assert torch.equal(model.fc.weight, state["fc.weight"])
+        assert "moving average" not in capsys.readouterr().err
 
 
 def test_a_head_of_another_size_stays_new_and_that_is_said(tmp_path: Path, capsys) -> None:

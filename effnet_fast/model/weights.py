@@ -213,7 +213,7 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
     Args:
         path: the file.
         layout: whose names it has; auto tells by the names, and `timm` from `timm-tf` by the architecture named in the
-            file, in timm's config.json beside it, or in its path.
+            file, else in timm's config.json beside it, else in its own name, else in the nearest folder's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -226,7 +226,8 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
         raise FileNotFoundError(f"there are no weights at {path}")
     content, facts = _read_exported(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors = {_bare(name): tensor for name, tensor in content.items() if not name.endswith(_COUNTERS)}
-    chosen = _LAYOUTS[layout] if layout != "auto" else _recognise(path, tensors, facts)
+    names = [*facts.get("architectures", ()), *reversed(path.absolute().parts)]  # the nearest to the tensors first
+    chosen = _LAYOUTS[layout] if layout != "auto" else _recognise(path, tensors, names)
     return Weights(
         path,
         chosen,
@@ -287,7 +288,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = {"description": state["architecture"], "mean": state["mean"], "std": state["std"]}
         return {**state["model"], **(state["ema"] or {})}, facts
     if isinstance(state.get("arch"), str):  # of timm's trainer
-        facts["architecture"] = state["arch"]
+        facts["architectures"] = [state["arch"], *facts.get("architectures", ())]
     for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), dict) and state[wrapper]:
             state = state[wrapper]
@@ -304,7 +305,7 @@ def _facts_beside(path: Path) -> dict[str, Any]:
         told = json.loads((path.parent / "config.json").read_text())
         normalisation = told.get("pretrained_cfg", {})
         facts = {name: normalisation[name] for name in ("mean", "std") if name in normalisation}
-        return {"architecture": told["architecture"], **facts}
+        return {"architectures": [told["architecture"]], **facts}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -321,7 +322,7 @@ def _without_dot(name: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
 
 
-def _recognise(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Layout:
+def _recognise(path: Path, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Layout:
     for sign, layout in _REFERENCE.items():
         if sign in tensors:
             return layout
@@ -332,19 +333,19 @@ def _recognise(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
             f"{_some(tensors)}"
         )
     if found == ["timm", "timm-tf"]:
-        return _LAYOUTS[_which_of_timm(path, facts.get("architecture"))]
+        return _LAYOUTS[_which_of_timm(path, names)]
     return _LAYOUTS[found[0]]
 
 
-def _which_of_timm(path: Path, architecture: str | None) -> str:
-    told = architecture or str(path.absolute())
-    named = {"timm-tf" if tf else "timm" for tf in re.findall(r"(tf_)?efficientnet_b\d", told)}
-    if len(named) != 1:
-        raise ValueError(
-            f"{path}: timm's efficientnet_b* and tf_efficientnet_b* have the same names but other padding and eps, and "
-            "nothing says which this is: add --pretrained_layout timm or timm-tf"
-        )
-    return named.pop()
+def _which_of_timm(path: Path, names: Sequence[str]) -> str:
+    for name in names:
+        named = {"timm-tf" if tf else "timm" for tf in re.findall(r"(tf_)?efficientnet_b\d", name)}
+        if len(named) == 1:
+            return named.pop()
+    raise ValueError(
+        f"{path}: timm's efficientnet_b* and tf_efficientnet_b* have the same names but other padding and eps, and "
+        "nothing says which this is: add --pretrained_layout timm or timm-tf"
+    )
 
 
 @torch.no_grad()

@@ -300,6 +300,22 @@ def test_which_of_timms_two_is_told_by_what_is_known_of_the_file(tmp_path: Path,
     assert read_weights(unknown, "timm-tf").padding == "same"
 
 
+def test_the_nearest_name_says_which_of_timms_two(tmp_path: Path) -> None:
+    told = {
+        "tf_efficientnet_b0/efficientnet_b0.pth": "symmetric",
+        "efficientnet_b0/tf_efficientnet_b0.pth": "same",
+        "tf_efficientnet_b0/efficientnet_b0/w.pth": "symmetric",
+        "tf_efficientnet_b0/efficientnet_b0-or-tf_efficientnet_b0.pth": "same",  # names both, so its folder says
+    }
+    for name, padding in told.items():
+        assert read_weights(timm_file(tmp_path / name)).padding == padding, name
+    trainer = tmp_path / "tf_efficientnet_b0" / "trainer.pth"
+    torch.save({"arch": "efficientnet", "state_dict": {"conv_stem.weight": torch.zeros(1)}}, trainer)  # of no name
+    assert read_weights(trainer).padding == "same"
+    (trainer.parent / "config.json").write_text(json.dumps({"architecture": "efficientnet_b0"}))
+    assert read_weights(trainer).padding == "symmetric"
+
+
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict"])
 def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapper: str | None) -> None:
     state = random_state(golden("torchvision_densenet201"))

@@ -26,6 +26,11 @@ from effnet_fast.model.efficientnet import EfficientNet
 from effnet_fast.model.network import Network
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# AdvProp's weights, of timm and of EfficientNet-PyTorch, and those of timm's recipe ra4 saw pixels from -1 to 1.
+_CENTRED = re.compile(r"tf_efficientnet_b\d[._]ap(?![a-z0-9])|adv-efficientnet-b\d|efficientnet_b\d[._]ra4(?![a-z0-9])")
+_HALF = (0.5, 0.5, 0.5)
+
 _SHOWN = 4  # names of each kind in a refusal
 
 # What trainers put a state dict under: timm's averages and torchvision's come first, as timm reads them.
@@ -228,12 +233,13 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
     tensors = {_bare(name): tensor for name, tensor in content.items() if not name.endswith(_COUNTERS)}
     names = [*facts.get("architectures", ()), *reversed(path.absolute().parts)]  # the nearest to the tensors first
     chosen = _LAYOUTS[layout] if layout != "auto" else _recognise(path, tensors, names)
+    mean, std = (_HALF, _HALF) if _is_centred(names) else (IMAGENET_MEAN, IMAGENET_STD)
     return Weights(
         path,
         chosen,
         {_without_dot(name): tensor for name, tensor in tensors.items()},
-        mean=tuple(facts.get("mean", IMAGENET_MEAN)),  # type: ignore[arg-type]
-        std=tuple(facts.get("std", IMAGENET_STD)),  # type: ignore[arg-type]
+        mean=tuple(facts.get("mean", mean)),  # type: ignore[arg-type]
+        std=tuple(facts.get("std", std)),  # type: ignore[arg-type]
         description=facts.get("description"),
         average=facts.get("average"),
     )
@@ -348,6 +354,12 @@ def _which_of_timm(path: Path, names: Sequence[str]) -> str:
     )
 
 
+def _is_centred(names: Sequence[str]) -> bool:
+    """Whether the nearest name of an EfficientNet is one whose images were normalised by 0.5."""
+    nearest = next((name for name in names if re.search(r"efficientnet[-_]b\d", name)), "")
+    return bool(_CENTRED.search(nearest))
+
+
 @torch.no_grad()
 def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False) -> None:
     """Copy weights into a model of the same architecture.
@@ -362,7 +374,8 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     """
     ours, theirs = model.state_dict(), dict(weights.tensors)
     names = _their_names(model, weights.layout)
-    lines = [_note(model, weights)]
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (weights.mean, weights.std))
+    lines = [_note(model, weights), f"images normalised with mean {mean} and std {std}"]
     if weights.average:
         lines.append(f"the moving average it holds ({weights.average}) is taken, not the weights it is of")
     head = {key: names[key] for key in _head_keys(model)}

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from effnet_fast import create_model
-from effnet_fast.model.weights import read_weights
+from effnet_fast.model.weights import IMAGENET_MEAN, IMAGENET_STD, read_weights
 
 B0_STAGES = tuple(zip((1, 2, 2, 2, 1, 2, 1), (1, 2, 2, 3, 3, 4, 1), strict=True))  # stride, repeats
 
@@ -316,6 +316,36 @@ def test_the_nearest_name_says_which_of_timms_two(tmp_path: Path) -> None:
     assert read_weights(trainer).padding == "symmetric"
 
 
+@pytest.mark.parametrize(
+    ("name", "centred"),
+    [
+        ("tf_efficientnet_b0_ap-f262efe1.pth", True),
+        ("models--timm--tf_efficientnet_b7.ap_in1k/model.safetensors", True),
+        ("models--timm--efficientnet_b0.ra4_e3600_r224_in1k/model.safetensors", True),
+        ("adv-efficientnet-b0-b64d5a18.pth", True),
+        ("tf_efficientnet_b0_ns-c0e6a31c.pth", False),
+        ("tf_efficientnet_b0_apart.pth", False),
+        ("efficientnet_b0_ra-3dd342df.pth", False),
+        ("efficientnet-b0-355c32eb.pth", False),
+        ("tf_efficientnet_b0_ap/tf_efficientnet_b0_ns.pth", False),  # the nearest name
+    ],
+)
+def test_the_name_says_which_weights_saw_pixels_from_minus_1_to_1(tmp_path: Path, name: str, centred: bool) -> None:
+    sign = "_conv_stem.weight" if "efficientnet-b" in name else "conv_stem.weight"
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    weights = read_weights(write(tmp_path / name, {sign: torch.zeros(1)}))
+    half = (0.5, 0.5, 0.5)
+    assert (weights.mean, weights.std) == ((half, half) if centred else (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def test_mean_and_std_of_the_trainer_win_over_the_name(tmp_path: Path) -> None:
+    path = timm_file(tmp_path / "tf_efficientnet_b0_ap.pth")
+    told = {"architecture": "tf_efficientnet_b0_ap", "pretrained_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    weights = read_weights(path)
+    assert (weights.mean, weights.std) == ((0.4,) * 3, (0.2,) * 3)
+
+
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict"])
 def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapper: str | None) -> None:
     state = random_state(golden("torchvision_densenet201"))
@@ -351,7 +381,8 @@ def test_a_head_of_another_size_stays_new_and_that_is_said(tmp_path: Path, capsy
     model = create_model("efficientnet-b0", 10, 64, pretrained=path)
     said = capsys.readouterr().err
     assert "its head of 1000 classes is replaced by a new one of 10" in said
-    assert "torchvision's names; symmetric padding, BatchNorm eps 1e-05" in said
+    assert "torchvision's names; symmetric padding, BatchNorm eps 1e-05\n" in said
+    assert "images normalised with mean 0.485 0.456 0.406 and std 0.229 0.224 0.225\n" in said
     assert model.classifier.weight.shape == (10, 1280)
     assert torch.equal(model.head.conv.weight, state["features.8.0.weight"])
 

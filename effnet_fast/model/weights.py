@@ -8,6 +8,7 @@ padding or eps 1e-3 give wrong logits with the other, without any error. timm's 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from argparse import Namespace
@@ -223,7 +224,7 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds no weights, or weights of an unknown layout, or it cannot be told which of timm's; there is
-            no such `layout`.
+            no such `layout`; what timm's config.json tells is impossible.
     """
     if layout not in ("auto", *_LAYOUTS):
         raise ValueError(f"unknown layout {layout!r} of weights: choose one of auto, {', '.join(_LAYOUTS)}")
@@ -307,13 +308,34 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _facts_beside(path: Path) -> dict[str, Any]:
     """Architecture, mean and std that timm's config.json in the same folder tells of its weights."""
+    file = path.parent / "config.json"
     try:
-        told = json.loads((path.parent / "config.json").read_text())
-        normalisation = told.get("pretrained_cfg", {})
-        facts = {name: normalisation[name] for name in ("mean", "std") if name in normalisation}
-        return {"architectures": [told["architecture"]], **facts}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        told = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError:
         return {}
+    if not isinstance(told, dict) or "architecture" not in told:  # not of timm
+        return {}
+    if not isinstance(told["architecture"], str):
+        raise ValueError(f"{file}: architecture must be a name, not {told['architecture']!r}")
+    settings = told.get("pretrained_cfg", told) or {}  # in older ones mean and std stand beside the architecture
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: pretrained_cfg must hold mean and std, not be {settings!r}")
+    return {"architectures": [told["architecture"]], **_normalisation(file, settings)}
+
+
+def _normalisation(file: Path, told: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Mean and std, where they are told."""
+    found = {name: told[name] for name in ("mean", "std") if name in told}
+    for name, values in found.items():
+        if not (isinstance(values, list) and len(values) == 3 and all(map(_is_finite_number, values))):
+            raise ValueError(f"{file}: {name} must be three finite numbers, not {values!r}")
+        if name == "std" and min(values) <= 0:
+            raise ValueError(f"{file}: std must be three positive numbers, not {values!r}")
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def _is_finite_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
 
 
 def _bare(name: str) -> str:

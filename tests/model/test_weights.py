@@ -346,6 +346,44 @@ def test_mean_and_std_of_the_trainer_win_over_the_name(tmp_path: Path) -> None:
     assert (weights.mean, weights.std) == ((0.4,) * 3, (0.2,) * 3)
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"architecture": 5}, "architecture must be a name, not 5"),
+        ({"pretrained_cfg": "x"}, "pretrained_cfg must hold mean and std, not be 'x'"),
+        ({"pretrained_cfg": {"mean": 0.5}}, "mean must be three finite numbers, not 0.5"),
+        ({"pretrained_cfg": {"mean": None}}, "mean must be three finite numbers, not None"),
+        ({"pretrained_cfg": {"mean": [0.5]}}, r"mean must be three finite numbers, not \[0.5\]"),
+        ({"pretrained_cfg": {"mean": ["0.5"] * 3}}, "mean must be three finite numbers"),
+        ({"pretrained_cfg": {"mean": [float("nan")] * 3}}, "mean must be three finite numbers"),
+        ({"pretrained_cfg": {"std": [0.2, 0.2, 0]}}, r"std must be three positive numbers, not \[0.2, 0.2, 0\]"),
+        ({"std": [0.2, 0.2, -0.2]}, "std must be three positive numbers"),
+    ],
+)
+def test_impossible_values_in_timms_config_are_told_with_the_field(tmp_path: Path, told: dict, words: str) -> None:
+    path = timm_file(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "efficientnet_b0"} | told))
+    with pytest.raises(ValueError, match=rf"config\.json: {words}"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "5", "torn {", "\xff", '{"mean": 0.5}', '{"architecture": "efficientnet_b0", "pretrained_cfg": null}'],
+)
+def test_a_config_of_others_or_without_mean_and_std_leaves_imagenets(tmp_path: Path, content: str) -> None:
+    path = timm_file(tmp_path / "efficientnet_b0.safetensors")
+    (tmp_path / "config.json").write_text(content, "latin-1")
+    assert read_weights(path).mean == IMAGENET_MEAN
+
+
+def test_timms_older_config_has_mean_and_std_beside_the_architecture(tmp_path: Path) -> None:
+    path = timm_file(tmp_path / "model.safetensors")
+    told = {"architecture": "efficientnet_b0", "mean": [0.5] * 3, "std": [1, 1, 1]}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert (read_weights(path).mean, read_weights(path).std) == ((0.5,) * 3, (1,) * 3)
+
+
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict"])
 def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapper: str | None) -> None:
     state = random_state(golden("torchvision_densenet201"))

@@ -222,7 +222,7 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
             file, else in timm's config.json beside it, else in its own name, else in the nearest folder's.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it may not be read.
         ValueError: it holds no weights, or weights of an unknown layout, or it cannot be told which of timm's; there is
             no such `layout`; what timm's config.json tells is impossible.
     """
@@ -250,21 +250,28 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, and the metadata that `effnet-fast export` wrote into it (none, if another did).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
+        OSError: there is no such file, or it may not be read.
+        ValueError: it is damaged, or lacks some of that metadata.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
+    path.open("rb").close()  # of a file that may not be read safetensors says that there is none
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
-    ours = "effnet_fast" in metadata
-    return tensors, {name: json.loads(value) for name, value in metadata.items()} if ours else {}
+    if "effnet_fast" not in metadata:
+        return tensors, {}
+    try:
+        told = {name: json.loads(value) for name, value in metadata.items()}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its metadata is not what effnet-fast export writes ({error})") from error
+    _require(path, told, "architecture", "classes", "mean", "std", "folded")
+    return tensors, told
 
 
 def _read_exported(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -273,37 +280,59 @@ def _read_exported(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, _facts_beside(path)
     if told["folded"]:
         raise ValueError(f"{path} has its BatchNorm folded, for use only: export without --fold_batchnorm")
-    return tensors, {"description": told["architecture"], "mean": told["mean"], "std": told["std"]}
+    return tensors, _facts_of_run(path, told)
+
+
+def _read_run(path: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    _require(path, state, "model", "ema", "mean", "std")
+    average = _tensors_by_name(path, state["ema"]) if state["ema"] else {}
+    facts = _facts_of_run(path, state) | ({"average": "ema"} if average else {})
+    return _tensors_by_name(path, state["model"]) | average, facts
+
+
+def _facts_of_run(path: Path, told: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(told["architecture"], dict):
+        raise ValueError(f"{path} is damaged: its architecture is {told['architecture']!r}")
+    return {"description": told["architecture"], **_normalisation(path, told)}
+
+
+def _require(path: Path, told: Mapping[str, Any], *names: str) -> None:
+    if lacking := [name for name in names if name not in told]:
+        raise ValueError(f"{path} is damaged or of another version: it lacks {', '.join(lacking)}; take another file")
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import pickle
 
-    try:
-        with torch.serialization.safe_globals([Namespace]):  # the arguments that trainers keep
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged, or holds more than tensors, which could run code: save its state dict alone"
-        ) from error
-    except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{path} is damaged or holds no weights") from error
+    with path.open("rb") as file, torch.serialization.safe_globals([Namespace]):  # the arguments that trainers keep
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} is damaged, or holds more than tensors, which could run code: save its state dict alone"
+            ) from error
+        except Exception as error:  # damaged bytes can raise anything
+            raise ValueError(f"{path} is damaged or holds no weights") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state dict")
+    if "architecture" in state and "format" in state:
+        return _read_run(path, state)
     facts = _facts_beside(path)
-    if "architecture" in state and "format" in state:  # of a run here
-        facts = {"description": state["architecture"], "mean": state["mean"], "std": state["std"]}
-        return {**state["model"], **(state["ema"] or {})}, facts
     if isinstance(state.get("arch"), str):  # of timm's trainer
         facts["architectures"] = [state["arch"], *facts.get("architectures", ())]
     for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), dict) and state[wrapper]:
             state = state[wrapper]
             facts |= {"average": wrapper} if wrapper in _AVERAGES else {}
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no state dict")
-    return tensors, facts
+    return _tensors_by_name(path, state), facts
+
+
+def _tensors_by_name(path: Path, state: object) -> dict[str, Tensor]:
+    content = state if isinstance(state, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path} holds no state dict (tensors by name)")
+    return tensors
 
 
 def _facts_beside(path: Path) -> dict[str, Any]:
@@ -327,7 +356,7 @@ def _normalisation(file: Path, told: Mapping[str, Any]) -> dict[str, tuple[float
     """Mean and std, where they are told."""
     found = {name: told[name] for name in ("mean", "std") if name in told}
     for name, values in found.items():
-        if not (isinstance(values, list) and len(values) == 3 and all(map(_is_finite_number, values))):
+        if not (isinstance(values, list | tuple) and len(values) == 3 and all(map(_is_finite_number, values))):
             raise ValueError(f"{file}: {name} must be three finite numbers, not {values!r}")
         if name == "std" and min(values) <= 0:
             raise ValueError(f"{file}: std must be three positive numbers, not {values!r}")

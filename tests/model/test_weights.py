@@ -484,11 +484,13 @@ def test_files_that_are_no_weights(tmp_path: Path, capsys) -> None:
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\x00")
     torch.save({"weights": {}}, tmp_path / "empty.pth")
     torch.save({"a.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
+    torch.save({1: torch.zeros(1), "conv_stem.weight": torch.zeros(1)}, tmp_path / "numbered.pth")
     expected = {
         "code.pth": "could run code",
         "torn.pth": "damaged",
         "torn.safetensors": "damaged",
         "empty.pth": "holds no state dict",
+        "numbered.pth": "holds no state dict",
         "foreign.pth": "no layout known here",
     }
     for name, words in expected.items():
@@ -497,3 +499,76 @@ def test_files_that_are_no_weights(tmp_path: Path, capsys) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         read_weights(tmp_path / "nowhere.pth")
     assert "must not run" not in capsys.readouterr().out
+
+
+OWN = {
+    "format": 1,
+    "architecture": {"padding": "same", "bn_eps": 1e-4},
+    "model": {"stem.conv.weight": torch.zeros(1)},
+    "ema": None,
+    "mean": [0.5] * 3,
+    "std": [0.2] * 3,
+}
+CHANGES = [
+    ({"mean": 5}, "mean must be three finite numbers, not 5"),
+    ({"std": [0, 1, 1]}, "std must be three positive numbers"),
+    ({"architecture": 5}, "its architecture is 5"),
+]
+
+
+def without(told: dict, *names: str) -> dict:
+    return {name: value for name, value in told.items() if name not in names}
+
+
+def test_of_a_run_the_moving_average_is_taken(tmp_path: Path) -> None:
+    torch.save(OWN | {"ema": {"stem.conv.weight": torch.ones(1)}}, tmp_path / "last.pt")
+    weights = read_weights(tmp_path / "last.pt")
+    assert (weights.tensors["stem.conv.weight"].item(), weights.average) == (1, "ema")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        *((without(OWN, name), f"it lacks {name};") for name in ("model", "ema", "mean", "std")),
+        (without(OWN, "model", "std"), "it lacks model, std;"),
+        *((OWN | change, words) for change, words in [*CHANGES, ({"model": 5}, "no state"), ({"ema": 5}, "no state")]),
+    ],
+)
+def test_a_damaged_checkpoint_of_a_run_is_named_with_what_it_lacks(tmp_path: Path, state: dict, words: str) -> None:
+    path = tmp_path / "last.pt"
+    torch.save(OWN, path)
+    assert (read_weights(path).padding, read_weights(path).mean) == ("same", (0.5,) * 3)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=rf"last\.pt.* {words}"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(({name: None}, f"it lacks {name};") for name in ("architecture", "classes", "mean", "std", "folded")),
+        ({"classes": "torn ["}, "metadata is not what effnet-fast export writes"),
+        *(({name: json.dumps(value) for name, value in change.items()}, words) for change, words in CHANGES),
+    ],
+)
+def test_a_damaged_export_is_named_with_what_it_lacks(tmp_path: Path, change: dict, words: str) -> None:
+    path = tmp_path / "model.safetensors"
+    told = without(OWN, "format", "model", "ema") | {"effnet_fast": "1.0", "classes": ["a"], "folded": False}
+    metadata = {name: json.dumps(value) for name, value in told.items()}
+    save_file(OWN["model"], path, metadata)
+    assert (read_weights(path).padding, read_weights(path).mean) == ("same", (0.5,) * 3)
+    save_file(OWN["model"], path, {name: value for name, value in (metadata | change).items() if value is not None})
+    with pytest.raises(ValueError, match=rf"model\.safetensors.* {words}"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch, name: str) -> None:
+    path = write(tmp_path / name, {"stem.conv.weight": torch.zeros(1)})
+
+    def refuse(self: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)  # as the system does of anyone but root
+    with pytest.raises(PermissionError, match=f"Permission denied.*{name}"):
+        read_weights(path)

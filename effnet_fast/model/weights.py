@@ -423,6 +423,11 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     Raises:
         ValueError: tensors are missing, have no place or differ in shape.
     """
+    if not isinstance(model, EfficientNet) and any(layout.sign in weights.tensors for layout in _LAYOUTS.values()):
+        raise ValueError(
+            f"{weights.path} holds an EfficientNet's weights ({weights.layout.title} names) and does not fit this "
+            f"{type(model).__name__}: name the --model it was saved from"
+        )
     ours, theirs = model.state_dict(), dict(weights.tensors)
     names = _their_names(model, weights.layout)
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (weights.mean, weights.std))

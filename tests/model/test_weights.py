@@ -461,6 +461,14 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, model: str) -> Non
         create_model(model, 1000, 64, output_stride=32, pretrained=path, allow_unmatched=False)
 
 
+@pytest.mark.parametrize("file", ["efficientnet_b0.pth", "tf_efficientnet_b0.pth"])
+def test_an_efficientnets_weights_never_go_into_a_reference_model(tmp_path: Path, file: str) -> None:
+    """Not even timm's classifier.bias into DenseNet's, which has its name and shape."""
+    path = write(tmp_path / file, random_state(golden("timm_efficientnet_b0")))
+    with pytest.raises(ValueError, match=r"holds an EfficientNet's weights .* does not fit this DenseNet: "):
+        create_model("densenet201", 1000, 64, output_stride=32, pretrained=path, allow_unmatched=True)
+
+
 def test_published_weights_do_not_fit_the_small_stem(tmp_path: Path) -> None:
     path = write(tmp_path / "w.pth", random_state(golden("torchvision_resnet50")))
     with pytest.raises(ValueError, match=r"1 of another shape \(conv1.weight\).*--output_stride 32"):

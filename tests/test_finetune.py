@@ -49,6 +49,18 @@ def test_fine_tuning_with_a_frozen_part_and_layer_wise_rates(foreign: Path, tmp_
     assert f"loss {saved['result']['loss']:.4f}" in capsys.readouterr().out
 
 
+def test_from_a_run_of_as_many_classes_the_head_is_kept_and_that_is_said(tmp_path: Path, capsys) -> None:
+    line = f"{TINY} --width 0.25 --depth 0.3 --save_dir {tmp_path}"
+    run(f"{line} --run_name first")
+    first = checkpoint.load(tmp_path / "first" / "last.pt")
+    capsys.readouterr()
+    run(f"{line} --run_name second --pretrained {tmp_path}/first/last.pt --freeze backbone --learning_rate 0")
+    said = capsys.readouterr().err
+    assert f"its head is kept, for its 100 classes: {', '.join(first['classes'][:4])} and 96 more" in said
+    second = checkpoint.load(tmp_path / "second" / "last.pt")["model"]
+    assert torch.equal(second["classifier.weight"], first["model"]["classifier.weight"])
+
+
 def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(foreign: Path, tmp_path: Path) -> None:
     line = f"{TINY} --pretrained {foreign} --freeze backbone --layer_decay 0.7 --save_dir {tmp_path}"
     run(f"{line} --run_name whole")

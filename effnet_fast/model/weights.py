@@ -189,6 +189,7 @@ class Weights:
         tensors: by those names, without counters of batches.
         mean, std: of each channel, that the images they were trained on were normalised with.
         description: of the architecture, where the file is of this project.
+        classes: their names, where the file is of this project.
         average: name under which a trainer's file holds them, where they are a moving average.
     """
 
@@ -198,6 +199,7 @@ class Weights:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     description: Mapping[str, Any] | None = None
+    classes: tuple[str, ...] = ()
     average: str | None = None
 
     @property
@@ -242,6 +244,7 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
         mean=tuple(facts.get("mean", mean)),  # type: ignore[arg-type]
         std=tuple(facts.get("std", std)),  # type: ignore[arg-type]
         description=facts.get("description"),
+        classes=tuple(facts.get("classes", ())),
         average=facts.get("average"),
     )
 
@@ -284,16 +287,17 @@ def _read_exported(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_run(path: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    _require(path, state, "model", "ema", "mean", "std")
+    _require(path, state, "model", "ema", "classes", "mean", "std")
     average = _tensors_by_name(path, state["ema"]) if state["ema"] else {}
     facts = _facts_of_run(path, state) | ({"average": "ema"} if average else {})
     return _tensors_by_name(path, state["model"]) | average, facts
 
 
 def _facts_of_run(path: Path, told: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(told["architecture"], dict):
-        raise ValueError(f"{path} is damaged: its architecture is {told['architecture']!r}")
-    return {"description": told["architecture"], **_normalisation(path, told)}
+    for name, kind in (("architecture", dict), ("classes", list)):
+        if not isinstance(told[name], kind):
+            raise ValueError(f"{path} is damaged: {name} is {told[name]!r}")
+    return {"description": told["architecture"], "classes": told["classes"], **_normalisation(path, told)}
 
 
 def _require(path: Path, told: Mapping[str, Any], *names: str) -> None:
@@ -415,7 +419,8 @@ def _is_centred(names: Sequence[str]) -> bool:
 def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False) -> None:
     """Copy weights into a model of the same architecture.
 
-    A classifier of another size stays as it is. That, and which layout it was, is said on stderr.
+    A classifier of another size stays as it is. That, or for which classes it is kept, and which layout it was, is said
+    on stderr.
 
     Args:
         allow_unmatched: take the tensors that fit; the others are listed on stderr.
@@ -445,6 +450,8 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     broken = [name for name in there.values() if not _is_finite(theirs[name])]
     unfit = {*misshapen, *broken}
     fitting = {key: name for key, name in there.items() if name not in unfit}
+    if weights.classes and head.keys() <= fitting.keys():
+        lines.append(f"its head is kept, for its {len(weights.classes)} classes: {_some(map(str, weights.classes))}")
     misfits = {
         "missing in it": [name for name in names.values() if name not in theirs],
         "without a place here": sorted(set(theirs) - set(names.values())),

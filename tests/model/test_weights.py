@@ -514,13 +514,15 @@ OWN = {
     "architecture": {"padding": "same", "bn_eps": 1e-4},
     "model": {"stem.conv.weight": torch.zeros(1)},
     "ema": None,
+    "classes": ["a"],
     "mean": [0.5] * 3,
     "std": [0.2] * 3,
 }
 CHANGES = [
     ({"mean": 5}, "mean must be three finite numbers, not 5"),
     ({"std": [0, 1, 1]}, "std must be three positive numbers"),
-    ({"architecture": 5}, "its architecture is 5"),
+    ({"architecture": 5}, "architecture is 5"),
+    ({"classes": "a"}, "classes is 'a'"),
 ]
 
 
@@ -537,7 +539,7 @@ def test_of_a_run_the_moving_average_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        *((without(OWN, name), f"it lacks {name};") for name in ("model", "ema", "mean", "std")),
+        *((without(OWN, name), f"it lacks {name};") for name in ("model", "ema", "classes", "mean", "std")),
         (without(OWN, "model", "std"), "it lacks model, std;"),
         *((OWN | change, words) for change, words in [*CHANGES, ({"model": 5}, "no state"), ({"ema": 5}, "no state")]),
     ],
@@ -561,7 +563,7 @@ def test_a_damaged_checkpoint_of_a_run_is_named_with_what_it_lacks(tmp_path: Pat
 )
 def test_a_damaged_export_is_named_with_what_it_lacks(tmp_path: Path, change: dict, words: str) -> None:
     path = tmp_path / "model.safetensors"
-    told = without(OWN, "format", "model", "ema") | {"effnet_fast": "1.0", "classes": ["a"], "folded": False}
+    told = without(OWN, "format", "model", "ema") | {"effnet_fast": "1.0", "folded": False}
     metadata = {name: json.dumps(value) for name, value in told.items()}
     save_file(OWN["model"], path, metadata)
     assert (read_weights(path).padding, read_weights(path).mean) == ("same", (0.5,) * 3)

@@ -101,7 +101,10 @@ def test_the_recipe_is_the_papers_transfer(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         ("--pretrained nowhere.pth", "there are no weights at nowhere.pth"),
-        ("--freeze stages.9", "cannot freeze up to 'stages.9'"),
+        ("--resume elsewhere.pt --freeze stem", "there is no checkpoint at elsewhere.pt"),
+        ("--freeze backbone", "--freeze is about weights to start from: add --pretrained FILE"),
+        ("--pretrained_layout timm", "--pretrained_layout is about weights to start from"),
+        ("--allow_unmatched true", "--allow_unmatched is about weights to start from"),
         ("--layer_decay 0", "--layer_decay must be above 0"),
         ("--model resnet50 --width 2", "resnet50 has no width"),
         ("--model resnet50 --output_stride 16", "not 16"),
@@ -113,6 +116,11 @@ def test_mistakes_are_one_line(capsys, tmp_path: Path, flags: str, words: str) -
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_a_layer_that_is_not_there_cannot_be_frozen_up_to(foreign: Path, tmp_path: Path, capsys) -> None:
+    run(f"{TINY} --save_dir {tmp_path} --pretrained {foreign} --freeze stages.9", expected=2)
+    assert "\nerror: cannot freeze up to 'stages.9'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -435,10 +435,7 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
         )
     ours, theirs = model.state_dict(), dict(weights.tensors)
     names = _their_names(model, weights.layout)
-    mean, std = (" ".join(f"{value:g}" for value in values) for values in (weights.mean, weights.std))
-    lines = [_note(model, weights), f"images normalised with mean {mean} and std {std}"]
-    if weights.average:
-        lines.append(f"the moving average it holds ({weights.average}) is taken, not the weights it is of")
+    lines = _notes(model, weights)
     head = {key: names[key] for key in _head_keys(model)}
     if _only_classes_differ(model, [theirs.get(name) for name in head.values()]):
         classes = len(theirs[next(iter(head.values()))])
@@ -493,10 +490,16 @@ def _only_classes_differ(model: Network, head: Sequence[Tensor | None]) -> bool:
     return weight is not None and bias is not None and weight.shape[1:] == (features,) and len(weight) != classes
 
 
-def _note(model: Network, weights: Weights) -> str:
+def _notes(model: Network, weights: Weights) -> list[str]:
     build = model.architecture
     padding = "TensorFlow's SAME" if getattr(build, "padding", None) == "same" else "symmetric"
-    return f"{weights.layout.title} names; {padding} padding, BatchNorm eps {build.bn_eps:g}"
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (weights.mean, weights.std))
+    average = f"the moving average it holds ({weights.average}) is taken, not the weights it is of"
+    return [
+        f"{weights.layout.title} names; {padding} padding, BatchNorm eps {build.bn_eps:g}",
+        f"images normalised with mean {mean} and std {std}",
+        *([average] if weights.average else []),
+    ]
 
 
 def _refusal(model: Network, weights: Weights, misfits: Mapping[str, list[str]]) -> str:

@@ -217,7 +217,7 @@ def settle(norm: torch.nn.Module, inputs: tuple[Tensor]) -> None:
     norm.running_var.copy_(var.mean() * (torch.rand_like(var) + 0.5))
 
 
-@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-b2"])
+@pytest.mark.parametrize("name", [f"efficientnet-b{number}" for number in range(8)])
 def test_logits_equal_efficientnet_pytorch(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     oracle = EfficientNetPyTorch.from_name(name, image_size=64, drop_connect_rate=0.0)
@@ -233,6 +233,17 @@ def test_logits_equal_efficientnet_pytorch(tmp_path: Path, name: str) -> None:
     assert (model.architecture.padding, model.architecture.bn_eps) == ("same", 1e-3)
     with torch.no_grad():
         assert_same_logits(model, oracle(images), images)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32(tmp_path: Path, dtype: torch.dtype, suffix: str) -> None:
+    state = random_state(golden("torchvision_efficientnet_b0"))
+    halves = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    path = write(tmp_path / f"w{suffix}", halves)
+    model = create_model("efficientnet-b0", 1000, 64, output_stride=32, pretrained=path)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    assert torch.equal(model.classifier.weight, halves["classifier.1.weight"].float())
 
 
 def test_padding_and_eps_of_the_wrong_layout_give_other_logits(tmp_path: Path) -> None:

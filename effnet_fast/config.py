@@ -196,6 +196,14 @@ class TrainConfig:
             _require(value is None or value > 0, f"--{name} must be above 0, not {value}")
         _require(0 < self.layer_decay <= 1, f"--layer_decay must be above 0 and at most 1, not {self.layer_decay}")
         _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
+        for name, given in (
+            ("pretrained_layout", self.pretrained_layout != "auto"),
+            ("allow_unmatched", self.allow_unmatched),
+            ("freeze", self.freeze and self.resume in ("auto", "no")),
+        ):
+            _require(
+                bool(self.pretrained) or not given, f"--{name} is about weights to start from: add --pretrained FILE"
+            )
         _require(
             (self.step, self.compile) not in (("eager", "yes"), ("compile", "no")),
             f"--step {self.step} and --compile {self.compile} contradict each other: leave --compile out",

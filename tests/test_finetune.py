@@ -50,6 +50,18 @@ def test_fine_tuning_with_a_frozen_part_and_layer_wise_rates(foreign: Path, tmp_
     assert f"loss {saved['result']['loss']:.4f}" in capsys.readouterr().out
 
 
+def test_from_a_run_of_as_many_classes_the_head_is_kept_and_that_is_said(tmp_path: Path, capsys) -> None:
+    line = f"{TINY} --width 0.25 --depth 0.3 --save_dir {tmp_path}"
+    run(f"{line} --run_name first")
+    first = checkpoint.load(tmp_path / "first" / "last.pt")
+    capsys.readouterr()
+    run(f"{line} --run_name second --pretrained {tmp_path}/first/last.pt --freeze backbone --learning_rate 0")
+    said = capsys.readouterr().err
+    assert f"its head is kept, for its 100 classes: {', '.join(first['classes'][:4])} and 96 more" in said
+    second = checkpoint.load(tmp_path / "second" / "last.pt")["model"]
+    assert torch.equal(second["classifier.weight"], first["model"]["classifier.weight"])
+
+
 def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(foreign: Path, tmp_path: Path) -> None:
     line = f"{TINY} --pretrained {foreign} --freeze backbone --layer_decay 0.7 --save_dir {tmp_path}"
     run(f"{line} --run_name whole")
@@ -112,7 +124,10 @@ def test_the_recipe_is_the_papers_transfer(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         ("--pretrained nowhere.pth", "there are no weights at nowhere.pth"),
-        ("--freeze stages.9", "cannot freeze up to 'stages.9'"),
+        ("--resume elsewhere.pt --freeze stem", "there is no checkpoint at elsewhere.pt"),
+        ("--freeze backbone", "--freeze is about weights to start from: add --pretrained FILE"),
+        ("--pretrained_layout timm", "--pretrained_layout is about weights to start from"),
+        ("--allow_unmatched true", "--allow_unmatched is about weights to start from"),
         ("--layer_decay 0", "--layer_decay must be above 0"),
         ("--model resnet50 --width 2", "resnet50 has no width"),
         ("--model resnet50 --output_stride 16", "not 16"),
@@ -124,6 +139,11 @@ def test_mistakes_are_one_line(capsys, tmp_path: Path, flags: str, words: str) -
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_a_layer_that_is_not_there_cannot_be_frozen_up_to(foreign: Path, tmp_path: Path, capsys) -> None:
+    run(f"{TINY} --save_dir {tmp_path} --pretrained {foreign} --freeze stages.9", expected=2)
+    assert "\nerror: cannot freeze up to 'stages.9'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ padding or eps 1e-3 give wrong logits with the other, without any error. timm's 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,17 @@ from effnet_fast.model.efficientnet import EfficientNet
 from effnet_fast.model.network import Network
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# AdvProp's weights, of timm and of EfficientNet-PyTorch, and those of timm's recipe ra4 saw pixels from -1 to 1.
+_CENTRED = re.compile(r"tf_efficientnet_b\d[._]ap(?![a-z0-9])|adv-efficientnet-b\d|efficientnet_b\d[._]ra4(?![a-z0-9])")
+_HALF = (0.5, 0.5, 0.5)
+
 _SHOWN = 4  # names of each kind in a refusal
+
+# What trainers put a state dict under: timm's averages and torchvision's come first, as timm reads them.
+_AVERAGES = ("state_dict_ema", "model_ema")
+_WRAPPERS = (*_AVERAGES, "state_dict", "model", "model_state_dict")
+_COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm, and of torch's AveragedModel
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,11 @@ def _torchvision_eps(model: str) -> float:
     return 1e-3 if model in ("efficientnet-b5", "efficientnet-b6", "efficientnet-b7") else 1e-5
 
 
+def _own_eps(model: str) -> float:
+    """As `create_model` builds them: reference models have torch's default."""
+    return 1e-3 if model.startswith("efficientnet") else 1e-5
+
+
 @dataclass(frozen=True)
 class Layout:
     """A library's EfficientNet or reference models: a name that only they have, and what they compute with."""
@@ -148,7 +165,7 @@ class Layout:
 
 
 _LAYOUTS = {
-    "effnet-fast": Layout("effnet_fast's", "stem.conv.weight", bn_eps=lambda model: 1e-3),
+    "effnet-fast": Layout("effnet_fast's", "stem.conv.weight", bn_eps=_own_eps),
     "torchvision": Layout("torchvision's", "features.0.0.weight", bn_eps=_torchvision_eps, names=_TORCHVISION),
     "timm": Layout("timm's", "conv_stem.weight", names=_TIMM),
     "timm-tf": Layout("timm's (tf_)", "conv_stem.weight", "same", lambda model: 1e-3, names=_TIMM),
@@ -172,6 +189,8 @@ class Weights:
         tensors: by those names, without counters of batches.
         mean, std: of each channel, that the images they were trained on were normalised with.
         description: of the architecture, where the file is of this project.
+        classes: their names, where the file is of this project.
+        average: name under which a trainer's file holds them, where they are a moving average.
     """
 
     path: Path
@@ -180,6 +199,8 @@ class Weights:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     description: Mapping[str, Any] | None = None
+    classes: tuple[str, ...] = ()
+    average: str | None = None
 
     @property
     def padding(self) -> Padding:
@@ -194,30 +215,37 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
     """Read EfficientNet weights of torchvision, timm, EfficientNet-PyTorch or this project, or torchvision's ResNet or
     DenseNet, from .safetensors, or from .pth or .pt of which no code can run.
 
-    A state dict may be wrapped as trainers do ({"state_dict": ...}, {"model": ...}, `module.` before every name). Of a
-    run's own checkpoint the moving average is taken where there is one.
+    A state dict may be wrapped as trainers do ({"state_dict": ...}, {"model": ...}, `module.` before every name). Where
+    there is a moving average of the weights, of a run here, timm's or torchvision's trainer, it is taken.
 
     Args:
         path: the file.
         layout: whose names it has; auto tells by the names, and `timm` from `timm-tf` by the architecture named in the
-            file, in timm's config.json beside it, or in its path.
+            file, else in timm's config.json beside it, else in its own name, else in the nearest folder's.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no weights, or weights of an unknown layout, or it cannot be told which of timm's.
+        OSError: there is no such file, or it may not be read.
+        ValueError: it holds no weights, or weights of an unknown layout, or it cannot be told which of timm's; there is
+            no such `layout`; what timm's config.json tells is impossible.
     """
+    if layout not in ("auto", *_LAYOUTS):
+        raise ValueError(f"unknown layout {layout!r} of weights: choose one of auto, {', '.join(_LAYOUTS)}")
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
     content, facts = _read_exported(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    tensors = {_bare(name): tensor for name, tensor in content.items() if not name.endswith("num_batches_tracked")}
-    chosen = _LAYOUTS[layout] if layout != "auto" else _recognise(path, tensors, facts)
+    tensors = {_bare(name): tensor for name, tensor in content.items() if not name.endswith(_COUNTERS)}
+    names = [*facts.get("architectures", ()), *reversed(path.absolute().parts)]  # the nearest to the tensors first
+    chosen = _LAYOUTS[layout] if layout != "auto" else _recognise(path, tensors, names)
+    mean, std = (_HALF, _HALF) if _is_centred(names) else (IMAGENET_MEAN, IMAGENET_STD)
     return Weights(
         path,
         chosen,
         {_without_dot(name): tensor for name, tensor in tensors.items()},
-        mean=tuple(facts.get("mean", IMAGENET_MEAN)),  # type: ignore[arg-type]
-        std=tuple(facts.get("std", IMAGENET_STD)),  # type: ignore[arg-type]
+        mean=tuple(facts.get("mean", mean)),  # type: ignore[arg-type]
+        std=tuple(facts.get("std", std)),  # type: ignore[arg-type]
         description=facts.get("description"),
+        classes=tuple(facts.get("classes", ())),
+        average=facts.get("average"),
     )
 
 
@@ -225,21 +253,28 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, and the metadata that `effnet-fast export` wrote into it (none, if another did).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
+        OSError: there is no such file, or it may not be read.
+        ValueError: it is damaged, or lacks some of that metadata.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
+    path.open("rb").close()  # of a file that may not be read safetensors says that there is none
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
-    ours = "effnet_fast" in metadata
-    return tensors, {name: json.loads(value) for name, value in metadata.items()} if ours else {}
+    if "effnet_fast" not in metadata:
+        return tensors, {}
+    try:
+        told = {name: json.loads(value) for name, value in metadata.items()}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its metadata is not what effnet-fast export writes ({error})") from error
+    _require(path, told, "architecture", "classes", "mean", "std", "folded")
+    return tensors, told
 
 
 def _read_exported(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -248,46 +283,92 @@ def _read_exported(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, _facts_beside(path)
     if told["folded"]:
         raise ValueError(f"{path} has its BatchNorm folded, for use only: export without --fold_batchnorm")
-    return tensors, {"description": told["architecture"], "mean": told["mean"], "std": told["std"]}
+    return tensors, _facts_of_run(path, told)
+
+
+def _read_run(path: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    _require(path, state, "model", "ema", "classes", "mean", "std")
+    average = _tensors_by_name(path, state["ema"]) if state["ema"] else {}
+    facts = _facts_of_run(path, state) | ({"average": "ema"} if average else {})
+    return _tensors_by_name(path, state["model"]) | average, facts
+
+
+def _facts_of_run(path: Path, told: Mapping[str, Any]) -> dict[str, Any]:
+    for name, kind in (("architecture", dict), ("classes", list)):
+        if not isinstance(told[name], kind):
+            raise ValueError(f"{path} is damaged: {name} is {told[name]!r}")
+    return {"description": told["architecture"], "classes": told["classes"], **_normalisation(path, told)}
+
+
+def _require(path: Path, told: Mapping[str, Any], *names: str) -> None:
+    if lacking := [name for name in names if name not in told]:
+        raise ValueError(f"{path} is damaged or of another version: it lacks {', '.join(lacking)}; take another file")
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import pickle
 
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged, or holds more than tensors, which could run code: save its state dict alone"
-        ) from error
-    except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{path} is damaged or holds no weights") from error
+    with path.open("rb") as file, torch.serialization.safe_globals([Namespace]):  # the arguments that trainers keep
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} is damaged, or holds more than tensors, which could run code: save its state dict alone"
+            ) from error
+        except Exception as error:  # damaged bytes can raise anything
+            raise ValueError(f"{path} is damaged or holds no weights") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state dict")
+    if "architecture" in state and "format" in state:
+        return _read_run(path, state)
     facts = _facts_beside(path)
-    if "architecture" in state and "format" in state:  # of a run here
-        facts = {"description": state["architecture"], "mean": state["mean"], "std": state["std"]}
-        return {**state["model"], **(state["ema"] or {})}, facts
     if isinstance(state.get("arch"), str):  # of timm's trainer
-        facts["architecture"] = state["arch"]
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state.get(wrapper), dict):
+        facts["architectures"] = [state["arch"], *facts.get("architectures", ())]
+    for wrapper in _WRAPPERS:
+        if isinstance(state.get(wrapper), dict) and state[wrapper]:
             state = state[wrapper]
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no state dict")
-    return tensors, facts
+            facts |= {"average": wrapper} if wrapper in _AVERAGES else {}
+    return _tensors_by_name(path, state), facts
+
+
+def _tensors_by_name(path: Path, state: object) -> dict[str, Tensor]:
+    content = state if isinstance(state, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{path} holds no state dict (tensors by name)")
+    return tensors
 
 
 def _facts_beside(path: Path) -> dict[str, Any]:
     """Architecture, mean and std that timm's config.json in the same folder tells of its weights."""
+    file = path.parent / "config.json"
     try:
-        told = json.loads((path.parent / "config.json").read_text())
-        normalisation = told.get("pretrained_cfg", {})
-        facts = {name: normalisation[name] for name in ("mean", "std") if name in normalisation}
-        return {"architecture": told["architecture"], **facts}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        told = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError:
         return {}
+    if not isinstance(told, dict) or "architecture" not in told:  # not of timm
+        return {}
+    if not isinstance(told["architecture"], str):
+        raise ValueError(f"{file}: architecture must be a name, not {told['architecture']!r}")
+    settings = told.get("pretrained_cfg", told) or {}  # in older ones mean and std stand beside the architecture
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: pretrained_cfg must hold mean and std, not be {settings!r}")
+    return {"architectures": [told["architecture"]], **_normalisation(file, settings)}
+
+
+def _normalisation(file: Path, told: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Mean and std, where they are told."""
+    found = {name: told[name] for name in ("mean", "std") if name in told}
+    for name, values in found.items():
+        if not (isinstance(values, list | tuple) and len(values) == 3 and all(map(_is_finite_number, values))):
+            raise ValueError(f"{file}: {name} must be three finite numbers, not {values!r}")
+        if name == "std" and min(values) <= 0:
+            raise ValueError(f"{file}: std must be three positive numbers, not {values!r}")
+    return {name: tuple(values) for name, values in found.items()}
+
+
+def _is_finite_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
 
 
 def _bare(name: str) -> str:
@@ -302,7 +383,7 @@ def _without_dot(name: str) -> str:
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
 
 
-def _recognise(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Layout:
+def _recognise(path: Path, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Layout:
     for sign, layout in _REFERENCE.items():
         if sign in tensors:
             return layout
@@ -313,26 +394,33 @@ def _recognise(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
             f"{_some(tensors)}"
         )
     if found == ["timm", "timm-tf"]:
-        return _LAYOUTS[_which_of_timm(path, facts.get("architecture"))]
+        return _LAYOUTS[_which_of_timm(path, names)]
     return _LAYOUTS[found[0]]
 
 
-def _which_of_timm(path: Path, architecture: str | None) -> str:
-    told = architecture or str(path.absolute())
-    named = {"timm-tf" if tf else "timm" for tf in re.findall(r"(tf_)?efficientnet_b\d", told)}
-    if len(named) != 1:
-        raise ValueError(
-            f"{path}: timm's efficientnet_b* and tf_efficientnet_b* have the same names but other padding and eps, and "
-            "nothing says which this is: add --pretrained_layout timm or timm-tf"
-        )
-    return named.pop()
+def _which_of_timm(path: Path, names: Sequence[str]) -> str:
+    for name in names:
+        named = {"timm-tf" if tf else "timm" for tf in re.findall(r"(tf_)?efficientnet_b\d", name)}
+        if len(named) == 1:
+            return named.pop()
+    raise ValueError(
+        f"{path}: timm's efficientnet_b* and tf_efficientnet_b* have the same names but other padding and eps, and "
+        "nothing says which this is: add --pretrained_layout timm or timm-tf"
+    )
+
+
+def _is_centred(names: Sequence[str]) -> bool:
+    """Whether the nearest name of an EfficientNet is one whose images were normalised by 0.5."""
+    nearest = next((name for name in names if re.search(r"efficientnet[-_]b\d", name)), "")
+    return bool(_CENTRED.search(nearest))
 
 
 @torch.no_grad()
 def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False) -> None:
     """Copy weights into a model of the same architecture.
 
-    A classifier of another size stays as it is. That, and which layout it was, is said on stderr.
+    A classifier of another size stays as it is. That, or for which classes it is kept, and which layout it was, is said
+    on stderr.
 
     Args:
         allow_unmatched: take the tensors that fit; the others are listed on stderr.
@@ -340,9 +428,14 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     Raises:
         ValueError: tensors are missing, have no place or differ in shape.
     """
+    if not isinstance(model, EfficientNet) and any(layout.sign in weights.tensors for layout in _LAYOUTS.values()):
+        raise ValueError(
+            f"{weights.path} holds an EfficientNet's weights ({weights.layout.title} names) and does not fit this "
+            f"{type(model).__name__}: name the --model it was saved from"
+        )
     ours, theirs = model.state_dict(), dict(weights.tensors)
     names = _their_names(model, weights.layout)
-    lines = [_note(model, weights)]
+    lines = _notes(model, weights)
     head = {key: names[key] for key in _head_keys(model)}
     if _only_classes_differ(model, [theirs.get(name) for name in head.values()]):
         classes = len(theirs[next(iter(head.values()))])
@@ -354,6 +447,8 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     broken = [name for name in there.values() if not _is_finite(theirs[name])]
     unfit = {*misshapen, *broken}
     fitting = {key: name for key, name in there.items() if name not in unfit}
+    if weights.classes and head.keys() <= fitting.keys():
+        lines.append(f"its head is kept, for its {len(weights.classes)} classes: {_some(map(str, weights.classes))}")
     misfits = {
         "missing in it": [name for name in names.values() if name not in theirs],
         "without a place here": sorted(set(theirs) - set(names.values())),
@@ -395,10 +490,16 @@ def _only_classes_differ(model: Network, head: Sequence[Tensor | None]) -> bool:
     return weight is not None and bias is not None and weight.shape[1:] == (features,) and len(weight) != classes
 
 
-def _note(model: Network, weights: Weights) -> str:
+def _notes(model: Network, weights: Weights) -> list[str]:
     build = model.architecture
     padding = "TensorFlow's SAME" if getattr(build, "padding", None) == "same" else "symmetric"
-    return f"{weights.layout.title} names; {padding} padding, BatchNorm eps {build.bn_eps:g}"
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (weights.mean, weights.std))
+    average = f"the moving average it holds ({weights.average}) is taken, not the weights it is of"
+    return [
+        f"{weights.layout.title} names; {padding} padding, BatchNorm eps {build.bn_eps:g}",
+        f"images normalised with mean {mean} and std {std}",
+        *([average] if weights.average else []),
+    ]
 
 
 def _refusal(model: Network, weights: Weights, misfits: Mapping[str, list[str]]) -> str:

@@ -108,7 +108,6 @@ def create_model(
         "dropout": variant(key).dropout if dropout is None else dropout,
     }
     if pretrained is not None:
-        padding = padding or pretrained.padding
         bn_eps = bn_eps or pretrained.bn_eps(key)
     common |= {k: v for k, v in (("bn_eps", bn_eps), ("bn_momentum", bn_momentum)) if v is not None}
     if key in _REFERENCES:
@@ -120,7 +119,7 @@ def create_model(
             width=chosen.width if width is None else width,
             depth=chosen.depth if depth is None else depth,
             drop_path=0.2 if drop_path is None else drop_path,
-            padding=padding or "symmetric",
+            padding=padding or (pretrained.padding if pretrained else "symmetric"),
             **common,
         )
         model = EfficientNet(architecture, kernels)

@@ -6,6 +6,7 @@ and the networks are written out below as plain convolutions that read the tenso
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from effnet_fast import create_model
-from effnet_fast.model.weights import read_weights
+from effnet_fast.model.weights import IMAGENET_MEAN, IMAGENET_STD, read_weights
 
 B0_STAGES = tuple(zip((1, 2, 2, 2, 1, 2, 1), (1, 2, 2, 3, 3, 4, 1), strict=True))  # stride, repeats
 
@@ -216,7 +217,7 @@ def settle(norm: torch.nn.Module, inputs: tuple[Tensor]) -> None:
     norm.running_var.copy_(var.mean() * (torch.rand_like(var) + 0.5))
 
 
-@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-b2"])
+@pytest.mark.parametrize("name", [f"efficientnet-b{number}" for number in range(8)])
 def test_logits_equal_efficientnet_pytorch(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     oracle = EfficientNetPyTorch.from_name(name, image_size=64, drop_connect_rate=0.0)
@@ -232,6 +233,17 @@ def test_logits_equal_efficientnet_pytorch(tmp_path: Path, name: str) -> None:
     assert (model.architecture.padding, model.architecture.bn_eps) == ("same", 1e-3)
     with torch.no_grad():
         assert_same_logits(model, oracle(images), images)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32(tmp_path: Path, dtype: torch.dtype, suffix: str) -> None:
+    state = random_state(golden("torchvision_efficientnet_b0"))
+    halves = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    path = write(tmp_path / f"w{suffix}", halves)
+    model = create_model("efficientnet-b0", 1000, 64, output_stride=32, pretrained=path)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    assert torch.equal(model.classifier.weight, halves["classifier.1.weight"].float())
 
 
 def test_padding_and_eps_of_the_wrong_layout_give_other_logits(tmp_path: Path) -> None:
@@ -258,6 +270,18 @@ def test_padding_and_eps_of_the_wrong_layout_give_other_logits(tmp_path: Path) -
 def test_torchvisions_eps_goes_with_the_variant(tmp_path: Path, model: str, eps: float) -> None:
     weights = read_weights(write(tmp_path / "w.pth", {"features.0.0.weight": torch.zeros(1)}))
     assert weights.bn_eps(model) == eps
+
+
+@pytest.mark.parametrize("layout", ["auto", "effnet-fast", "torchvision"])
+def test_a_reference_models_eps_is_torchs_default_in_any_layout(tmp_path: Path, layout: str) -> None:
+    path = write(tmp_path / "w.pth", random_state(golden("torchvision_resnet50")))
+    model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path, pretrained_layout=layout)
+    assert model.architecture.bn_eps == 1e-5
+
+
+def test_an_unknown_layout_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'tf'.*choose one of auto, effnet-fast, torchvision, timm, timm-tf, eff"):
+        read_weights(write(tmp_path / "w.pth", {"conv_stem.weight": torch.zeros(1)}), "tf")
 
 
 def timm_file(path: Path) -> Path:
@@ -287,16 +311,117 @@ def test_which_of_timms_two_is_told_by_what_is_known_of_the_file(tmp_path: Path,
     assert read_weights(unknown, "timm-tf").padding == "same"
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapped: bool) -> None:
+def test_the_nearest_name_says_which_of_timms_two(tmp_path: Path) -> None:
+    told = {
+        "tf_efficientnet_b0/efficientnet_b0.pth": "symmetric",
+        "efficientnet_b0/tf_efficientnet_b0.pth": "same",
+        "tf_efficientnet_b0/efficientnet_b0/w.pth": "symmetric",
+        "tf_efficientnet_b0/efficientnet_b0-or-tf_efficientnet_b0.pth": "same",  # names both, so its folder says
+    }
+    for name, padding in told.items():
+        assert read_weights(timm_file(tmp_path / name)).padding == padding, name
+    trainer = tmp_path / "tf_efficientnet_b0" / "trainer.pth"
+    torch.save({"arch": "efficientnet", "state_dict": {"conv_stem.weight": torch.zeros(1)}}, trainer)  # of no name
+    assert read_weights(trainer).padding == "same"
+    (trainer.parent / "config.json").write_text(json.dumps({"architecture": "efficientnet_b0"}))
+    assert read_weights(trainer).padding == "symmetric"
+
+
+@pytest.mark.parametrize(
+    ("name", "centred"),
+    [
+        ("tf_efficientnet_b0_ap-f262efe1.pth", True),
+        ("models--timm--tf_efficientnet_b7.ap_in1k/model.safetensors", True),
+        ("models--timm--efficientnet_b0.ra4_e3600_r224_in1k/model.safetensors", True),
+        ("adv-efficientnet-b0-b64d5a18.pth", True),
+        ("tf_efficientnet_b0_ns-c0e6a31c.pth", False),
+        ("tf_efficientnet_b0_apart.pth", False),
+        ("efficientnet_b0_ra-3dd342df.pth", False),
+        ("efficientnet-b0-355c32eb.pth", False),
+        ("tf_efficientnet_b0_ap/tf_efficientnet_b0_ns.pth", False),  # the nearest name
+    ],
+)
+def test_the_name_says_which_weights_saw_pixels_from_minus_1_to_1(tmp_path: Path, name: str, centred: bool) -> None:
+    sign = "_conv_stem.weight" if "efficientnet-b" in name else "conv_stem.weight"
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    weights = read_weights(write(tmp_path / name, {sign: torch.zeros(1)}))
+    half = (0.5, 0.5, 0.5)
+    assert (weights.mean, weights.std) == ((half, half) if centred else (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def test_mean_and_std_of_the_trainer_win_over_the_name(tmp_path: Path) -> None:
+    path = timm_file(tmp_path / "tf_efficientnet_b0_ap.pth")
+    told = {"architecture": "tf_efficientnet_b0_ap", "pretrained_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    weights = read_weights(path)
+    assert (weights.mean, weights.std) == ((0.4,) * 3, (0.2,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"architecture": 5}, "architecture must be a name, not 5"),
+        ({"pretrained_cfg": "x"}, "pretrained_cfg must hold mean and std, not be 'x'"),
+        ({"pretrained_cfg": {"mean": 0.5}}, "mean must be three finite numbers, not 0.5"),
+        ({"pretrained_cfg": {"mean": None}}, "mean must be three finite numbers, not None"),
+        ({"pretrained_cfg": {"mean": [0.5]}}, r"mean must be three finite numbers, not \[0.5\]"),
+        ({"pretrained_cfg": {"mean": ["0.5"] * 3}}, "mean must be three finite numbers"),
+        ({"pretrained_cfg": {"mean": [float("nan")] * 3}}, "mean must be three finite numbers"),
+        ({"pretrained_cfg": {"std": [0.2, 0.2, 0]}}, r"std must be three positive numbers, not \[0.2, 0.2, 0\]"),
+        ({"std": [0.2, 0.2, -0.2]}, "std must be three positive numbers"),
+    ],
+)
+def test_impossible_values_in_timms_config_are_told_with_the_field(tmp_path: Path, told: dict, words: str) -> None:
+    path = timm_file(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "efficientnet_b0"} | told))
+    with pytest.raises(ValueError, match=rf"config\.json: {words}"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "5", "torn {", "\xff", '{"mean": 0.5}', '{"architecture": "efficientnet_b0", "pretrained_cfg": null}'],
+)
+def test_a_config_of_others_or_without_mean_and_std_leaves_imagenets(tmp_path: Path, content: str) -> None:
+    path = timm_file(tmp_path / "efficientnet_b0.safetensors")
+    (tmp_path / "config.json").write_text(content, "latin-1")
+    assert read_weights(path).mean == IMAGENET_MEAN
+
+
+def test_timms_older_config_has_mean_and_std_beside_the_architecture(tmp_path: Path) -> None:
+    path = timm_file(tmp_path / "model.safetensors")
+    told = {"architecture": "efficientnet_b0", "mean": [0.5] * 3, "std": [1, 1, 1]}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert (read_weights(path).mean, read_weights(path).std) == ((0.5,) * 3, (1,) * 3)
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict"])
+def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapper: str | None) -> None:
     state = random_state(golden("torchvision_densenet201"))
     old = {re.sub(r"(denselayer\d+\.(norm|conv))([12])", r"\1.\3", key): value for key, value in state.items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
-    if wrapped:
-        old = {"model": {f"module.{key}": value for key, value in old.items()}}
+    if wrapper:
+        old = {wrapper: {f"module.{key}": value for key, value in old.items()}}
     torch.save(old, tmp_path / "w.pth")
     weights = read_weights(tmp_path / "w.pth")
     assert weights.tensors.keys() == {key for key in state if not key.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(("average", "raw"), [("state_dict_ema", "state_dict"), ("model_ema", "model")])
+def test_a_trainers_moving_average_is_taken_and_that_is_said(tmp_path: Path, capsys, average: str, raw: str) -> None:
+    """As timm's and torchvision's trainers save it, with their arguments."""
+    state = random_state(golden("torchvision_resnet50"))
+    averaged = {f"module.{name}": tensor + 1 for name, tensor in state.items()} | {"n_averaged": torch.tensor(3)}
+    path, arguments = tmp_path / "w.pth", argparse.Namespace(ema=True)
+    torch.save({raw: state, average: averaged, "args": arguments}, path)
+    model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path)
+    assert torch.equal(model.fc.weight, state["fc.weight"] + 1)
+    assert f"the moving average it holds ({average}) is taken" in capsys.readouterr().err
+    for nothing in (None, {}):
+        torch.save({raw: state, average: nothing, "args": arguments}, path)
+        model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path)
+        assert torch.equal(model.fc.weight, state["fc.weight"])
+        assert "moving average" not in capsys.readouterr().err
 
 
 def test_a_head_of_another_size_stays_new_and_that_is_said(tmp_path: Path, capsys) -> None:
@@ -305,7 +430,8 @@ def test_a_head_of_another_size_stays_new_and_that_is_said(tmp_path: Path, capsy
     model = create_model("efficientnet-b0", 10, 64, pretrained=path)
     said = capsys.readouterr().err
     assert "its head of 1000 classes is replaced by a new one of 10" in said
-    assert "torchvision's names; symmetric padding, BatchNorm eps 1e-05" in said
+    assert "torchvision's names; symmetric padding, BatchNorm eps 1e-05\n" in said
+    assert "images normalised with mean 0.485 0.456 0.406 and std 0.229 0.224 0.225\n" in said
     assert model.classifier.weight.shape == (10, 1280)
     assert torch.equal(model.head.conv.weight, state["features.8.0.weight"])
 
@@ -346,6 +472,14 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, model: str) -> Non
         create_model(model, 1000, 64, output_stride=32, pretrained=path, allow_unmatched=False)
 
 
+@pytest.mark.parametrize("file", ["efficientnet_b0.pth", "tf_efficientnet_b0.pth"])
+def test_an_efficientnets_weights_never_go_into_a_reference_model(tmp_path: Path, file: str) -> None:
+    """Not even timm's classifier.bias into DenseNet's, which has its name and shape."""
+    path = write(tmp_path / file, random_state(golden("timm_efficientnet_b0")))
+    with pytest.raises(ValueError, match=r"holds an EfficientNet's weights .* does not fit this DenseNet: "):
+        create_model("densenet201", 1000, 64, output_stride=32, pretrained=path, allow_unmatched=True)
+
+
 def test_published_weights_do_not_fit_the_small_stem(tmp_path: Path) -> None:
     path = write(tmp_path / "w.pth", random_state(golden("torchvision_resnet50")))
     with pytest.raises(ValueError, match=r"1 of another shape \(conv1.weight\).*--output_stride 32"):
@@ -369,11 +503,13 @@ def test_files_that_are_no_weights(tmp_path: Path, capsys) -> None:
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\x00")
     torch.save({"weights": {}}, tmp_path / "empty.pth")
     torch.save({"a.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
+    torch.save({1: torch.zeros(1), "conv_stem.weight": torch.zeros(1)}, tmp_path / "numbered.pth")
     expected = {
         "code.pth": "could run code",
         "torn.pth": "damaged",
         "torn.safetensors": "damaged",
         "empty.pth": "holds no state dict",
+        "numbered.pth": "holds no state dict",
         "foreign.pth": "no layout known here",
     }
     for name, words in expected.items():
@@ -382,3 +518,78 @@ def test_files_that_are_no_weights(tmp_path: Path, capsys) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         read_weights(tmp_path / "nowhere.pth")
     assert "must not run" not in capsys.readouterr().out
+
+
+OWN = {
+    "format": 1,
+    "architecture": {"padding": "same", "bn_eps": 1e-4},
+    "model": {"stem.conv.weight": torch.zeros(1)},
+    "ema": None,
+    "classes": ["a"],
+    "mean": [0.5] * 3,
+    "std": [0.2] * 3,
+}
+CHANGES = [
+    ({"mean": 5}, "mean must be three finite numbers, not 5"),
+    ({"std": [0, 1, 1]}, "std must be three positive numbers"),
+    ({"architecture": 5}, "architecture is 5"),
+    ({"classes": "a"}, "classes is 'a'"),
+]
+
+
+def without(told: dict, *names: str) -> dict:
+    return {name: value for name, value in told.items() if name not in names}
+
+
+def test_of_a_run_the_moving_average_is_taken(tmp_path: Path) -> None:
+    torch.save(OWN | {"ema": {"stem.conv.weight": torch.ones(1)}}, tmp_path / "last.pt")
+    weights = read_weights(tmp_path / "last.pt")
+    assert (weights.tensors["stem.conv.weight"].item(), weights.average) == (1, "ema")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        *((without(OWN, name), f"it lacks {name};") for name in ("model", "ema", "classes", "mean", "std")),
+        (without(OWN, "model", "std"), "it lacks model, std;"),
+        *((OWN | change, words) for change, words in [*CHANGES, ({"model": 5}, "no state"), ({"ema": 5}, "no state")]),
+    ],
+)
+def test_a_damaged_checkpoint_of_a_run_is_named_with_what_it_lacks(tmp_path: Path, state: dict, words: str) -> None:
+    path = tmp_path / "last.pt"
+    torch.save(OWN, path)
+    assert (read_weights(path).padding, read_weights(path).mean) == ("same", (0.5,) * 3)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=rf"last\.pt.* {words}"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *(({name: None}, f"it lacks {name};") for name in ("architecture", "classes", "mean", "std", "folded")),
+        ({"classes": "torn ["}, "metadata is not what effnet-fast export writes"),
+        *(({name: json.dumps(value) for name, value in change.items()}, words) for change, words in CHANGES),
+    ],
+)
+def test_a_damaged_export_is_named_with_what_it_lacks(tmp_path: Path, change: dict, words: str) -> None:
+    path = tmp_path / "model.safetensors"
+    told = without(OWN, "format", "model", "ema") | {"effnet_fast": "1.0", "folded": False}
+    metadata = {name: json.dumps(value) for name, value in told.items()}
+    save_file(OWN["model"], path, metadata)
+    assert (read_weights(path).padding, read_weights(path).mean) == ("same", (0.5,) * 3)
+    save_file(OWN["model"], path, {name: value for name, value in (metadata | change).items() if value is not None})
+    with pytest.raises(ValueError, match=rf"model\.safetensors.* {words}"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch, name: str) -> None:
+    path = write(tmp_path / name, {"stem.conv.weight": torch.zeros(1)})
+
+    def refuse(self: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)  # as the system does of anyone but root
+    with pytest.raises(PermissionError, match=f"Permission denied.*{name}"):
+        read_weights(path)

@@ -111,6 +111,20 @@ def test_a_full_memory_is_one_line_of_advice(tmp_path, capsys, monkeypatch, reco
     assert ("--activation_checkpointing" in said) is not recomputes
 
 
+def test_a_run_that_goes_on_is_not_advised_to_change_what_it_must_keep(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run(f"{TINY} --save_dir {tmp_path} --time_budget 0.001")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=0))
+    monkeypatch.setattr(training, "fit", full)
+    capsys.readouterr()
+    run(f"{TINY} --save_dir {tmp_path}", expected=2)
+    said = capsys.readouterr().err
+    assert "try more ranks, --activation_checkpointing, PYTORCH_ALLOC_CONF" in said
+    assert "accumulation" not in said
+
+
 def test_activation_checkpointing_trains_to_the_same_loss(tmp_path):
     losses = []
     for name, flag in (("kept", "false"), ("recomputed", "true")):

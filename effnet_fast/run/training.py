@@ -557,9 +557,10 @@ def _memory_advice(plan: Plan) -> str:
     ways = plan.world.size * pieces
     fits = max((total - cost.state_bytes) // _image_bytes(plan, cost), 0) * ways
     largest = f"--batch_size {fits} at most" if ways <= fits < config.batch_size else "half the --batch_size"
+    afresh = [f"{largest} (estimated for {total / 2**30:.0f} GiB)", f"more --grad_accumulation than {pieces}"]
     remedies = [
-        f"{largest} (estimated for {total / 2**30:.0f} GiB)",
-        f"more --grad_accumulation than {pieces}",
+        # A run that goes on keeps its batch, and its pieces if the ranks are as many.
+        *(["more ranks"] if resume.goes_on(config, plan.folder) else afresh),
         *([] if config.activation_checkpointing else ["--activation_checkpointing"]),
         "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment",
     ]

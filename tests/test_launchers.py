@@ -89,6 +89,15 @@ def test_a_dry_run_prints_the_command_and_runs_nothing(name, stand_ins):
     assert "--dry-run" not in done.stdout
 
 
+def test_slurms_script_outside_of_slurm_says_how_to_start_it(stand_ins):
+    env = environment(stand_ins())
+    del env["SLURM_JOB_NODELIST"]
+    done = launch("slurm_train.sbatch", "--dry-run", env=env)
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1
+    assert "submit this file with sbatch" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "did"),
     [

@@ -182,6 +182,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
         for name in ("save_every_steps", "save_every_minutes", "hang_timeout", "num_workers", "time_budget"):
             _require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
+        _require(self.hang_timeout <= 1e6, f"--hang_timeout {self.hang_timeout:g}: at most 1e6 s; 0 waits for ever")
         for name in ("momentum", "label_smoothing", "ema_decay", "drop_path", "dropout", "val_fraction"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < 1, f"--{name} must be from 0 to below 1, not {value}")

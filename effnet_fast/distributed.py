@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -33,19 +34,27 @@ def init(device: str = "auto", timeout: float | None = None) -> World:
 
     Raises:
         ValueError: cuda is asked for where no GPU is visible, or fewer GPUs than local ranks.
+        ConnectionError: the ranks do not find each other.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = choose_device(device, local_rank)
     if "RANK" not in os.environ:
         return World(0, 1, chosen)
     if not dist.is_initialized():
-        on_gpu = chosen.type == "cuda"
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            device_id=chosen if on_gpu else None,
-            timeout=None if timeout is None else timedelta(seconds=timeout),
-        )
+        _join(chosen, None if timeout is None else timedelta(seconds=timeout))
     return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def _join(device: torch.device, timeout: timedelta | None) -> None:
+    on_gpu = device.type == "cuda"
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=timeout)
+    except (dist.DistError, ValueError) as error:  # a ValueError: the environment lacks a variable or has a wrong one
+        told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        raise ConnectionError(
+            f"the ranks do not find each other ({', '.join(f'{name}={value}' for name, value in told.items())}: "
+            f"{str(error).partition(chr(10))[0]}); start as many as WORLD_SIZE says, best by torchrun"
+        ) from error
 
 
 def alone(device: str = "auto") -> World:
@@ -88,9 +97,15 @@ def world_size() -> int:
 
 
 def launch() -> str | None:
-    """The name of the job that torchrun or Slurm may start again: its --rdzv-id, or the Slurm job's number."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return os.environ.get("SLURM_JOB_ID") if job == "none" else job
+    """The name of the job that torchrun or Slurm may start again: --rdzv-id, or the numbers of Slurm's job and step.
+
+    A job that is put into the queue again counts its steps from 0 again; two steps of one allocation are two jobs.
+    """
+    if (elastic := os.environ.get("TORCHELASTIC_RUN_ID", "none")) != "none":
+        return elastic
+    if (slurm := os.environ.get("SLURM_JOB_ID")) is None:
+        return None
+    return f"{slurm}.{os.environ.get('SLURM_STEP_ID', 'batch')}"
 
 
 def board() -> dist.Store | None:
@@ -109,6 +124,22 @@ def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
+
+
+def on_main(work: Callable[[], None]) -> None:
+    """Have rank 0 do something while the others wait.
+
+    Raises:
+        OSError: on all ranks, if it does on rank 0; whatever else it raises, there alone.
+    """
+    refusal = None
+    if is_main():
+        try:
+            work()
+        except OSError as error:
+            refusal = error
+    if refusal := gather_objects(refusal and str(refusal))[0]:
+        raise OSError(refusal)
 
 
 def all_reduce_(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Several ranks compute what one process does: under torchrun on gloo, and one rank of DDP on nccl too."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from effnet_fast import distributed
 from effnet_fast.model import Architecture, EfficientNet, batch_norms
 from marks import on_gpu
 
@@ -69,3 +71,56 @@ def test_one_rank_of_ddp_gives_the_plain_gradients(device, backend):
         dist.destroy_process_group()
     for one, other in zip(plain, wrapped, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_failure_of_rank_0_is_told_by_all(monkeypatch):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: ["cannot write", mine])
+    with pytest.raises(OSError, match=r"^cannot write$"):
+        distributed.on_main(lambda: pytest.fail("only rank 0 does it"))
+
+
+def test_what_rank_0_could_not_write_is_one_error():
+    def work():
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(OSError, match="Permission denied"):
+        distributed.on_main(work)
+    distributed.on_main(lambda: None)
+
+
+def test_a_step_of_slurm_is_a_job_and_torchruns_name_comes_first(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.launch() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert distributed.launch() == "7.batch"
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    assert distributed.launch() == "7.1"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --rdzv-id
+    assert distributed.launch() == "7.1"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert distributed.launch() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({}, "WORLD_SIZE=2"), ({"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}, "MASTER_ADDR=no.such.host.invalid"),
+     ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many")],
+)  # fmt: skip
+def test_ranks_that_do_not_meet_are_one_line(tmp_path, changed, words):
+    meeting = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"} | changed
+    line = f"train --dataset synthetic --limit_train 16 --hang_timeout 1 --device cpu --save_dir {tmp_path}"
+    done = subprocess.run(
+        [sys.executable, "-m", "effnet_fast", *line.split()],
+        capture_output=True,
+        text=True,
+        env=os.environ | meeting,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "the ranks do not find each other" in told[0]
+    assert words in told[0]

@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 
 from effnet_fast import distributed
 from effnet_fast.config import TrainConfig
-from effnet_fast.distributed import World
 from effnet_fast.run.restore import config_of, differences
 from effnet_fast.train import checkpoint
 
@@ -31,33 +30,41 @@ Found = tuple[Path, dict[str, Any]]
 
 
 @contextlib.contextmanager
-def alone(folder: Path, world: World) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Make a run's folder and keep other runs out of it until the end, however that comes.
 
     Raises:
         OSError: on all ranks: another run is at work there, or the folder cannot be written.
     """
     lock = FileLock(folder / ".lock")
-    refusal = _acquire(lock, folder) if world.is_main else None
-    if refusal := distributed.gather_objects(refusal)[0]:
-        raise OSError(refusal)
+    distributed.on_main(lambda: _acquire(lock, folder))
     try:
         yield
     finally:
         lock.release()
 
 
-def _acquire(lock: FileLock, folder: Path) -> str | None:
-    """Why not, if not."""
-    try:
+def _acquire(lock: FileLock, folder: Path) -> None:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(NotImplementedError):  # a file system that knows no locks
-            lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        return f"another run is at work in {folder}: wait for its end, or choose another --run_name"
+        try:
+            with contextlib.suppress(NotImplementedError):  # a file system that knows no locks
+                lock.acquire(timeout=PATIENCE)
+        except Timeout as error:
+            raise OSError(
+                f"another run is at work in {folder}: wait for its end, or choose another --run_name"
+            ) from error
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say in one line what to do where a run's folder cannot be written."""
+    try:
+        yield
     except OSError as error:
-        return f"cannot write to {folder} ({error.strerror}); choose another --save_dir"
-    return None
+        if error.strerror is None:  # it says so already
+            raise
+        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another --save_dir") from error
 
 
 def goes_on(config: TrainConfig, folder: Path) -> bool:

@@ -150,7 +150,7 @@ def train_in(world: World, config: TrainConfig, on_evaluation: OnEvaluation | No
         plan = _plan(config, world)
         if plan.compile:
             torch.compiler.reset()  # else the models of earlier runs count against the limit of recompilations
-        with resume.alone(plan.folder, world):
+        with resume.alone(plan.folder):
             try:
                 return _Training(plan, watch, on_evaluation).run()
             except torch.OutOfMemoryError as error:
@@ -355,21 +355,19 @@ class _Training:
 
     def _open_folder(self) -> None:
         """Fit the run's folder out; an earlier run is cleared from it only here, once nothing is left to be refused."""
-        if self.plan.world.is_main:
-            try:
-                resume.clear_leftovers(self.folder)
-                if self.found is None:
-                    self._clear_folder()
-                else:
-                    resume.set_damaged_aside(self.folder, self.found[0])
-                settings = yaml.safe_dump(dataclasses.asdict(self.plan.config), sort_keys=False)
-                checkpoint.write_atomically(self.folder / "config.yaml", settings.encode())
-                environment = json.dumps(provenance.environment(), indent=2) + "\n"
-                checkpoint.write_atomically(self.folder / "environment.json", environment.encode())
-            except OSError as error:
-                reason = error.strerror or str(error)
-                raise OSError(f"cannot write to {self.folder} ({reason}); choose another --save_dir") from error
-        distributed.barrier()
+        distributed.on_main(self._fit_out)
+
+    def _fit_out(self) -> None:
+        with resume.writing(self.folder):
+            resume.clear_leftovers(self.folder)
+            if self.found is None:
+                self._clear_folder()
+            else:
+                resume.set_damaged_aside(self.folder, self.found[0])
+            settings = yaml.safe_dump(dataclasses.asdict(self.plan.config), sort_keys=False)
+            checkpoint.write_atomically(self.folder / "config.yaml", settings.encode())
+            environment = json.dumps(provenance.environment(), indent=2) + "\n"
+            checkpoint.write_atomically(self.folder / "environment.json", environment.encode())
 
     def _clear_folder(self) -> None:
         old = checkpoint.generations(self.folder / checkpoint.LAST)

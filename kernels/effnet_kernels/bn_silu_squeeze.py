@@ -68,10 +68,14 @@ class ImageLaunch:
 
 
 def image_launch(hw: int, c: int, elements: int = 2048) -> ImageLaunch:
-    """16 values to a thread; small maps take fewer threads rather than idle ones."""
-    block_c = channel_block(c)
-    block_m = min(power_of_2(hw), max(elements // block_c, 1))
-    return ImageLaunch(block_m, block_c, max(block_m * block_c // 512, 1))
+    """16 values to a thread at a time, and at least 64 in all where the map has them: small maps take fewer threads.
+
+    The fewer threads share a channel, the shorter is the sum over them at the end, so blocks are wide.
+    """
+    block_c = channel_block(c, widest=256, slack=1.08)
+    warps = max(hw * block_c // (32 * 64), 1)
+    num_warps = min(1 << warps.bit_length() - 1, elements // 512)
+    return ImageLaunch(min(power_of_2(hw), max(num_warps * 512 // block_c, 1)), block_c, num_warps)
 
 
 def image_launch_space(hw: int, c: int) -> list[ImageLaunch]:

@@ -8,15 +8,20 @@ Backward  da[hi, wi] = sum of w[dy, dx] g[(hi + top - dy) / s, (wi + left - dx) 
           dw[dy, dx] = sum of a[hi, wi] g[the same place]: both meet the same g, so one pass reads g and x, and writes
           dx, or with the prologue dz = da silu'(z), with the sums of dz and dz * xhat that BatchNorm's backward needs.
 
-Each row of a tile is one column of an image (the images' columns laid end to end, so that maps of 7 or 14 waste no
-lanes) for a block of channels; a program walks down the rows. Forward, ceil(k/s) running sums are kept per column, so
-that every input row is read, and passed through Swish, k times (once per horizontal tap) and not k*k times. Backward,
-the s*s phases of an input pixel relative to the stride are apart, so that no tap is computed to be masked away.
+A lane of a tile is a strip of adjacent columns of one image for one channel, and a program walks down the rows: the
+columns of a strip are a tuple of tiles, so that columns and rows meet in registers. What limits a depthwise convolution
+in bf16 is not memory alone: while an H100 moves 4 bytes it issues 35 instructions (calculated from its data sheet), and
+k * k = 25 of them are the products. So each input is loaded and passed through Swish once, and once more where two
+strips meet, and no product is computed to be masked away: taps that meet only padding, or that the stride passes by,
+are left out when compiling. Shapes are compile-time constants for that.
+
+Forward, ceil(k/s) rows of running sums are kept; an input row is added to all that it reaches. Backward, k rows of
+activations and of dx are kept, all of which a row of g meets, for dx and dw at once.
 """
 
 # Triton knows tuple + tuple, which grows a tuple in a kernel, but not (*tuple, value); mypy reads kernels as Python.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment, var-annotated"
+# mypy: disable-error-code="assignment, misc, var-annotated"
 
 from __future__ import annotations
 
@@ -37,7 +42,6 @@ from effnet_kernels.launch import (
     tl,
     triton,
     use_triton,
-    vector,
 )
 from effnet_kernels.silu import sigmoid, silu_slope
 
@@ -55,8 +59,9 @@ def depthwise_conv_reference(x: Tensor, weight: Tensor, stride: int, padding: Pa
 
 @dataclass(frozen=True)
 class ForwardLaunch:
-    """A program computes `band` rows of `block_p` columns of `block_c` channels."""
+    """A program computes `band` rows of `block_p` strips of `strip` columns, of `block_c` channels."""
 
+    strip: int
     block_p: int
     block_c: int
     band: int
@@ -65,50 +70,177 @@ class ForwardLaunch:
 
 @dataclass(frozen=True)
 class BackwardLaunch:
-    """A program takes `tiles` tiles of `block_p` columns of one row (s*s pixels each) of `block_c` channels."""
+    """A program takes `tasks` times `band` rows of `block_p` strips of `strip` columns of x, of `block_c` channels."""
 
+    strip: int
     block_p: int
     block_c: int
-    tiles: int
+    band: int
+    tasks: int
     num_warps: int
 
 
-def forward_launch(n: int, c: int, ho: int, wo: int, elements: int = 8) -> ForwardLaunch:
-    """`elements` values per thread; bands of at most 16 rows, shorter where that would leave too few programs."""
+def _strip(columns: int, widest: int, multiple: int = 1) -> int:
+    """Columns a strip: as few strips as `widest` allows, as narrow as they can be; several begin at a `multiple`."""
+    strips = cdiv(columns, widest)
+    return columns if strips == 1 else cdiv(cdiv(columns, strips), multiple) * multiple
+
+
+def _band(rows: int, programs: int, k: int) -> int:
+    """Rows a program: all, or fewer where that gives too few programs; the rows around a band are read twice."""
+    return cdiv(rows, max(min(cdiv(2 * PROGRAMS, programs), rows // (4 * k)), 1))
+
+
+def forward_launch(
+    n: int, c: int, ho: int, wo: int, k: int, elements: int | None = None, widest: int | None = None
+) -> ForwardLaunch:
+    """`elements` channels to a thread, in strips of at most `widest` columns.
+
+    A thread keeps k * k taps and ceil(k / stride) sums a column for each of its channels in registers. What leaves
+    room for 12 warps and more on a processor is 2 channels and 8 columns at k = 3, 1 channel and 16 at k = 5.
+    """
+    elements, widest = elements or (2 if k == 3 else 1), widest or (8 if k == 3 else 16)
     num_warps = 4
+    strip = _strip(wo, widest)
     block_c = channel_block(c, widest=64)
     block_p = num_warps * 32 * elements // block_c
-    bands = max(cdiv(ho, 16), min(PROGRAMS // (cdiv(n * wo, block_p) * cdiv(c, block_c)), cdiv(ho, 4)))
-    return ForwardLaunch(block_p, block_c, cdiv(ho, bands), num_warps)
+    programs = cdiv(n * cdiv(wo, strip), block_p) * cdiv(c, block_c)
+    return ForwardLaunch(strip, block_p, block_c, _band(ho, programs, k), num_warps)
 
 
 def backward_launch(
-    c: int, k: int, stride: int, row_steps: int, columns: int, elements: int | None = None
+    n: int, c: int, h: int, w: int, k: int, stride: int, elements: int = 2, widest: int = 4
 ) -> BackwardLaunch:
-    """k * k sums of dw stay in registers for each of a thread's `elements` values: 8 at k = 3 and stride 1, else 4.
+    """As `forward_launch`; the k * k sums of dw, and k rows of x beside k rows of dx, need more registers.
 
-    At least 16 tiles per program, so that writing those sums out stays small beside the tiles.
+    At least 256 pixels a program, so that writing dw's sums out stays small beside the maps.
     """
     num_warps = 4
+    strip = _strip(w, widest, stride)
     block_c = channel_block(c, widest=64)
-    block_p = num_warps * 32 * (elements or (8 if (k, stride) == (3, 1) else 4)) // block_c
-    tiles = cdiv(columns, block_p) * row_steps
-    return BackwardLaunch(block_p, block_c, max(cdiv(tiles * cdiv(c, block_c), PROGRAMS), min(tiles, 16)), num_warps)
+    block_p = num_warps * 32 * elements // block_c
+    groups = cdiv(n * cdiv(w, strip), block_p)
+    band = _band(h, groups * cdiv(c, block_c), k)
+    total = groups * cdiv(h, band)
+    tasks = max(cdiv(total * cdiv(c, block_c), PROGRAMS), min(cdiv(256, block_p * strip * band), total))
+    return BackwardLaunch(strip, block_p, block_c, band, tasks, num_warps)
 
 
 def launch_space(n: int, c: int, ho: int, wo: int, k: int) -> tuple[list[ForwardLaunch], list[BackwardLaunch]]:
     """What an autotuner may try in place of the two choices above (stride 1)."""
-    forward = [forward_launch(n, c, ho, wo, elements) for elements in (4, 8, 16)]
-    return forward, [backward_launch(c, k, 1, ho, n * wo, elements) for elements in (4, 8)]
+    forward = [forward_launch(n, c, ho, wo, k, elements, widest) for elements in (1, 2) for widest in (4, 8, 16)]
+    backward = [backward_launch(n, c, ho, wo, k, 1, elements, widest) for elements in (1, 2) for widest in (4, 8)]
+    return forward, backward
 
 
 @triton.jit
-def _replaced(values, INDEX: tl.constexpr, value, LENGTH: tl.constexpr):
-    """The tuple `values` with `value` at INDEX."""
+def _zeros(LENGTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A tuple of LENGTH tiles of zeros."""
+    tiles = ()
+    for _ in tl.static_range(LENGTH):
+        tiles = tiles + (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _taps(
+    w_ptr,  # [K*K, C] float32
+    c,
+    c_ok,
+    C: tl.constexpr,
+    K: tl.constexpr,
+):
+    """The K * K taps, [1, C] each."""
+    taps = ()
+    for tap in tl.static_range(K * K):
+        taps = taps + (tl.load(w_ptr + tap * C + c, mask=c_ok, other=0.0)[None, :],)
+    return taps
+
+
+@triton.jit
+def _column_ok(ok, first, INDEX: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr):
+    """`ok` [P, C] where column first + INDEX is one of SIZE; `first` [P] is at most LAST. Computes what may fail."""
+    if INDEX < 0:
+        ok = ok & (first + INDEX >= 0)[:, None]
+    if LAST + INDEX >= SIZE:
+        ok = ok & (first + INDEX < SIZE)[:, None]
+    return ok
+
+
+@triton.jit
+def _load_row(
+    row_ptr,  # [P, C]: column `first` of a row, [SIZE, C], of each strip
+    ok,
+    first,
+    norm,
+    C: tl.constexpr,
+    BEGIN: tl.constexpr,
+    LENGTH: tl.constexpr,
+    LAST: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Columns first + BEGIN and on, as tiles in float32: silu((x - mean) gain + beta) if `norm` has those three.
+
+    0 outside of the map.
+    """
+    tiles = ()
+    for i in tl.static_range(LENGTH):
+        if LAST == 0 and (BEGIN + i < 0 or BEGIN + i >= SIZE):
+            tiles = tiles + (0.0,)  # there is only one strip: never read
+        else:
+            here = _column_ok(ok, first, BEGIN + i, LAST, SIZE)
+            tile = tl.load(row_ptr + (BEGIN + i) * C, mask=here, other=0.0).to(tl.float32)
+            if len(norm) > 0:
+                z = (tile - norm[0]) * norm[1] + norm[2]
+                tile = z * sigmoid(z)
+                if BEGIN + i < 0 or LAST + BEGIN + i >= SIZE:
+                    tile = tl.where(here, tile, 0.0)
+            tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _add_row(
+    sums,
+    acts,
+    taps,
+    ROW: tl.constexpr,
+    SUMS: tl.constexpr,
+    BEGIN: tl.constexpr,
+    STRIP: tl.constexpr,
+    LAST: tl.constexpr,
+    SIZE: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """The sums of SUMS rows of y, after an input row that they meet in the rows ROW, ROW + STRIDE, ... of the taps."""
     out = ()
-    for t in tl.static_range(LENGTH):
-        out = out + (value if t == INDEX else values[t],)
+    for j in tl.static_range(SUMS):
+        for t in tl.static_range(STRIP):
+            total = sums[j * STRIP + t]
+            if ROW + j * STRIDE < K:
+                for dx in tl.static_range(K):
+                    if LAST > 0 or (BEGIN + t * STRIDE + dx >= 0 and BEGIN + t * STRIDE + dx < SIZE):
+                        total += acts[t * STRIDE + dx] * taps[(ROW + j * STRIDE) * K + dx]
+            out = out + (total,)
     return out
+
+
+@triton.jit
+def _add_moments(mean, m2, row, oks, columns, rows, STRIP: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr):
+    """Mean and M2 of `rows` earlier rows and one more of STRIP columns, of which [P, 1] `columns` are `oks`."""
+    total = tl.zeros_like(mean)
+    for t in tl.static_range(STRIP):
+        total += tl.where(oks[t], row[t], 0.0) if LAST + t >= SIZE else row[t]
+    row_mean = total / columns
+    for t in tl.static_range(STRIP):
+        away = row[t] - row_mean
+        if LAST + t >= SIZE:
+            away = tl.where(oks[t], away, 0.0)
+        m2 += away * away
+    away = row_mean - mean
+    share = 1.0 / (rows + 1).to(tl.float32)
+    return mean + away * share, m2 + away * away * (columns * (rows.to(tl.float32) * share))
 
 
 @triton.jit
@@ -122,75 +254,124 @@ def _forward_kernel(
     moments_ptr,  # [programs, 3, C], if MOMENTS
     N,
     H,
-    W,
-    C,
     HO,
-    WO,
-    left,
     top,
     band,
     bands,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    WO: tl.constexpr,
+    LEFT: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     PROLOGUE: tl.constexpr,
     MOMENTS: tl.constexpr,
-    VEC: tl.constexpr,
+    STRIP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    C = C // VEC * VEC
+    STRIPS: tl.constexpr = (WO + STRIP - 1) // STRIP
+    LAST: tl.constexpr = (STRIPS - 1) * STRIP
     SUMS: tl.constexpr = (K + STRIDE - 1) // STRIDE  # output rows that one input row reaches
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
-    first = tl.program_id(1) % bands * band
-    end = tl.minimum(first + band, HO)
+    begin = tl.program_id(1) % bands * band
+    end = tl.minimum(begin + band, HO)
     p = tl.program_id(1) // bands * BLOCK_P + tl.arange(0, BLOCK_P)
-    p_ok = p < N * WO
-    wo = p % WO
-    image = (p // WO).to(tl.int64)[:, None] * C
-    x_image = x_ptr + image * (H * W) + c[None, :]
-    y_image = y_ptr + image * (HO * WO) + c[None, :]
+    p_ok = p < N * STRIPS
+    ok = p_ok[:, None] & c_ok[None, :]
+    wo = p % STRIPS * STRIP
+    image = (p // STRIPS).to(tl.int64)[:, None] * C
+    x_at = x_ptr + image * (H * W) + (wo * (STRIDE * C))[:, None] + c[None, :]
+    y_at = y_ptr + image * (HO * WO) + (wo * C)[:, None] + c[None, :]
+    norm = ()
     if PROLOGUE:
         mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
-        gain = rstd * gamma
-    sums = ()
-    for _ in tl.static_range(SUMS):
-        sums = sums + (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),)
-    tile_mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    tile_m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for step in range(first, end + SUMS - 1):
+        norm = (mean[None, :], (rstd * gamma)[None, :], beta[None, :])
+    taps = _taps(w_ptr, c, c_ok, C, K)
+    oks = ()
+    for t in tl.static_range(STRIP):
+        oks = oks + (_column_ok(ok, wo, t, LAST, WO),)
+    columns = tl.maximum(tl.minimum(WO - wo, STRIP), 1).to(tl.float32)[:, None]
+    y_mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    y_m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    sums = _zeros(SUMS * STRIP, BLOCK_P, BLOCK_C)
+    below = tl.minimum((end - 1) * STRIDE + K - top, H)  # the rows of x that the band meets
+    for step in range(begin, end + SUMS - 1):
         for q in tl.static_range(STRIDE):
             hi = step * STRIDE + q - top
-            row_ok = (hi >= 0) & (hi < H) & (hi < (end - 1) * STRIDE + K - top)
-            for dx in range(K):
-                wi = wo * STRIDE + dx - left
-                ok = (p_ok & row_ok & (wi >= 0) & (wi < W))[:, None] & c_ok[None, :]
-                a = tl.load(x_image + ((hi * W + wi) * C)[:, None], mask=ok, other=0.0).to(tl.float32)
-                if PROLOGUE:
-                    z = (a - mean[None, :]) * gain[None, :] + beta[None, :]
-                    a = tl.where(ok, z * sigmoid(z), 0.0)
-                for j in tl.static_range(SUMS):
-                    if q + j * STRIDE < K:
-                        w = tl.load(w_ptr + ((q + j * STRIDE) * K + dx) * C + c, mask=c_ok, other=0.0)
-                        sums = _replaced(sums, j, sums[j] + a * w[None, :], SUMS)
-        # The oldest sum has met its last input row: row `step - SUMS + 1` of the output is done.
+            if (hi >= 0) & (hi < below):
+                acts = _load_row(
+                    x_at + hi * W * C, ok, wo * STRIDE, norm, C, -LEFT, (STRIP - 1) * STRIDE + K, LAST * STRIDE, W
+                )
+                sums = _add_row(sums, acts, taps, q, SUMS, -LEFT, STRIP, LAST, W, K, STRIDE)
+        # The oldest sums have met their last input row: row `step - SUMS + 1` of the output is done.
         ho = step - (SUMS - 1)
-        y = sums[SUMS - 1].to(y_ptr.dtype.element_ty)
-        done = p_ok & (ho >= first)
-        tl.store(y_image + ((ho * WO + wo) * C)[:, None], y, mask=done[:, None] & c_ok[None, :])
-        if MOMENTS:  # of y as stored, by Welford's update in each lane
-            y = y.to(tl.float32)
-            away = tl.where(done[:, None], y - tile_mean, 0.0)
-            tile_mean += away / tl.maximum(ho - first + 1, 1).to(tl.float32)
-            tile_m2 += away * (y - tile_mean)
-        shifted = (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),)
-        for j in tl.static_range(SUMS - 1):
-            shifted = shifted + (sums[j],)
-        sums = shifted
+        if ho >= begin:
+            row = ()
+            for t in tl.static_range(STRIP):
+                y = sums[(SUMS - 1) * STRIP + t].to(y_ptr.dtype.element_ty)
+                tl.store(y_at + (ho * WO + t) * C, y, mask=oks[t])
+                row = row + (y.to(tl.float32),)
+            if MOMENTS:  # of y as stored
+                y_mean, y_m2 = _add_moments(y_mean, y_m2, row, oks, columns, ho - begin, STRIP, LAST, WO)
+        sums = _zeros(STRIP, BLOCK_P, BLOCK_C) + sums[: (SUMS - 1) * STRIP]
     if MOMENTS:
-        count = tl.where(p_ok, (end - first).to(tl.float32), 0.0)
-        count, mean, m2 = chan_merge(tl.broadcast_to(count[:, None], [BLOCK_P, BLOCK_C]), tile_mean, tile_m2)
+        count = tl.where(ok, columns * (end - begin).to(tl.float32), 0.0)
+        count, mean, m2 = chan_merge(count, y_mean, tl.where(ok, y_m2, 0.0))
         store_moments(moments_ptr + tl.program_id(1) * 3 * C, count, mean, m2, c, c_ok, C)
+
+
+@triton.jit
+def _add_grads(
+    grads,
+    g,
+    taps,
+    BEGIN: tl.constexpr,
+    STRIP: tl.constexpr,
+    LAST: tl.constexpr,
+    SIZE: tl.constexpr,
+    LEFT: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """da of K rows of x, after the row g of dy that all of them meet; g begins BEGIN columns from the strip."""
+    out = ()
+    for dy in tl.static_range(K):
+        for t in tl.static_range(STRIP):
+            total = grads[dy * STRIP + t]
+            for dx in tl.static_range(K):
+                met = LAST > 0 or (t + LEFT - dx >= 0 and t + LEFT - dx < SIZE * STRIDE)
+                if met and (t + LEFT - dx) % STRIDE == 0:
+                    total += g[(t + LEFT - dx) // STRIDE - BEGIN] * taps[dy * K + dx]
+            out = out + (total,)
+    return out
+
+
+@triton.jit
+def _add_dw(
+    dw,
+    g,
+    acts,
+    BEGIN: tl.constexpr,
+    STRIP: tl.constexpr,
+    LAST: tl.constexpr,
+    SIZE: tl.constexpr,
+    LEFT: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """The K * K sums of dw, after the row g of dy and the K rows of activations that it meets."""
+    out = ()
+    for dy in tl.static_range(K):
+        for dx in tl.static_range(K):
+            total = dw[dy * K + dx]
+            for t in tl.static_range(STRIP):
+                met = LAST > 0 or (t + LEFT - dx >= 0 and t + LEFT - dx < SIZE * STRIDE)
+                if met and (t + LEFT - dx) % STRIDE == 0:
+                    total += g[(t + LEFT - dx) // STRIDE - BEGIN] * acts[dy * STRIP + t]
+            out = out + (total,)
+    return out
 
 
 @triton.jit
@@ -206,101 +387,87 @@ def _backward_kernel(
     sums_ptr,  # [programs, 2, C], sums of dz and dz * xhat, if PROLOGUE
     N,
     H,
-    W,
-    C,
     HO,
-    WO,
-    left,
     top,
-    row_steps,
-    column_steps,
-    tiles,
+    band,
+    bands,
+    tasks,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    WO: tl.constexpr,
+    LEFT: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     PROLOGUE: tl.constexpr,
-    VEC: tl.constexpr,
+    STRIP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # Input pixel (step * s + q - top, u * s + r - left) and output pixel (step - j, u - i) meet in the tap
-    # (dy, dx) = (q + j s, r + i s): with the phases q, r < s static, every tap of the loops below is a real one.
-    C = C // VEC * VEC
-    REACH: tl.constexpr = (K + STRIDE - 1) // STRIDE
+    STRIPS: tl.constexpr = (W + STRIP - 1) // STRIP
+    LAST: tl.constexpr = (STRIPS - 1) * STRIP
+    BEGIN: tl.constexpr = -((K - 1 - LEFT) // STRIDE)  # of the columns of g that a strip meets, from its own
+    COLUMNS: tl.constexpr = (STRIP - 1 + LEFT) // STRIDE - BEGIN + 1
+    KEPT: tl.constexpr = (K - STRIDE) * STRIP  # tiles of the rows that the next row of g meets too
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
+    norm = ()
     if PROLOGUE:
         mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
+        norm = (mean[None, :], (rstd * gamma)[None, :], beta[None, :])
         sum_dz = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        sum_dz_xhat = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    dw = ()
-    for _ in tl.static_range(K * K):
-        dw = dw + (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),)
-    tile = tl.program_id(1) * tiles
-    last = tl.minimum(tile + tiles, tl.cdiv(N * column_steps, BLOCK_P) * row_steps)
-    for t in range(tile, last):
-        step = t % row_steps
-        p = t // row_steps * BLOCK_P + tl.arange(0, BLOCK_P)
-        p_ok = p < N * column_steps
-        u = p % column_steps
-        image = (p // column_steps).to(tl.int64)[:, None] * C
-        x_at = image * (H * W) + c[None, :]
-        g_image = g_ptr + image * (HO * WO) + c[None, :]
-        acts = ()
-        xs = ()
-        grads = ()
-        for phase in tl.static_range(STRIDE * STRIDE):
-            hi = step * STRIDE + phase // STRIDE - top
-            wi = u * STRIDE + phase % STRIDE - left
-            ok = (p_ok & (hi >= 0) & (hi < H) & (wi >= 0) & (wi < W))[:, None] & c_ok[None, :]
-            x = tl.load(x_ptr + x_at + ((hi * W + wi) * C)[:, None], mask=ok, other=0.0).to(tl.float32)
-            a = x
-            if PROLOGUE:
-                x = (x - mean[None, :]) * rstd[None, :]
-                z = x * gamma[None, :] + beta[None, :]
-                a = tl.where(ok, z * sigmoid(z), 0.0)
-            xs = xs + (x,)
-            acts = acts + (a,)
-            grads = grads + (tl.zeros([BLOCK_P, BLOCK_C], tl.float32),)
-        # dx and dw in two sweeps over the same taps, the second from cache: in one they do not fit the registers.
-        for j in range(REACH):
-            ho = step - j
-            for i in tl.static_range(REACH):
-                wo = u - i
-                ok = (p_ok & (ho >= 0) & (ho < HO) & (wo >= 0) & (wo < WO))[:, None] & c_ok[None, :]
-                g = tl.load(g_image + ((ho * WO + wo) * C)[:, None], mask=ok, other=0.0).to(tl.float32)
-                for q in tl.static_range(STRIDE):
-                    dy = q + j * STRIDE
-                    for r in tl.static_range(STRIDE):
-                        if r + i * STRIDE < K:
-                            at = w_ptr + (dy * K + r + i * STRIDE) * C + c
-                            w = tl.load(at, mask=c_ok & (dy < K), other=0.0)[None, :]
-                            grads = _replaced(grads, q * STRIDE + r, grads[q * STRIDE + r] + g * w, STRIDE * STRIDE)
-        for phase in tl.static_range(STRIDE * STRIDE):
-            hi = step * STRIDE + phase // STRIDE - top
-            wi = u * STRIDE + phase % STRIDE - left
-            ok = (p_ok & (hi >= 0) & (hi < H) & (wi >= 0) & (wi < W))[:, None] & c_ok[None, :]
-            da = grads[phase]
-            if PROLOGUE:
-                z = xs[phase] * gamma[None, :] + beta[None, :]
-                da = tl.where(ok, da * silu_slope(z, sigmoid(z)), 0.0)
-                sum_dz += da
-                sum_dz_xhat += da * xs[phase]
-            tl.store(dx_ptr + x_at + ((hi * W + wi) * C)[:, None], da.to(dx_ptr.dtype.element_ty), mask=ok)
-        for dy in tl.static_range(K):
-            ho = step - dy // STRIDE
-            for dx in tl.static_range(K):
-                wo = u - dx // STRIDE
-                ok = (p_ok & (ho >= 0) & (ho < HO) & (wo >= 0) & (wo < WO))[:, None] & c_ok[None, :]
-                g = tl.load(g_image + ((ho * WO + wo) * C)[:, None], mask=ok, other=0.0).to(tl.float32)
-                a = acts[dy % STRIDE * STRIDE + dx % STRIDE]
-                dw = _replaced(dw, dy * K + dx, dw[dy * K + dx] + g * a, K * K)
+        sum_dz_away = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    taps = _taps(w_ptr, c, c_ok, C, K)
+    dw = _zeros(K * K, BLOCK_P, BLOCK_C)
+    task = tl.program_id(1) * tasks
+    for t in range(task, tl.minimum(task + tasks, tl.cdiv(N * STRIPS, BLOCK_P) * bands)):
+        begin = t % bands * band
+        end = tl.minimum(begin + band, H)
+        p = t // bands * BLOCK_P + tl.arange(0, BLOCK_P)
+        ok = (p < N * STRIPS)[:, None] & c_ok[None, :]
+        wi = p % STRIPS * STRIP
+        image = (p // STRIPS).to(tl.int64)[:, None] * C
+        at = image * (H * W) + (wi * C)[:, None] + c[None, :]
+        g_at = g_ptr + image * (HO * WO) + (wi // STRIDE * C)[:, None] + c[None, :]
+        acts = _zeros(KEPT, BLOCK_P, BLOCK_C)
+        grads = _zeros(KEPT, BLOCK_P, BLOCK_C)
+        # The first row of g after which a row of the band enters; shifted by K so that it is rounded down.
+        start = (begin + top - K + STRIDE + K * STRIDE) // STRIDE - K
+        for ho in range(start, (end - 1 + top) // STRIDE + 1):
+            for q in tl.static_range(STRIDE):
+                hi = ho * STRIDE - top + K - STRIDE + q
+                entering = _zeros(STRIP, BLOCK_P, BLOCK_C)
+                if (hi >= begin) & (hi < end):
+                    entering = _load_row(x_ptr + at + hi * W * C, ok, wi, norm, C, 0, STRIP, LAST, W)
+                acts = acts + entering
+            grads = grads + _zeros(STRIDE * STRIP, BLOCK_P, BLOCK_C)
+            if (ho >= 0) & (ho < HO):
+                g = _load_row(g_at + ho * WO * C, ok, wi // STRIDE, (), C, BEGIN, COLUMNS, LAST // STRIDE, WO)
+                grads = _add_grads(grads, g, taps, BEGIN, STRIP, LAST // STRIDE, WO, LEFT, K, STRIDE)
+                dw = _add_dw(dw, g, acts, BEGIN, STRIP, LAST // STRIDE, WO, LEFT, K, STRIDE)
+            # The first rows have met their last row of g.
+            for q in tl.static_range(STRIDE):
+                hi = ho * STRIDE - top + q
+                if (hi >= begin) & (hi < end):
+                    for i in tl.static_range(STRIP):
+                        here = _column_ok(ok, wi, i, LAST, W)
+                        place = at + (hi * W + i) * C
+                        da = grads[q * STRIP + i]
+                        if PROLOGUE:
+                            away = tl.load(x_ptr + place, mask=here, other=0.0).to(tl.float32) - norm[0]
+                            z = away * norm[1] + norm[2]
+                            da = tl.where(here, da * silu_slope(z, sigmoid(z)), 0.0)
+                            sum_dz += da
+                            sum_dz_away += da * away
+                        tl.store(dx_ptr + place, da.to(dx_ptr.dtype.element_ty), mask=here)
+            acts = acts[STRIDE * STRIP :]
+            grads = grads[STRIDE * STRIP :]
     for tap in tl.static_range(K * K):
-        at = (tl.program_id(1) * (K * K) + tap) * C
-        tl.store(dw_ptr + at + c, tl.sum(dw[tap], axis=0), mask=c_ok)
+        tap_ptr = dw_ptr + (tl.program_id(1) * (K * K) + tap) * C
+        tl.store(tap_ptr + c, tl.sum(dw[tap], axis=0), mask=c_ok)
     if PROLOGUE:
         sums_ptr += tl.program_id(1) * 2 * C
         tl.store(sums_ptr + c, tl.sum(sum_dz, axis=0), mask=c_ok)
-        tl.store(sums_ptr + C + c, tl.sum(sum_dz_xhat, axis=0), mask=c_ok)
+        tl.store(sums_ptr + C + c, tl.sum(sum_dz_away, axis=0) * rstd, mask=c_ok)
 
 
 def output_size(size: int, k: int, stride: int, before: int, after: int) -> int:
@@ -326,9 +493,9 @@ def forward(
     k = math.isqrt(taps.shape[0])
     ho, wo = output_size(h, k, stride, top, bottom), output_size(w, k, stride, left, right)
     y = empty_channels_last(x, n, c, ho, wo)
-    cut = forward_launch(n, c, ho, wo)
+    cut = forward_launch(n, c, ho, wo, k)
     bands = cdiv(ho, cut.band)
-    programs = cdiv(n * wo, cut.block_p) * bands
+    programs = cdiv(n * cdiv(wo, cut.strip), cut.block_p) * bands
     out = torch.empty(programs, 3, c, device=x.device, dtype=torch.float32) if moments else None
     stats, affine = norm or (taps, (taps, taps))
     launch(
@@ -336,12 +503,16 @@ def forward(
         _forward_kernel,
         (cdiv(c, cut.block_c), programs),
         *(x, taps, stats, *affine, y, taps if out is None else out),
-        *(n, h, w, c, ho, wo, left, top, cut.band, bands),
+        *(n, h, ho, top, cut.band, bands),
+        C=c,
+        W=w,
+        WO=wo,
+        LEFT=left,
         K=k,
         STRIDE=stride,
         PROLOGUE=norm is not None,
         MOMENTS=moments,
-        VEC=vector(c),
+        STRIP=cut.strip,
         BLOCK_P=cut.block_p,
         BLOCK_C=cut.block_c,
         num_warps=cut.num_warps,
@@ -357,9 +528,9 @@ def backward(
     n, c, h, w = x.shape
     ho, wo = g.shape[2:]
     k = math.isqrt(taps.shape[0])
-    row_steps, column_steps = cdiv(h + top, stride), cdiv(w + left, stride)
-    cut = backward_launch(c, k, stride, row_steps, n * column_steps)
-    programs = cdiv(cdiv(n * column_steps, cut.block_p) * row_steps, cut.tiles)
+    cut = backward_launch(n, c, h, w, k, stride)
+    bands = cdiv(h, cut.band)
+    programs = cdiv(cdiv(n * cdiv(w, cut.strip), cut.block_p) * bands, cut.tasks)
     dx = torch.empty_like(x)
     dw = torch.empty(programs, k * k, c, device=x.device, dtype=torch.float32)
     sums = None if norm is None else dw.new_empty(programs, 2, c)
@@ -369,11 +540,15 @@ def backward(
         _backward_kernel,
         (cdiv(c, cut.block_c), programs),
         *(g, x, taps, stats, *affine, dx, dw, taps if sums is None else sums),
-        *(n, h, w, c, ho, wo, left, top, row_steps, column_steps, cut.tiles),
+        *(n, h, ho, top, cut.band, bands, cut.tasks),
+        C=c,
+        W=w,
+        WO=wo,
+        LEFT=left,
         K=k,
         STRIDE=stride,
         PROLOGUE=norm is not None,
-        VEC=vector(c),
+        STRIP=cut.strip,
         BLOCK_P=cut.block_p,
         BLOCK_C=cut.block_c,
         num_warps=cut.num_warps,

@@ -68,13 +68,14 @@ def vector(channels: int) -> int:
     return math.gcd(channels, 16)
 
 
-def channel_block(channels: int, widest: int = 128) -> int:
-    """Channels per program: the power of two from 32 to `widest` that pads `channels` least, the larger of equals.
+def channel_block(channels: int, widest: int = 128, slack: float = 1.0) -> int:
+    """Channels per program: the largest power of two from 32 to `widest` that pads `channels` at most `slack` times as
+    far as the best of them does.
 
     Below 32 channels of 2 bytes a row of the tile would no longer fill whole 32-byte sectors evenly.
     """
-    blocks = [b for b in (32, 64, 128) if b <= widest]
-    best = min(blocks, key=lambda b: (cdiv(channels, b) * b, -b))
+    padded = {b: cdiv(channels, b) * b for b in (32, 64, 128, 256) if b <= widest}
+    best = max(b for b, size in padded.items() if size <= slack * min(padded.values()))
     return min(best, max(power_of_2(channels), 8))
 
 

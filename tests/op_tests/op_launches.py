@@ -107,8 +107,30 @@ def source(kernel, args, constants) -> tuple[ASTSource, dict]:
     return ASTSource(kernel, signature, constexprs=values, attrs=hints), options
 
 
+def longest_loop(listing: str) -> int:
+    """Instructions of the longest loop that holds no other, in what nvdisasm prints; 0 without one."""
+    places, jumps, count = {}, [], 0
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            places[label[1]] = count
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            if jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line):
+                jumps.append((count, jump[1]))
+            count += 1
+    loops = {(places[target], at) for at, target in jumps if places.get(target, count) < at}
+    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return max((end - begin + 1 for begin, end in innermost), default=0)
+
+
+def values_a_turn(constants: dict) -> float:
+    """Values of the map that a thread goes through in one turn of a kernel's loop; of y for the depthwise forward."""
+    rows = constants.get("BLOCK_M", constants.get("BLOCK_P", 0))
+    columns = constants.get("STRIP", 1) * (1 if "MOMENTS" in constants else constants.get("STRIDE", 1))
+    return rows * constants.get("BLOCK_C", 0) / (32 * constants["num_warps"]) * columns
+
+
 def resources(kernel, args, constants, arch: int) -> dict:
-    """Registers, spilled bytes, shared memory, instructions, and bytes a thread moves per global access."""
+    """Registers, spilled bytes, shared memory, instructions in all and in the longest loop, bytes a global access."""
     src, options = source(kernel, args, constants)
     compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -127,6 +149,7 @@ def resources(kernel, args, constants, arch: int) -> dict:
         "spilled": used["STACK"] + used["LOCAL"],
         "shared": compiled.metadata.shared,
         "instructions": instructions,
+        "loop": longest_loop(listing),
         "widths": dict(widths),
     }
 

@@ -85,10 +85,12 @@ ODD_CASES = [
     Case(2, 24, 8, 8, 3, 2, same=True),
     Case(2, 24, 9, 8, 5, 2, same=True),
     Case(40, 16, 3, 2, 3, 1, note="many-images"),
+    Case(1, 24, 50, 5, 3, 2, note="bands"),
+    Case(1, 8, 41, 18, 5, 1, note="bands-and-strips"),
 ]
 CASES = B0_CASES + ODD_CASES
-# The subset of `make test`: both kernel sizes, strides and paddings, vector widths 8, 4 and 1, batch 1.
-QUICK_CASES = ODD_CASES[:3] + ODD_CASES[5:7]
+# The subset of `make test`: both kernel sizes, strides and paddings, vector widths 8, 4 and 1, batch 1, rows in bands.
+QUICK_CASES = ODD_CASES[:3] + ODD_CASES[5:7] + ODD_CASES[8:9]
 
 
 @dataclass(frozen=True)

@@ -335,7 +335,7 @@ def merge_moments(moments: Tensor, eps: float, sync: bool) -> Tensor:
 
 def _merge(moments: Tensor, out: Tensor, eps: float, *, final: bool) -> Tensor:
     groups, _, c = moments.shape
-    block_c = 32
+    block_c = 8  # a sector; few groups a turn would leave the kernel waiting for memory many times over
     launch(
         "batch_norm",
         _merge_kernel,
@@ -343,7 +343,7 @@ def _merge(moments: Tensor, out: Tensor, eps: float, *, final: bool) -> Tensor:
         *(moments, out, groups, c, eps),
         FINAL=final,
         VEC=vector(c),
-        BLOCK_G=64,
+        BLOCK_G=256,
         BLOCK_C=block_c,
         num_warps=4,
     )

@@ -3,13 +3,14 @@
     a = silu(gamma (x - mean) rstd + beta),  pool = mean over h, w of a
     hidden = W1 pool + b1,  gate = sigmoid(W2 silu(hidden) + b2),  y = a gate
 
-Forward   reads x (for the mean), reads x again and writes y: a is never written. The two small matrix products and
-          what lies between them are one launch over blocks of images.
-Backward  the five sums of bn_silu_squeeze.py from dy and x; then, per block of images, back through the gate to
-          dpool; then, per block of channels, dW1, dW2, db1, db2 and BatchNorm's dgamma and dbeta, each summed over
-          the images in order; then one pass that reads dy and x and writes dx.
+Forward   reads x (for the mean), reads x again and writes y: a is never written.
+Backward  the five sums of bn_silu_squeeze.py from dy and x; then back through the gate to dpool; then, per block of
+          channels, dW1, dW2, db1, db2 and BatchNorm's dgamma and dbeta, each summed over the images in order; then
+          one pass that reads dy and x and writes dx.
 
-The matrix products are float32 in three TF32 products (tf32x3), which keeps float32's accuracy.
+The matrices are small, so a program's time is that of waiting: each product over the channels is cut into spans of
+channels, whose sums the next launch adds up in order, and no program takes many turns. The products are float32 in
+three TF32 products (tf32x3), which keeps float32's accuracy.
 """
 
 from __future__ import annotations
@@ -55,12 +56,19 @@ def se_gate_reference(x: Tensor, bn: BatchNorm, se: SqueezeExcite, *, training: 
 
 @dataclass(frozen=True)
 class GateLaunch:
-    """`block_n` images (16 is the least a matrix product takes), `block_c` channels and `block_r` hidden values."""
+    """`block_n` images (16 is the least a matrix product takes), `block_c` channels and `block_r` hidden values.
+
+    Sums over the channels are cut into spans of `turns` blocks.
+    """
 
     block_n: int
     block_c: int
     block_r: int
     num_warps: int
+    turns: int = 4
+
+    def spans(self, c: int) -> int:
+        return cdiv(c, self.block_c * self.turns)
 
     def constants(self, c: int) -> dict[str, int]:
         blocks = {"BLOCK_N": self.block_n, "BLOCK_C": self.block_c, "BLOCK_R": self.block_r}
@@ -81,13 +89,66 @@ def parameters_launch(r: int) -> GateLaunch:
 def gate_launch_space(r: int) -> list[GateLaunch]:
     """What an autotuner may try in place of `gate_launch`'s choice."""
     block_r = max(power_of_2(r), 16)
-    return [GateLaunch(n, c, block_r, w) for n in (16, 32) for c in (32, 64) for w in (4, 8) if c * block_r <= 8192]
+    blocks = [(n, c, w) for n in (16, 32) for c in (32, 64) for w in (4, 8) if c * block_r <= 8192]
+    return [GateLaunch(n, c, block_r, w, turns) for n, c, w in blocks for turns in (2, 4, 8)]
+
+
+@triton.jit
+def _tile(N, R, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A program's images and all hidden values: n [BLOCK_N], r [BLOCK_R], places in [N, R] and their mask."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    return n, r, n[:, None] * R + r[None, :], (n < N)[:, None] & (r < R)[None, :]
+
+
+@triton.jit
+def _added(
+    sums_ptr,  # [spans, N, R]
+    spans,
+    NR,
+    nr,
+    nr_ok,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The spans' sums, added in order."""
+    total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for span in range(spans):
+        total += tl.load(sums_ptr + span * NR + nr, mask=nr_ok, other=0.0)
+    return total
+
+
+@triton.jit
+def _hidden_kernel(
+    pool_ptr,  # [N, C]
+    w1_ptr,  # [R, C]
+    sums_ptr,  # [spans, N, R]
+    N,
+    C,
+    R,
+    span,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    C = C // VEC * VEC
+    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
+    sums = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    start = tl.program_id(1) * span
+    for first in range(start, tl.minimum(start + span, C), BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        nc_ok = (n < N)[:, None] & (c < C)[None, :]
+        cr_ok = (c < C)[:, None] & (r < R)[None, :]
+        pool = tl.load(pool_ptr + n[:, None] * C + c[None, :], mask=nc_ok, other=0.0)
+        w1 = tl.load(w1_ptr + r[None, :] * C + c[:, None], mask=cr_ok, other=0.0).to(tl.float32)
+        sums = tl.dot(pool, w1, sums, input_precision="tf32x3")
+    tl.store(sums_ptr + tl.program_id(1) * N * R + nr, sums, mask=nr_ok)
 
 
 @triton.jit
 def _gate_kernel(
-    pool_ptr,  # [N, C]
-    w1_ptr,  # [R, C]
+    sums_ptr,  # [spans, N, R]
     b1_ptr,  # [R]
     w2_ptr,  # [C, R]
     b2_ptr,  # [C]
@@ -96,76 +157,82 @@ def _gate_kernel(
     N,
     C,
     R,
+    spans,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     C = C // VEC * VEC
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.arange(0, BLOCK_R)
-    hidden = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for first in range(0, C, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        nc_ok = (n < N)[:, None] & (c < C)[None, :]
-        cr_ok = (c < C)[:, None] & (r < R)[None, :]
-        pool = tl.load(pool_ptr + n[:, None] * C + c[None, :], mask=nc_ok, other=0.0)
-        w1 = tl.load(w1_ptr + r[None, :] * C + c[:, None], mask=cr_ok, other=0.0).to(tl.float32)
-        hidden = tl.dot(pool, w1, hidden, input_precision="tf32x3")
+    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
+    hidden = _added(sums_ptr, spans, N * R, nr, nr_ok, BLOCK_N, BLOCK_R)
     hidden += tl.load(b1_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
-    nr_ok = (n < N)[:, None] & (r < R)[None, :]
-    tl.store(hidden_ptr + n[:, None] * R + r[None, :], hidden, mask=nr_ok)
-    a = hidden * sigmoid(hidden)
-    for first in range(0, C, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        nc_ok = (n < N)[:, None] & (c < C)[None, :]
-        rc_ok = (r < R)[:, None] & (c < C)[None, :]
-        w2 = tl.load(w2_ptr + c[None, :] * R + r[:, None], mask=rc_ok, other=0.0).to(tl.float32)
-        logit = tl.dot(a, w2, input_precision="tf32x3")
-        logit += tl.load(b2_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        tl.store(gate_ptr + n[:, None] * C + c[None, :], sigmoid(logit), mask=nc_ok)
+    # Every program of these images has the same hidden values; the first one stores them.
+    tl.store(hidden_ptr + nr, hidden, mask=nr_ok & (tl.program_id(1) == 0))
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rc_ok = (r < R)[:, None] & (c < C)[None, :]
+    w2 = tl.load(w2_ptr + c[None, :] * R + r[:, None], mask=rc_ok, other=0.0).to(tl.float32)
+    logit = tl.dot(hidden * sigmoid(hidden), w2, input_precision="tf32x3")
+    logit += tl.load(b2_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(gate_ptr + n[:, None] * C + c[None, :], sigmoid(logit), mask=(n < N)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
-def _gate_backward_kernel(
+def _dact_kernel(
     dgate_ptr,  # [N, C]
     gate_ptr,  # [N, C]
-    hidden_ptr,  # [N, R]
-    w1_ptr,  # [R, C]
     w2_ptr,  # [C, R]
-    dhidden_ptr,  # [N, R]
-    dpool_ptr,  # [N, C]
+    sums_ptr,  # [spans, N, R], gradient at the hidden values' Swish
     N,
     C,
     R,
+    span,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     C = C // VEC * VEC
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.arange(0, BLOCK_R)
-    da = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for first in range(0, C, BLOCK_C):
+    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
+    sums = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    start = tl.program_id(1) * span
+    for first in range(start, tl.minimum(start + span, C), BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         nc_ok = (n < N)[:, None] & (c < C)[None, :]
         cr_ok = (c < C)[:, None] & (r < R)[None, :]
         gate = tl.load(gate_ptr + n[:, None] * C + c[None, :], mask=nc_ok, other=0.0)
         dlogit = tl.load(dgate_ptr + n[:, None] * C + c[None, :], mask=nc_ok, other=0.0) * gate * (1.0 - gate)
         w2 = tl.load(w2_ptr + c[:, None] * R + r[None, :], mask=cr_ok, other=0.0).to(tl.float32)
-        da = tl.dot(dlogit, w2, da, input_precision="tf32x3")
-    nr_ok = (n < N)[:, None] & (r < R)[None, :]
-    hidden = tl.load(hidden_ptr + n[:, None] * R + r[None, :], mask=nr_ok, other=0.0)
-    dhidden = da * silu_slope(hidden, sigmoid(hidden))
-    tl.store(dhidden_ptr + n[:, None] * R + r[None, :], dhidden, mask=nr_ok)
-    for first in range(0, C, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        nc_ok = (n < N)[:, None] & (c < C)[None, :]
-        rc_ok = (r < R)[:, None] & (c < C)[None, :]
-        w1 = tl.load(w1_ptr + r[:, None] * C + c[None, :], mask=rc_ok, other=0.0).to(tl.float32)
-        dpool = tl.dot(dhidden, w1, input_precision="tf32x3")
-        tl.store(dpool_ptr + n[:, None] * C + c[None, :], dpool, mask=nc_ok)
+        sums = tl.dot(dlogit, w2, sums, input_precision="tf32x3")
+    tl.store(sums_ptr + tl.program_id(1) * N * R + nr, sums, mask=nr_ok)
+
+
+@triton.jit
+def _dpool_kernel(
+    sums_ptr,  # [spans, N, R]
+    hidden_ptr,  # [N, R]
+    w1_ptr,  # [R, C]
+    dhidden_ptr,  # [N, R]
+    dpool_ptr,  # [N, C]
+    N,
+    C,
+    R,
+    spans,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    C = C // VEC * VEC
+    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
+    hidden = tl.load(hidden_ptr + nr, mask=nr_ok, other=0.0)
+    dhidden = _added(sums_ptr, spans, N * R, nr, nr_ok, BLOCK_N, BLOCK_R) * silu_slope(hidden, sigmoid(hidden))
+    tl.store(dhidden_ptr + nr, dhidden, mask=nr_ok & (tl.program_id(1) == 0))
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rc_ok = (r < R)[:, None] & (c < C)[None, :]
+    w1 = tl.load(w1_ptr + r[:, None] * C + c[None, :], mask=rc_ok, other=0.0).to(tl.float32)
+    dpool = tl.dot(dhidden, w1, input_precision="tf32x3")
+    tl.store(dpool_ptr + n[:, None] * C + c[None, :], dpool, mask=(n < N)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
@@ -233,15 +300,25 @@ def _parameters_backward_kernel(
     tl.store(bn_ptr + C + c, dgamma, mask=once)
 
 
+def _over_channels(
+    kernels: tuple, c: int, n: int, r: int, before: tuple[Tensor, ...], after: tuple[Tensor, ...]
+) -> None:
+    """The first of two kernels sums over spans of channels into [spans, N, R]; the second begins with these."""
+    assert 5 * n * c < 2**31, "places in [5, N, C] are 32-bit"
+    cut = gate_launch(r)
+    sums = before[0].new_empty(cut.spans(c), n, r)
+    images, constants = cdiv(n, cut.block_n), cut.constants(c)
+    launch("se_gate", kernels[0], (images, len(sums)), *before, sums, n, c, r, cut.block_c * cut.turns, **constants)
+    launch("se_gate", kernels[1], (images, cdiv(c, cut.block_c)), sums, *after, n, c, r, len(sums), **constants)
+
+
 def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
     """gate [N, C] and hidden [N, R] (before its Swish), float32."""
     n, c = pool.shape
     r = se.reduce_weight.shape[0]
-    assert 5 * n * c < 2**31, "places in [5, N, C] are 32-bit"
-    cut = gate_launch(r)
     hidden, gate = pool.new_empty(n, r), torch.empty_like(pool)
-    args = (pool, *se, hidden, gate, n, c, r)
-    launch("se_gate", _gate_kernel, (cdiv(n, cut.block_n),), *args, **cut.constants(c))
+    after = (se.reduce_bias, se.expand_weight, se.expand_bias, hidden, gate)
+    _over_channels((_hidden_kernel, _gate_kernel), c, n, r, (pool, se.reduce_weight), after)
     return gate, hidden
 
 
@@ -251,10 +328,9 @@ def gate_backward(
     """dpool [N, C], BatchNorm's [dbeta, dgamma] over this rank, and the gradients of `se`, from the five sums."""
     n, c = pool.shape
     r = hidden.shape[1]
-    cut = gate_launch(r)
     dhidden, dpool = torch.empty_like(hidden), torch.empty_like(pool)
-    args = (sums, gate, hidden, se.reduce_weight, se.expand_weight, dhidden, dpool, n, c, r)
-    launch("se_gate", _gate_backward_kernel, (cdiv(n, cut.block_n),), *args, **cut.constants(c))
+    after = (hidden, se.reduce_weight, dhidden, dpool)
+    _over_channels((_dact_kernel, _dpool_kernel), c, n, r, (sums, gate, se.expand_weight), after)
     grads = SqueezeExcite(*(torch.empty_like(p) for p in se))
     bn = pool.new_empty(2, c)
     cut = parameters_launch(r)

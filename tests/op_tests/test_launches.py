@@ -1,5 +1,6 @@
 """What the compiler makes of every launch that the heuristics choose, for sm_80 and sm_90, without a GPU."""
 
+import functools
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ INSTRUCTIONS = {
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
+@functools.cache
 def compile_all(arch: int, dtype: str, models: range) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, Path(__file__).with_name("op_launches.py"), str(arch), dtype, *map(str, models)]

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,18 +266,87 @@ def test_scaling_over_two_ranks(tmp_path):
     assert rows["weak", 2]["efficiency"] == pytest.approx(rows["weak", 2]["img/s"] / (2 * rows["weak", 1]["img/s"]))
 
 
-def test_time_to_accuracy(tmp_path):
+def test_time_to_accuracy(tmp_path, capsys):
     out = tmp_path / "a.json"
     changes = {"limit_train": 64, "limit_eval": 20, "batch_size": 32, "num_epochs": 2, "num_workers": 1}
     words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
-    time_to_accuracy.main(["--recipe", "quickstart", "--target", "0", "--seeds", "1", *words, "--out", str(out)])
+    words += ["--recipe", "quickstart", "--seeds", "1", "--out", str(out)]
+    time_to_accuracy.main([*words, "--target", "0"])
+    (row,) = read(out)["rows"]
+    (moment,) = row["history"]  # it stopped there
+    assert moment["epoch"] == 1
+    assert moment["s"] > moment["s without evaluation"] > 0
+    time_to_accuracy.main([*words, "--target", "101", "0"])
     made = read(out)
-    (row,) = made["rows"]
-    assert row["reached"]
-    assert row["epoch"] == 1  # it stopped there
-    assert row["s"] > row["s without evaluation"] > 0
-    assert made["settings"]["summary"]["seeds"] == 1
-    assert time_to_accuracy.summary([row, row | {"reached": False}]) == {}
+    assert len(made["rows"][0]["history"]) == 2
+    low, high = made["settings"]["summary"]
+    assert low == {"target": 0, "seeds": 1, "reached": 1, "mean s": low["mean s"], "standard deviation s": 0}
+    assert high == {"target": 101, "seeds": 1, "reached": 0}
+    said = capsys.readouterr().out
+    assert "target 0 % and 101 %" in said
+    assert "101 % NOT reached" in said
+
+
+def test_several_targets_are_read_off_one_history():
+    rows = [
+        {"history": [{"top1": top1, "s": s} for top1, s in ((70, 10.0), (76, 20.0), (74, 30.0), (last, 40.0))]}
+        for last in (81, 79)
+    ]
+    assert time_to_accuracy.summary(rows, 75) == {
+        "target": 75,
+        "seeds": 2,
+        "reached": 2,
+        "mean s": 20,
+        "standard deviation s": 0,
+    }
+    assert time_to_accuracy.summary(rows, 80) == {"target": 80, "seeds": 2, "reached": 1}
+
+
+def test_a_seed_that_is_cut_off_takes_no_other_with_it(tmp_path, monkeypatch):
+    out = tmp_path / "a.json"
+
+    def run(config, target):
+        if config.seed == 1:
+            raise ValueError("cut off")
+        return {
+            "seed": 0,
+            "compile s": 1.0,
+            "history": [{"epoch": 1, "top1": 9.0, "s": 2.0, "s without evaluation": 1}],
+        }
+
+    monkeypatch.setattr(time_to_accuracy, "one_run", run)
+    with pytest.raises(ValueError, match="cut off"):
+        time_to_accuracy.main(["--recipe", "quickstart", "--target", "9", "12", "--seeds", "2", "--out", str(out)])
+    assert [goal["reached"] for goal in read(out)["settings"]["summary"]] == [1, 0]
+    shown = report.time_to_accuracy(tmp_path)
+    assert "| quickstart | 9 % | 2.0 +- 0.0 | 1.0 | 1 |" in shown
+    assert "| quickstart | 12 % | reached by 0 | 1.0 | 1 |" in shown
+
+
+def test_what_compiles_before_the_clock_is_undone():
+    """A step and an evaluation, of which nothing remains."""
+    seen = []
+
+    class Run:
+        def _evaluate_weights(self):
+            seen.append("evaluated")
+            weight.fill_(2.0)
+
+    class Step:
+        def __call__(self, images, labels, number):
+            weight.fill_(1.0)
+
+        def state_dict(self):
+            return {"weight": weight}
+
+        def load_state_dict(self, state):
+            weight.copy_(state["weight"])
+
+    weight = torch.zeros(1)
+    loader = SimpleNamespace(epoch=lambda epoch: iter([(None, None)]))
+    time_to_accuracy.Clock(1.0)._compile(Step(), loader, Run())
+    assert seen == ["evaluated"]
+    assert weight == 0
 
 
 @pytest.mark.parametrize("words", [["--recipe", "nothing"], ["--set", "no_such=1"], ["--seeds", "0"]])

@@ -26,7 +26,7 @@ import step_profile  # noqa: E402
 import throughput  # noqa: E402
 import time_to_accuracy  # noqa: E402
 
-from effnet_fast import provenance  # noqa: E402
+from effnet_fast import cli, provenance  # noqa: E402
 
 SCRIPTS = (checks, choose_recipe, throughput, roofline, loader, step_profile, scaling, time_to_accuracy)
 LITTLE = {"dataset": "synthetic", "limit_train": 64, "limit_eval": 20, "batch_size": 32, "num_workers": 1}
@@ -38,6 +38,7 @@ case "$1" in
 esac
 printf '%q ' "$@" >>{log}
 echo >>{log}
+[[ $1 == -m ]] && exit 0
 [[ $1 == */loader.py ]] && exit 1
 while [[ $1 != --out ]]; do shift; done
 echo '{{"benchmark": "stub", "provenance": {{}}}}' >"$2"
@@ -106,6 +107,15 @@ def test_a_part_of_the_training_on_a_gpu(tmp_path, stand_in, monkeypatch, what, 
     assert [Path(path).stem for path, *_ in calls()] == [script]
     assert "data_dir=here" in calls()[0]
     assert_known(calls(), monkeypatch)
+
+
+def test_the_whole_training_on_a_gpu_ends_in_good_order_within_its_time(stand_in):
+    python, calls = stand_in
+    done = suite("gpu_train.sh", "final", python=python, DATA_DIR="here", STEP="compile")
+    assert done.returncode == 0, done.stderr
+    ((_, _, verb, *flags),) = calls()
+    config = cli.parse(cli.VERBS[verb], verb, flags)
+    assert (config.data_dir, config.step, config.time_budget) == ("here", "compile", 540)
 
 
 def test_the_training_needs_to_know_what(stand_in):
@@ -190,6 +200,15 @@ def test_variants_are_compared_by_validation_images(tmp_path):
     assert trained[0]["val top1"] >= trained[1]["val top1"]
     assert failed["variant"] == "optimizer=apex-sgd"
     assert "apex" in failed["failed"]
+
+
+def test_variants_that_were_trained_are_kept_when_the_next_is_killed(tmp_path, monkeypatch):
+    made = iter([{"variant": "first", "val top1": 9.0}])
+    monkeypatch.setattr(choose_recipe, "row", lambda *arguments: next(made))
+    out = tmp_path / "out.json"
+    with pytest.raises(StopIteration):
+        choose_recipe.main(["--recipe", "quickstart", "--variant", "", "--variant", "cutmix=0", "--out", str(out)])
+    assert [row["variant"] for row in json.loads(out.read_text())["rows"]] == ["first"]
 
 
 def test_a_copy_of_the_files_can_name_its_commit(monkeypatch):

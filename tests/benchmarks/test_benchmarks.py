@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -167,6 +168,21 @@ def test_roofline_block_is_the_kernels_plan():
     assert block.bytes - weights == (10 + 13) * wide + narrow
 
 
+def test_short_calls_are_timed_in_a_row_on_a_gpu(monkeypatch):
+    """A copy at full bandwidth takes 0.2 ms, of which a launch and a synchronisation would be a tenth."""
+    calls, timed = [], []
+
+    def wall(call):
+        call()
+        timed.append(len(calls))
+        return 40.0
+
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(harness, "wall_ms", wall)
+    assert harness._least_ms(lambda: calls.append(0)) == 2.0
+    assert timed == [21, 41, 61, 81, 101]
+
+
 def test_roofline_of_a_named_chip_needs_no_gpu(tmp_path, capsys):
     out, picture = tmp_path / "r.json", tmp_path / "r.png"
     roofline.main(["--chip", "h100", "--step-ms", "1000", "--picture", str(picture), "--out", str(out), *SMALL])
@@ -233,6 +249,26 @@ def test_step_profile_names_where_the_time_goes(tmp_path, capsys):
 )
 def test_category_of_a_kernel(name, label):
     assert step_profile.category(name) == label
+
+
+def test_ranges_on_the_devices_time_line_are_no_kernels(monkeypatch):
+    """The profiler shows each range of the host there too, as long as the kernels in it."""
+
+    def event(name, start, us, device=DeviceType.CUDA, annotation=False):
+        span = SimpleNamespace(start=start, elapsed_us=lambda: us)
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, time_range=span)
+
+    events = [
+        event("step", 0.0, 9.0, annotation=True),
+        event("step", 0.0, 9.0, DeviceType.CPU, annotation=True),
+        event("cudaLaunchKernel", 0.0, 1.0, DeviceType.CPU),
+        event("sm90_xmma_gemm_bf16", 1.0, 3.0),
+        event("_moments_kernel", 5.0, 2.0),
+    ]
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    kernels = step_profile.kernels_of(SimpleNamespace(events=lambda: events))
+    assert [name for name, *_ in kernels] == ["sm90_xmma_gemm_bf16", "_moments_kernel"]
+    assert step_profile.gaps(kernels)["in all us"] == 1.0
 
 
 def test_gaps_between_launches():

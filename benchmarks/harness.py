@@ -249,7 +249,7 @@ def wall_ms(call: Call) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def alternating(calls: dict[str, Call], rounds: int, warm_up: int, inner: int = 1) -> dict[str, list[float]]:
+def alternating(calls: dict[Any, Call], rounds: int, warm_up: int, inner: int = 1) -> dict[Any, list[float]]:
     """Milliseconds of each call, taken in turns, so that what else the machine does meets all of them alike.
 
     Args:
@@ -258,7 +258,7 @@ def alternating(calls: dict[str, Call], rounds: int, warm_up: int, inner: int = 
     for call in calls.values():
         for _ in range(warm_up):
             call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             samples[name].append(wall_ms(lambda call=call: [call() for _ in range(inner)]) / inner)  # type: ignore[misc]

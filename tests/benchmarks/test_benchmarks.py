@@ -99,6 +99,33 @@ def test_throughput_from_a_loader(tmp_path):
     assert read(out)["settings"]["loader"] == "resident"
 
 
+def test_what_fails_or_comes_too_late_is_named_and_the_rest_is_measured(tmp_path, monkeypatch, capsys):
+    def call(who, mode, case):
+        def broken():
+            raise RuntimeError("no graph today\nat all")
+
+        return broken if who == "broken" else lambda: None
+
+    out = tmp_path / "t.json"
+    monkeypatch.setattr(throughput, "PEERS", {"broken": None, "late": None})
+    monkeypatch.setattr(throughput, "peers", lambda case, required: ["broken", "late"])
+    monkeypatch.setattr(throughput, "train_call", call)
+    clock = iter([0.0, 1.0, 2.0, 11.0])
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(harness, "wall_ms", lambda call: 5.0)
+    words = ["--peers", "--no-compile", "--direction", "train", "--seconds", "10", "--out", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        throughput.main([*words, *SMALL])
+    assert ended.value.code == 1
+    made = read(out)
+    assert [row["library"] for row in made["rows"]] == ["effnet_fast"]
+    assert [(row["library"], row["why"]) for row in made["settings"]["left_out"]] == [
+        ("broken", "no graph today"),
+        ("late", "10 s were over"),
+    ]
+    assert "left out: no graph today" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -82,7 +82,7 @@ def assert_known(calls, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "parts", "failed"), [("gpu_suite.sh", 9, {"5-loader": "loader.py"}), ("gpu_correct.sh", 6, {})]
+    ("name", "parts", "failed"), [("gpu_suite.sh", 8, {"5-loader": "loader.py"}), ("gpu_correct.sh", 6, {})]
 )
 def test_a_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, name, parts, failed):
     """Its arguments are ones that the scripts know, one that fails stops no other, and all ends in 10 minutes."""

@@ -22,6 +22,7 @@ from harness import parser, result, run, write
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 ALONE = re.compile(rf"(?P<test>\S+::.*?) (?P<outcome>{OUTCOMES})\b")  # a line of pytest -v
 SIDE_BY_SIDE = re.compile(rf"\[gw\d+\].*? (?P<outcome>{OUTCOMES}) (?P<test>\S+::.*)")
+COLLECTION = re.compile(r"(?P<outcome>ERROR) (?P<test>\S+\.py)(?: - .*)?$")  # a file that could not be imported
 SUMMARY = re.compile(r"^=+ .*\bin [\d.]+s")
 FOUND = 86  # the status by which compute-sanitizer tells of findings; pytest's own are below 10
 
@@ -32,7 +33,8 @@ def command(sanitizer: str | None, words: list[str]) -> list[str]:
     Raises:
         FileNotFoundError: compute-sanitizer is asked for and not installed.
     """
-    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *words]
+    # A file that lacks a package here shall not keep all others from running.
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", *words]
     if sanitizer is None:
         return pytest
     tool = shutil.which("compute-sanitizer")
@@ -46,7 +48,7 @@ def outcomes(lines: Iterable[str]) -> tuple[dict[str, str], bool]:
     found, whole = {}, False
     for line in lines:
         whole = whole or SUMMARY.match(line) is not None
-        if match := ALONE.match(line) or SIDE_BY_SIDE.match(line):
+        if match := ALONE.match(line) or SIDE_BY_SIDE.match(line) or COLLECTION.match(line):
             found[match["test"].strip()] = match["outcome"]
     return found, whole
 

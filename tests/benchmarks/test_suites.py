@@ -157,14 +157,18 @@ def test_not(): pass
 def test_checks_count_and_name_what_failed(tmp_path, monkeypatch, beside):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "test_other.py").write_text("import absent_here\n")
     out = tmp_path / "out.json"
     with pytest.raises(SystemExit) as ended:
-        checks.main(["--out", str(out), "--", "test_it.py", "--rootdir=.", *beside])
+        checks.main(["--out", str(out), "--", ".", "--rootdir=.", *beside])
     assert ended.value.code == 1
     made = json.loads(out.read_text())
-    assert made["settings"]["counts"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1}
+    assert made["settings"]["counts"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1, "ERROR": 1}
     assert made["settings"]["complete"]
-    assert made["rows"] == [{"test": "test_it.py::test_bad[a b]", "outcome": "FAILED"}]
+    assert sorted(made["rows"], key=lambda row: row["test"]) == [
+        {"test": "test_it.py::test_bad[a b]", "outcome": "FAILED"},
+        {"test": "test_other.py", "outcome": "ERROR"},
+    ]
 
 
 def test_checks_that_take_too_long_are_ended_and_what_was_learnt_is_kept(tmp_path):

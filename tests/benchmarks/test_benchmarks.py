@@ -331,7 +331,14 @@ def test_scaling_over_two_ranks(tmp_path):
 
 def test_time_to_accuracy(tmp_path, capsys):
     out = tmp_path / "a.json"
-    changes = {"limit_train": 64, "limit_eval": 20, "batch_size": 32, "num_epochs": 2, "num_workers": 1}
+    changes = {
+        "limit_train": 64,
+        "limit_eval": 20,
+        "batch_size": 32,
+        "num_epochs": 2,
+        "num_workers": 1,
+        "device": "cpu",
+    }
     words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
     words += ["--recipe", "quickstart", "--seeds", "1", "--out", str(out)]
     time_to_accuracy.main([*words, "--target", "0"])

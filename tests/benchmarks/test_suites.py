@@ -193,7 +193,8 @@ def test_checks_under_a_sanitizer_need_it(monkeypatch):
 
 def test_variants_are_compared_by_validation_images(tmp_path):
     out = tmp_path / "out.json"
-    changes = [word for name, value in LITTLE.items() for word in ("--set", f"{name}={value}")]
+    little = LITTLE | {"device": "cpu"}
+    changes = [word for name, value in little.items() for word in ("--set", f"{name}={value}")]
     variants = ["--variant", "", "--variant", "learning_rate=1e-3 cutmix=0", "--variant", "optimizer=apex-sgd"]
     choose_recipe.main(["--recipe", "quickstart", *changes, "--epochs", "1", *variants, "--out", str(out)])
     made = json.loads(out.read_text())

@@ -7,15 +7,18 @@ that failed; tests that the time did not suffice for make the status 1 as a fail
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from harness import parser, result, run, write
 
@@ -53,10 +56,26 @@ def outcomes(lines: Iterable[str]) -> tuple[dict[str, str], bool]:
     return found, whole
 
 
+def family(process: int) -> list[int]:
+    """A process and all below it."""
+    children: list[str] = []
+    with contextlib.suppress(OSError):  # one that has ended in this moment
+        for path in Path(f"/proc/{process}/task").glob("*/children"):
+            children += path.read_text().split()
+    return [process, *(member for child in children for member in family(int(child)))]
+
+
+def kill(process: int) -> None:
+    """At once, with its workers and the runs that tests have started, which would be in the way of what comes next."""
+    for member in family(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+
+
 def watch(words: list[str], seconds: float, environment: dict[str, str]) -> tuple[int, list[str]]:
     """Run a command, showing and keeping its lines; it is ended after so many seconds. Its status, and the lines."""
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    deadline = threading.Timer(seconds, process.terminate)
+    deadline = threading.Timer(seconds, kill, [process.pid])
     deadline.start()
     lines = []
     for line in process.stdout:  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ clipping, the optimizer and the average would stay outside of them.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class Captured:
 def cuda_graph(body: Body) -> Body:
     """Capture a call of `body`, which is not carried out, and return the function that replays it."""
     graph = torch.cuda.CUDAGraph()
+    gc.collect()  # steps of earlier runs are cycles that hold their graphs' memory, which nothing shall free meanwhile
     # The other threads are DALI's or a DataLoader's, whose allocations must not break the capture off.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         body()

@@ -171,13 +171,34 @@ def test_checks_count_and_name_what_failed(tmp_path, monkeypatch, beside):
     ]
 
 
-def test_checks_that_take_too_long_are_ended_and_what_was_learnt_is_kept(tmp_path):
-    (tmp_path / "test_it.py").write_text(f"{TESTS}\ndef test_long(): time.sleep(600)\n")
+LONG = """
+def test_long():
+    import pathlib, subprocess
+    run = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    pathlib.Path("run").write_text(str(run.pid))
+    run.wait()
+"""
+
+
+def runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("beside", [[], ["-n", "1"]])
+def test_checks_that_take_too_long_are_ended_and_what_was_learnt_is_kept(tmp_path, monkeypatch, beside):
+    """At once, with all that they have started: a suite would end them soon after, and what was learnt with them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_it.py").write_text(TESTS + LONG)
     out = tmp_path / "out.json"
     with pytest.raises(SystemExit):
-        checks.main(["--seconds", "15", "--out", str(out), "--", str(tmp_path / "test_it.py")])
+        checks.main(["--seconds", "15", "--out", str(out), "--", "test_it.py", "--rootdir=.", *beside])
+    assert not runs(int((tmp_path / "run").read_text()))
     made = json.loads(out.read_text())
     assert not made["settings"]["complete"]
+    assert made["settings"]["seconds"] < 18
     assert made["settings"]["counts"]["PASSED"] == 1
 
 

@@ -21,6 +21,7 @@ from effnet_fast.data import loaders
 from effnet_fast.data.loader import Loader
 from effnet_fast.provenance import environment
 
+IMAGES = 50_000  # as many as CIFAR has, since what begins an epoch is a part of the rate
 SPEEDS = Path(loaders.__file__).with_name("loader_speeds.json")
 
 
@@ -31,8 +32,8 @@ def make(kind: str, case: Case, workers: int) -> tuple[Loader, Iterator]:
         ValueError, ImportError: it cannot serve here.
     """
     if kind != "dali-cpu":
-        return harness.make_batches(case, kind, workers)
-    loader, batches = harness.make_batches(case, "dali", workers, device=torch.device("cpu"))
+        return harness.make_batches(case, kind, workers, IMAGES)
+    loader, batches = harness.make_batches(case, "dali", workers, IMAGES, torch.device("cpu"))
     return loader, (tuple(t.to(harness.DEVICE, non_blocking=True) for t in batch) for batch in batches)
 
 

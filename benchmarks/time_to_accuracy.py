@@ -9,7 +9,6 @@ seed, so that one that is cut off takes none of the others with it.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import statistics
 import tempfile
@@ -25,6 +24,7 @@ import effnet_fast
 from effnet_fast import cli
 from effnet_fast.config import TrainConfig
 from effnet_fast.run import training
+from effnet_fast.train.graph import unchanged
 
 RECIPES = Path(effnet_fast.__file__).parent / "recipes"
 
@@ -53,10 +53,9 @@ class Clock:
     real = staticmethod(training.fit)
 
     def _compile(self, step, loader, run) -> None:
-        state = copy.deepcopy(step.state_dict())
-        step(*next(iter(loader.epoch(0))), 0)
-        run._evaluate_weights()  # its kernels are others than the step's
-        step.load_state_dict(state)
+        with unchanged(step._state):  # not by load_state_dict, after which a graph is captured anew
+            step(*next(iter(loader.epoch(0))), 0)
+            run._evaluate_weights()  # its kernels are others than the step's
         harness.synchronise()
 
     def _evaluate(self, evaluate: Callable[[], None], progress) -> None:

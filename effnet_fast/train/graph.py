@@ -55,7 +55,7 @@ class Captured:
         self._replay()
 
     def _warm_up(self) -> None:
-        with _unchanged(self._state), _side_stream(self._inputs[0].device), warnings.catch_warnings():
+        with unchanged(self._state), _side_stream(self._inputs[0].device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
             for _ in range(WARM_UP_CALLS):
                 self._body(*self._inputs)
@@ -72,8 +72,8 @@ def cuda_graph(body: Body) -> Body:
 
 
 @contextmanager
-def _unchanged(state: Callable[[], list[Tensor]]) -> Iterator[None]:
-    """Whatever happens within leaves the tensors and the random generators as they were."""
+def unchanged(state: Callable[[], list[Tensor]]) -> Iterator[None]:
+    """Whatever happens within leaves the tensors, in their places, and the random generators as they were."""
     tensors = state()
     held = [tensor.clone() for tensor in tensors]
     with torch.random.fork_rng({t.device.index or 0 for t in tensors if t.is_cuda}):

@@ -249,6 +249,14 @@ def wall_ms(call: Call) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
+def host_ms(call: Call) -> float:
+    """Milliseconds until a call returns that finds the device idle: what it takes the host to issue it."""
+    synchronise()
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
 def alternating(calls: dict[Any, Call], rounds: int, warm_up: int, inner: int = 1) -> dict[Any, list[float]]:
     """Milliseconds of each call, taken in turns, so that what else the machine does meets all of them alike.
 

@@ -206,7 +206,11 @@ def measure(args: argparse.Namespace, case: Case) -> tuple[list[dict], list[dict
             else:
                 calls[who, mode] = train_call(who, mode, case)
         warm, left_out = warmed(calls, args.warm_up, args.seconds)
-        rows += rows_of(direction, case, harness.alternating(warm, args.rounds, 0, args.inner))
+        found = rows_of(direction, case, harness.alternating(warm, args.rounds, 0, args.inner))
+        if harness.DEVICE == "cuda":
+            for row, call in zip(found, warm.values(), strict=True):
+                row["host ms"] = harness.quantiles([harness.host_ms(call) for _ in range(args.rounds)])
+        rows += found
         for (who, mode), why in left_out.items():
             missing.append({"direction": direction, "library": who, "step": mode, "why": why})
     if args.memory:
@@ -240,9 +244,10 @@ def line(row: dict) -> str:
     """A row as it is printed."""
     low, middle, high = row["time over ours"]
     memory = f"  peak {row['memory']['MiB']:.0f} MiB" if "memory" in row else ""
+    host = f"  issued in {row['host ms'][1]:.2f} ms" if "host ms" in row else ""
     return (
         f"{row['direction']:9} {row['library']:21} {row['step']:8} {row['img/s'][1]:10.1f} img/s  "
-        f"{row['ms'][1]:9.2f} ms  time over ours {middle:.2f} ({low:.2f} to {high:.2f}){memory}"
+        f"{row['ms'][1]:9.2f} ms  time over ours {middle:.2f} ({low:.2f} to {high:.2f}){host}{memory}"
     )
 
 

@@ -126,6 +126,17 @@ def test_what_fails_or_comes_too_late_is_named_and_the_rest_is_measured(tmp_path
     assert "left out: no graph today" in capsys.readouterr().out
 
 
+def test_on_a_gpu_a_row_tells_how_long_the_host_took(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(harness, "synchronise", lambda: waits.append(0))
+    monkeypatch.setattr(harness, "wall_ms", lambda call: 5.0)
+    monkeypatch.setattr(throughput, "train_call", lambda who, mode, case: lambda: None)
+    throughput.main(["--direction", "train", "--rounds", "3", *SMALL])
+    assert len(waits) == 3
+    assert " issued in 0.00 ms" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

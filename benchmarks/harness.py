@@ -33,6 +33,7 @@ from effnet_fast.train.step import Step, autocast
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 20
+INNER = 10 if DEVICE == "cuda" else 1  # steps timed together: the host issues one while the GPU is at those before
 MODES = ("eager", "compile", "graph")
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 RATE, MOMENTUM, DECAY, SMOOTHING, CLIP = 0.01, 0.9, 5e-4, 0.1, 5.0

@@ -264,7 +264,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory too, each in a process of its own")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--inner", type=int, default=10 if harness.DEVICE == "cuda" else 1, help="calls timed together")
+    parser.add_argument("--inner", type=int, default=harness.INNER, help="calls timed together")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing else is compiled")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--memory-of", nargs=2, metavar=("LIBRARY", "STEP"), help=argparse.SUPPRESS)

@@ -99,6 +99,21 @@ def test_a_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, name, parts, failed):
     assert_known(calls(), monkeypatch)
 
 
+def test_a_suite_on_a_gpu_takes_the_captured_steps_time_from_the_first_part(tmp_path, stand_in, monkeypatch):
+    python, calls = stand_in
+    rows = [
+        {"step": "eager", "ms": [1, 2, 3], "img/s": [4, 5, 6]},
+        {"step": "graph", "ms": [7, 8, 9], "img/s": [1, 64, 2]},
+    ]
+    text = python.read_text().replace('"provenance": {}', f'"provenance": {{}}, "rows": {json.dumps(rows)}')
+    python.write_text(text.replace("-c) exit 0 ;;", f'-c) [[ $2 == *argv* ]] && exec {sys.executable} "$@"; exit 0 ;;'))
+    suite("gpu_suite.sh", tmp_path / "suite.json", python=python)
+    words = {Path(path).stem: words for path, *words in calls()}
+    assert words["roofline"][-2:] == ["--step-ms", "8"]
+    assert words["loader"][-2:] == ["--step-rate", "64"]
+    assert_known(calls(), monkeypatch)
+
+
 @pytest.mark.parametrize(("what", "script"), [("choose", "choose_recipe"), ("times", "time_to_accuracy")])
 def test_a_part_of_the_training_on_a_gpu(tmp_path, stand_in, monkeypatch, what, script):
     python, calls = stand_in

@@ -7,21 +7,25 @@ that failed; tests that the time did not suffice for make the status 1 as a fail
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from harness import parser, result, run, write
 
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 ALONE = re.compile(rf"(?P<test>\S+::.*?) (?P<outcome>{OUTCOMES})\b")  # a line of pytest -v
 SIDE_BY_SIDE = re.compile(rf"\[gw\d+\].*? (?P<outcome>{OUTCOMES}) (?P<test>\S+::.*)")
+COLLECTION = re.compile(r"(?P<outcome>ERROR) (?P<test>\S+\.py)(?: - .*)?$")  # a file that could not be imported
 SUMMARY = re.compile(r"^=+ .*\bin [\d.]+s")
 FOUND = 86  # the status by which compute-sanitizer tells of findings; pytest's own are below 10
 
@@ -32,7 +36,8 @@ def command(sanitizer: str | None, words: list[str]) -> list[str]:
     Raises:
         FileNotFoundError: compute-sanitizer is asked for and not installed.
     """
-    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *words]
+    # A file that lacks a package here shall not keep all others from running.
+    pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", *words]
     if sanitizer is None:
         return pytest
     tool = shutil.which("compute-sanitizer")
@@ -46,15 +51,31 @@ def outcomes(lines: Iterable[str]) -> tuple[dict[str, str], bool]:
     found, whole = {}, False
     for line in lines:
         whole = whole or SUMMARY.match(line) is not None
-        if match := ALONE.match(line) or SIDE_BY_SIDE.match(line):
+        if match := ALONE.match(line) or SIDE_BY_SIDE.match(line) or COLLECTION.match(line):
             found[match["test"].strip()] = match["outcome"]
     return found, whole
+
+
+def family(process: int) -> list[int]:
+    """A process and all below it."""
+    children: list[str] = []
+    with contextlib.suppress(OSError):  # one that has ended in this moment
+        for path in Path(f"/proc/{process}/task").glob("*/children"):
+            children += path.read_text().split()
+    return [process, *(member for child in children for member in family(int(child)))]
+
+
+def kill(process: int) -> None:
+    """At once, with its workers and the runs that tests have started, which would be in the way of what comes next."""
+    for member in family(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
 
 
 def watch(words: list[str], seconds: float, environment: dict[str, str]) -> tuple[int, list[str]]:
     """Run a command, showing and keeping its lines; it is ended after so many seconds. Its status, and the lines."""
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    deadline = threading.Timer(seconds, process.terminate)
+    deadline = threading.Timer(seconds, kill, [process.pid])
     deadline.start()
     lines = []
     for line in process.stdout:  # type: ignore[union-attr]

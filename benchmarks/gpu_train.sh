@@ -3,11 +3,13 @@
 #
 #   benchmarks/gpu_train.sh choose [OUT.json]  variants of the recipe, compared on validation images alone
 #   benchmarks/gpu_train.sh final              the recipe to its end; SAVE_DIR/cifar100 keeps curves, rows, provenance
-#   benchmarks/gpu_train.sh times [OUT.json]   seconds until 80 % top-1, three seeds; each evaluation is kept
+#   benchmarks/gpu_train.sh times [OUT.json]   seconds until 75 and 80 % top-1, three seeds; each evaluation is kept
 #
 # OUT.json is by default benchmarks/results/train-DATE.json. Environment: PYTHON (default python), DATA_DIR (a folder
-# with CIFAR-100, default data), SAVE_DIR (default results). `final` goes on where it was, if it is stopped. Without a
-# GPU each trains the procedural images for a moment.
+# with CIFAR-100, default data), SAVE_DIR (default results), STEP (default graph; compile, should capturing fail), EPOCHS
+# of `choose` (default 30) and `times` (default 60: the schedule must end soon for a target to be met soon). After
+# SECONDS_AT_MOST of training (default 540) `final` evaluates, saves and ends; the same command goes on from there.
+# Without a GPU each trains the procedural images for a moment.
 set -uo pipefail
 what=${1:-}
 shift
@@ -16,25 +18,26 @@ suite=train
 source "$(dirname "$0")/parts.sh"
 
 save_dir=${SAVE_DIR:-results}
-settings=(--set "data_dir=${DATA_DIR:-data}")
-flags=(--data_dir "${DATA_DIR:-data}")
-epochs=(--epochs 30)
-target=(--target 80 --seeds 3)
+step=${STEP:-graph}
+settings=(--set "data_dir=${DATA_DIR:-data}" --set "step=$step")
+flags=(--data_dir "${DATA_DIR:-data}" --step "$step" --time_budget "${SECONDS_AT_MOST:-540}")
+epochs=${EPOCHS:-30}
+target=(--target 75 80 --seeds 3 --set "num_epochs=${EPOCHS:-60}")
 if ! on_gpu; then
     echo "no GPU: procedural images, for a moment; the figures say nothing"
     small=(dataset=synthetic limit_train=64 limit_eval=20 batch_size=32 output_stride=32 num_workers=1)
-    settings=(--set num_epochs=1)
+    settings=()
     for setting in "${small[@]}"; do
         settings+=(--set "$setting")
     done
     flags=("${small[@]/#/--}" --num_epochs=1)
-    epochs=(--epochs 1)
-    target=(--target 0 --seeds 1)
+    epochs=1
+    target=(--target 0 --seeds 1 --set num_epochs=1)
 fi
 
 case $what in
 choose)
-    part choose_recipe 590 --recipe cifar100 "${settings[@]}" "${epochs[@]}" \
+    part choose_recipe 590 --recipe cifar100 "${settings[@]}" --epochs "$epochs" \
         --variant "" \
         --variant "rotation=15 color_jitter=0.3" \
         --variant "cutmix=0" \

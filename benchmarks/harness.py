@@ -33,6 +33,7 @@ from effnet_fast.train.step import Step, autocast
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 20
+INNER = 10 if DEVICE == "cuda" else 1  # steps timed together: the host issues one while the GPU is at those before
 MODES = ("eager", "compile", "graph")
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 RATE, MOMENTUM, DECAY, SMOOTHING, CLIP = 0.01, 0.9, 5e-4, 0.1, 5.0
@@ -249,7 +250,15 @@ def wall_ms(call: Call) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def alternating(calls: dict[str, Call], rounds: int, warm_up: int, inner: int = 1) -> dict[str, list[float]]:
+def host_ms(call: Call) -> float:
+    """Milliseconds until a call returns that finds the device idle: what it takes the host to issue it."""
+    synchronise()
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def alternating(calls: dict[Any, Call], rounds: int, warm_up: int, inner: int = 1) -> dict[Any, list[float]]:
     """Milliseconds of each call, taken in turns, so that what else the machine does meets all of them alike.
 
     Args:
@@ -258,7 +267,7 @@ def alternating(calls: dict[str, Call], rounds: int, warm_up: int, inner: int = 
     for call in calls.values():
         for _ in range(warm_up):
             call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             samples[name].append(wall_ms(lambda call=call: [call() for _ in range(inner)]) / inner)  # type: ignore[misc]
@@ -291,8 +300,7 @@ def copy_bandwidth() -> float:
     """GB/s of a copy within the device's memory, read and write counted."""
     size = 1 << 28
     a, b = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    b.copy_(a)
-    return 2 * size / min(wall_ms(lambda: b.copy_(a)) for _ in range(5)) / 1e6
+    return 2 * size / _least_ms(lambda: b.copy_(a)) / 1e6
 
 
 def matrix_rate(dtype: str) -> float:
@@ -300,8 +308,13 @@ def matrix_rate(dtype: str) -> float:
     side = 8192 if DEVICE == "cuda" else 1024
     set_backends(deterministic=False)
     a, b = (torch.randn(side, side, device=DEVICE, dtype=getattr(torch, dtype)) for _ in range(2))
-    a @ b
-    return 2 * side**3 / min(wall_ms(lambda: a @ b) for _ in range(5)) * 1e3
+    return 2 * side**3 / _least_ms(lambda: a @ b) * 1e3
+
+
+def _least_ms(call: Call) -> float:
+    """The least milliseconds of a call; on a GPU of several in a row, since one hardly outlasts its launch."""
+    inner = 20 if DEVICE == "cuda" else 1
+    return min(alternating({"call": call}, rounds=5, warm_up=1, inner=inner)["call"])
 
 
 # -- results

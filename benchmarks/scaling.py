@@ -47,7 +47,7 @@ def worker(args: argparse.Namespace, case: Case) -> None:
                     step(*batch, 0)
 
             distributed.barrier()
-            return harness.quantiles(harness.alternating({"step": call}, args.rounds, 2)["step"])[1]
+            return harness.quantiles(harness.alternating({"step": call}, args.rounds, 2, harness.INNER)["step"])[1]
 
         together, apart = timed(apart=False), timed(apart=True)
         if world.is_main:

@@ -110,11 +110,13 @@ def kernels_of(prof: profile) -> list[tuple[str, str, float, float]]:
     """(name, category, start us, us) of everything that took time on the device, in order."""
     found = []
     for event in prof.events():
+        if event.is_user_annotation:  # a range of `span`, on the device's time line too
+            continue
         if harness.DEVICE == "cuda":
-            if event.device_type == DeviceType.CUDA and "nvtx" not in event.name:
+            if event.device_type == DeviceType.CUDA:
                 label = category(event.name)
                 found.append((event.name, label, event.time_range.start, event.time_range.elapsed_us()))
-        elif event.self_cpu_time_total > 0 and not event.is_user_annotation:
+        elif event.self_cpu_time_total > 0:
             label = _category_by_range(event) or category(event.name, event.input_shapes)
             found.append((event.name, label, event.time_range.start, event.self_cpu_time_total))
     return sorted(found, key=lambda kernel: kernel[2])

@@ -14,6 +14,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import nn
 
 from effnet_fast import create_model
 
+Who = tuple[str, str]  # library and mode of its step
 DROP_PATH, DROPOUT = 0.2, 0.2  # of B0 in all four libraries
 
 
@@ -119,8 +121,8 @@ def loader_call(mode: str, case: Case, kind: str, workers: int) -> harness.Call:
     return lambda: step(*next(batches), 0)
 
 
-def candidates(args: argparse.Namespace, case: Case) -> list[tuple[str, str]]:
-    """(library, mode) of all that is measured; the first is what ratios refer to."""
+def candidates(args: argparse.Namespace, case: Case) -> list[Who]:
+    """(library, mode) of all that is measured; the first is what ratios refer to. What compiles longest comes last."""
     modes = args.step or ["eager"]
     for mode in modes:
         harness.check_mode(mode)
@@ -128,7 +130,8 @@ def candidates(args: argparse.Namespace, case: Case) -> list[tuple[str, str]]:
     if not (args.peers or args.require_peers):
         return ours
     others = ["eager"] if args.no_compile else ["eager", "compile"]
-    return ours + [(name, mode) for name in peers(case, args.require_peers) for mode in others]
+    found = peers(case, args.require_peers)
+    return ours + [(name, mode) for mode in others for name in found]
 
 
 def peak_memory(who: str, mode: str, case: Case, args: argparse.Namespace) -> dict[str, float]:
@@ -161,10 +164,37 @@ def memory_here(who: str, mode: str, case: Case) -> dict[str, float]:
     return {"MiB": resident(), "MiB above imports": resident() - before}
 
 
-def measure(args: argparse.Namespace, case: Case) -> list[dict]:
-    """One row per library, mode and direction."""
+def warmed(
+    calls: dict[Who, harness.Call], warm_up: int, seconds: float
+) -> tuple[dict[Who, harness.Call], dict[Who, str]]:
+    """The calls that can be measured, compiled and warm; and why the others cannot.
+
+    Args:
+        seconds: after which no further call is compiled; one that is being compiled cannot be interrupted.
+    """
+    until = time.perf_counter() + seconds
+    warm: dict[Who, harness.Call] = {}
+    left_out: dict[Who, str] = {}
+    for who, call in calls.items():
+        if time.perf_counter() > until:
+            left_out[who] = f"{seconds:g} s were over"
+            continue
+        try:
+            for _ in range(warm_up):
+                call()
+        except Exception as error:  # whatever ails one of them shall not hide the others' figures
+            left_out[who] = str(error).strip().partition("\n")[0] or type(error).__name__
+        else:
+            warm[who] = call
+    return warm, left_out
+
+
+def measure(args: argparse.Namespace, case: Case) -> tuple[list[dict], list[dict]]:
+    """One row per library, mode and direction; and one for each that could not be measured, with the reason."""
+    harness.set_backends(deterministic=False)  # the same for all, whoever comes first
     chosen = candidates(args, case)
-    rows = []
+    rows: list[dict] = []
+    missing: list[dict] = []
     for direction in args.direction or ["train", "inference"]:
         calls = {}
         for who, mode in chosen:
@@ -175,17 +205,24 @@ def measure(args: argparse.Namespace, case: Case) -> list[dict]:
                 calls[who, mode] = loader_call(mode, case, args.loader, args.num_workers)
             else:
                 calls[who, mode] = train_call(who, mode, case)
-        rows += rows_of(direction, case, harness.alternating(calls, args.rounds, args.warm_up, args.inner))
+        warm, left_out = warmed(calls, args.warm_up, args.seconds)
+        found = rows_of(direction, case, harness.alternating(warm, args.rounds, 0, args.inner))
+        if harness.DEVICE == "cuda":
+            for row, call in zip(found, warm.values(), strict=True):
+                row["host ms"] = harness.quantiles([harness.host_ms(call) for _ in range(args.rounds)])
+        rows += found
+        for (who, mode), why in left_out.items():
+            missing.append({"direction": direction, "library": who, "step": mode, "why": why})
     if args.memory:
         for row in rows:
             if row["direction"] == "train":
                 row["memory"] = peak_memory(row["library"], row["step"], case, args)
-    return rows
+    return rows, missing
 
 
 def rows_of(direction: str, case: Case, samples: dict) -> list[dict]:
     """Times, rates and ratios to the first candidate, each as p20, p50, p80."""
-    ours = next(iter(samples.values()))
+    ours = next(iter(samples.values()), [])
     rows = []
     for (who, mode), times in samples.items():
         rate = [case.batch_size / t * 1e3 for t in times]
@@ -207,9 +244,10 @@ def line(row: dict) -> str:
     """A row as it is printed."""
     low, middle, high = row["time over ours"]
     memory = f"  peak {row['memory']['MiB']:.0f} MiB" if "memory" in row else ""
+    host = f"  issued in {row['host ms'][1]:.2f} ms" if "host ms" in row else ""
     return (
         f"{row['direction']:9} {row['library']:21} {row['step']:8} {row['img/s'][1]:10.1f} img/s  "
-        f"{row['ms'][1]:9.2f} ms  time over ours {middle:.2f} ({low:.2f} to {high:.2f}){memory}"
+        f"{row['ms'][1]:9.2f} ms  time over ours {middle:.2f} ({low:.2f} to {high:.2f}){host}{memory}"
     )
 
 
@@ -226,7 +264,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--memory", action="store_true", help="peak memory too, each in a process of its own")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--inner", type=int, default=10 if harness.DEVICE == "cuda" else 1, help="calls timed together")
+    parser.add_argument("--inner", type=int, default=harness.INNER, help="calls timed together")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing else is compiled")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--memory-of", nargs=2, metavar=("LIBRARY", "STEP"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -237,11 +276,17 @@ def main(argv: list[str]) -> None:
         print(json.dumps(memory_here(*args.memory_of, case)))
         return
     print(f"{case}\n{harness.warning()}".rstrip())
-    rows = measure(args, case)
+    rows, missing = measure(args, case)
     for row in rows:
         print(line(row))
-    settings = harness.settings_of(case, loader=args.loader, rounds=args.rounds, peers=_versions(rows))
+    for row in missing:
+        print(f"{row['direction']:9} {row['library']:21} {row['step']:8} left out: {row['why']}")
+    settings = harness.settings_of(
+        case, loader=args.loader, rounds=args.rounds, peers=_versions(rows), left_out=missing
+    )
     harness.write(args.out, harness.result("throughput", settings, rows))
+    if missing:
+        sys.exit(1)
 
 
 def _versions(rows: list[dict]) -> dict[str, str | None]:

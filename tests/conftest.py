@@ -1,12 +1,12 @@
 """What tests of several rooms share."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # The same examples each time, so that a failure is the change's; `--hypothesis-profile explore` seeks new ones.
@@ -14,7 +14,7 @@ settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", max_examples=2000)
 settings.load_profile("repeatable")
 
-if shutil.which("nvidia-smi") is None:
+if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter where there is no GPU; it must be known before the first one is decorated,
     # which importing the model does.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -86,7 +86,10 @@ def test_recipes_are_valid():
         assert isinstance(settings(f"--config {recipe}"), config.TrainConfig)
 
 
-TINY = "--dataset synthetic --output_stride 32 --limit_train 64 --limit_eval 64 --batch_size 32 --num_epochs 1"
+TINY = (
+    "--dataset synthetic --output_stride 32 --limit_train 64 --limit_eval 64 --batch_size 32 --num_epochs 1 "
+    "--device cpu"
+)
 
 
 def mistake(capsys, line):

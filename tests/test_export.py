@@ -27,7 +27,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     run(
         "train --dataset synthetic --width 0.25 --depth 0.3 --limit_train 48 --limit_eval 16 --batch_size 8 "
-        f"--num_epochs 1 --loader resident --num_workers 1 --ema_decay 0.9 --save_dir {folder} --run_name tiny"
+        "--num_epochs 1 --loader resident --num_workers 1 --ema_decay 0.9 --device cpu "
+        f"--save_dir {folder} --run_name tiny"
     )
     return folder / "tiny" / "last.pt"
 

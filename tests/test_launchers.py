@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from effnet_fast.train import checkpoint
-from marks import on_gpu
+from marks import needs_installation, on_gpu
 
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
 SCRIPTS = sorted(path for path in LAUNCHERS.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -173,6 +173,7 @@ def test_a_slurm_job_that_ends_is_not_queued_again(stand_ins, status):
     assert "requeue" not in done.stdout
 
 
+@needs_installation
 def test_all_ranks_of_a_machine_train_and_only_the_first_writes(tmp_path):
     """For real, under torchrun; a hook in the interpreter of the other rank notes each file opened for writing."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -209,6 +210,7 @@ def test_one_process_trains(tmp_path):
 
 @pytest.mark.slow
 @on_gpu
+@needs_installation
 def test_one_rank_trains_on_nccl(tmp_path):
     flags = f"{SMALL} --device cuda --save_dir {tmp_path} --run_name nccl".split()
     done = launch("train_node.sh", *flags, env=environment(NPROC_PER_NODE="1"))
@@ -218,6 +220,7 @@ def test_one_rank_trains_on_nccl(tmp_path):
 
 
 @pytest.mark.slow
+@needs_installation
 def test_two_agents_meet_and_train(tmp_path):
     env = environment(NNODES="2:2", NPROC_PER_NODE="1", RDZV_ENDPOINT="localhost:29431", LOCAL_ADDR="127.0.0.1")
     flags = f"{SMALL} --save_dir {tmp_path} --run_name two".split()
@@ -229,6 +232,7 @@ def test_two_agents_meet_and_train(tmp_path):
 
 
 @pytest.mark.slow
+@needs_installation
 def test_a_preempted_slurm_job_goes_on_where_it_was(tmp_path, stand_ins):
     """The stand-in srun starts torchrun for real, on one node; the job is preempted, queued again, and finishes."""
     commands = stand_ins(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL.replace("node1", "localhost"))
@@ -259,6 +263,7 @@ def test_a_name_that_no_other_machine_reaches_is_refused(monkeypatch):
         rendezvous._serve("node1", 29500, None)
 
 
+@needs_installation
 def test_the_rendezvous_listens_where_it_is_told_to():
     from torch.distributed.elastic.rendezvous import RendezvousParameters
     from torch.distributed.elastic.rendezvous.registry import handler_registry

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from marks import needs_installation
+
 ROOT = Path(__file__).parents[1]
 EXPOSED = {"effnet_fast", "effnet_kernels"}
 SOURCE_SUFFIXES = {".py", ".pyi", ".yaml", ".yml", ".toml", ".sh", ".md", ".json", ".ipynb", ".csv", ".sbatch"}
@@ -86,6 +88,7 @@ def test_wheel_keeps_dali_and_triton_to_linux(wheel):
         assert 'sys_platform == "linux"' in requirement
 
 
+@needs_installation
 def test_installation_exposes_exactly_two_packages(tmp_path):
     """Asked from a folder outside the repository, as a user of the package stands in one."""
     installed = {name for name, owners in metadata.packages_distributions().items() if "effnet-fast" in owners}

@@ -22,7 +22,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     run(
         "train --dataset synthetic --width 0.25 --depth 0.3 --limit_train 48 --limit_eval 12 --batch_size 8 "
-        f"--num_epochs 1 --loader resident --num_workers 1 --save_dir {folder} --run_name tiny"
+        f"--num_epochs 1 --loader resident --num_workers 1 --device cpu --save_dir {folder} --run_name tiny"
     )
     return folder / "tiny" / "last.pt"
 

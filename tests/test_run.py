@@ -19,7 +19,7 @@ from effnet_fast.train import checkpoint
 
 TINY = (
     "train --dataset synthetic --output_stride 32 --limit_train 96 --limit_eval 40 --batch_size 16 --num_epochs 2 "
-    "--learning_rate 0.05 --log_every_steps 2 --loader resident --num_workers 1"
+    "--learning_rate 0.05 --log_every_steps 2 --loader resident --num_workers 1 --device cpu"
 )
 
 
@@ -108,10 +108,11 @@ def test_another_config_under_the_same_name_is_refused(finished, capsys):
 
 
 def test_eval_writes_its_table_and_picture(finished, capsys, tmp_path):
-    run(f"eval --checkpoint {finished}/last.pt --limit_eval 40 --output_dir {tmp_path} --loader resident")
+    line = f"eval --checkpoint {finished}/last.pt --limit_eval 40 --output_dir {tmp_path} --device cpu"
+    run(f"{line} --loader resident")
     raw = rows(finished, "eval")[-1]
     assert f"top-1 {raw['ema_top1']:.2f} %" in capsys.readouterr().out
-    run(f"eval --checkpoint {finished}/last.pt --limit_eval 40 --output_dir {tmp_path} --weights raw --loader torch")
+    run(f"{line} --weights raw --loader torch")
     assert f"loss {raw['loss']:.4f}" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"test-per-class.csv", "test-confusion.png"}
 

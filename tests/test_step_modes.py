@@ -20,7 +20,7 @@ from effnet_fast.model import recompute_blocks
 from effnet_fast.model.blocks import MBConv, Style
 from effnet_fast.model.complexity import complexity
 from effnet_fast.run import training
-from effnet_fast.run.settings import compile_model, compile_options, resolve_step
+from effnet_fast.run.settings import compile_model, compile_options, resolve_step, set_backends
 
 CPU, GPU = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda"))
 TINY = (
@@ -72,6 +72,13 @@ def test_the_command_line_refuses_a_graph_on_the_cpu_in_one_line(tmp_path, capsy
         "error: --step graph is a CUDA graph, and this runs on the CPU: use --step compile or eager\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_deterministic_run_leaves_the_next_one_free():
+    set_backends(deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    set_backends(deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_apex_is_refused_before_anything_is_built(tmp_path, capsys, monkeypatch):

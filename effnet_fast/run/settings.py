@@ -111,7 +111,7 @@ def set_backends(deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = True
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)  # off again too, for the next run of this process
 
 
 def loader_dtype(precision: str, device: torch.device) -> torch.dtype:

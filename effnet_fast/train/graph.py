@@ -7,6 +7,7 @@ clipping, the optimizer and the average would stay outside of them.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ class Captured:
         self._replay()
 
     def _warm_up(self) -> None:
-        with _unchanged(self._state), _side_stream(self._inputs[0].device), warnings.catch_warnings():
+        with unchanged(self._state), _side_stream(self._inputs[0].device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
             for _ in range(WARM_UP_CALLS):
                 self._body(*self._inputs)
@@ -63,6 +64,7 @@ class Captured:
 def cuda_graph(body: Body) -> Body:
     """Capture a call of `body`, which is not carried out, and return the function that replays it."""
     graph = torch.cuda.CUDAGraph()
+    gc.collect()  # steps of earlier runs are cycles that hold their graphs' memory, which nothing shall free meanwhile
     # The other threads are DALI's or a DataLoader's, whose allocations must not break the capture off.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         body()
@@ -70,8 +72,8 @@ def cuda_graph(body: Body) -> Body:
 
 
 @contextmanager
-def _unchanged(state: Callable[[], list[Tensor]]) -> Iterator[None]:
-    """Whatever happens within leaves the tensors and the random generators as they were."""
+def unchanged(state: Callable[[], list[Tensor]]) -> Iterator[None]:
+    """Whatever happens within leaves the tensors, in their places, and the random generators as they were."""
     tensors = state()
     held = [tensor.clone() for tensor in tensors]
     with torch.random.fork_rng({t.device.index or 0 for t in tensors if t.is_cuda}):

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -97,6 +99,44 @@ def test_throughput_from_a_loader(tmp_path):
     assert read(out)["settings"]["loader"] == "resident"
 
 
+def test_what_fails_or_comes_too_late_is_named_and_the_rest_is_measured(tmp_path, monkeypatch, capsys):
+    def call(who, mode, case):
+        def broken():
+            raise RuntimeError("no graph today\nat all")
+
+        return broken if who == "broken" else lambda: None
+
+    out = tmp_path / "t.json"
+    monkeypatch.setattr(throughput, "PEERS", {"broken": None, "late": None})
+    monkeypatch.setattr(throughput, "peers", lambda case, required: ["broken", "late"])
+    monkeypatch.setattr(throughput, "train_call", call)
+    clock = iter([0.0, 1.0, 2.0, 11.0])
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(harness, "wall_ms", lambda call: 5.0)
+    words = ["--peers", "--no-compile", "--direction", "train", "--seconds", "10", "--out", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        throughput.main([*words, *SMALL])
+    assert ended.value.code == 1
+    made = read(out)
+    assert [row["library"] for row in made["rows"]] == ["effnet_fast"]
+    assert [(row["library"], row["why"]) for row in made["settings"]["left_out"]] == [
+        ("broken", "no graph today"),
+        ("late", "10 s were over"),
+    ]
+    assert "left out: no graph today" in capsys.readouterr().out
+
+
+def test_on_a_gpu_a_row_tells_how_long_the_host_took(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(harness, "synchronise", lambda: waits.append(0))
+    monkeypatch.setattr(harness, "wall_ms", lambda call: 5.0)
+    monkeypatch.setattr(throughput, "train_call", lambda who, mode, case: lambda: None)
+    throughput.main(["--direction", "train", "--rounds", "3", *SMALL])
+    assert len(waits) == 3
+    assert " issued in 0.00 ms" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -164,6 +204,21 @@ def test_roofline_block_is_the_kernels_plan():
     wide = batch * side**2 * 6 * inputs * 2
     narrow = (3 + 3 + 8 + 1) * batch * side**2 * inputs * 2
     assert block.bytes - weights == (10 + 13) * wide + narrow
+
+
+def test_short_calls_are_timed_in_a_row_on_a_gpu(monkeypatch):
+    """A copy at full bandwidth takes 0.2 ms, of which a launch and a synchronisation would be a tenth."""
+    calls, timed = [], []
+
+    def wall(call):
+        call()
+        timed.append(len(calls))
+        return 40.0
+
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(harness, "wall_ms", wall)
+    assert harness._least_ms(lambda: calls.append(0)) == 2.0
+    assert timed == [21, 41, 61, 81, 101]
 
 
 def test_roofline_of_a_named_chip_needs_no_gpu(tmp_path, capsys):
@@ -234,6 +289,26 @@ def test_category_of_a_kernel(name, label):
     assert step_profile.category(name) == label
 
 
+def test_ranges_on_the_devices_time_line_are_no_kernels(monkeypatch):
+    """The profiler shows each range of the host there too, as long as the kernels in it."""
+
+    def event(name, start, us, device=DeviceType.CUDA, annotation=False):
+        span = SimpleNamespace(start=start, elapsed_us=lambda: us)
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, time_range=span)
+
+    events = [
+        event("step", 0.0, 9.0, annotation=True),
+        event("step", 0.0, 9.0, DeviceType.CPU, annotation=True),
+        event("cudaLaunchKernel", 0.0, 1.0, DeviceType.CPU),
+        event("sm90_xmma_gemm_bf16", 1.0, 3.0),
+        event("_moments_kernel", 5.0, 2.0),
+    ]
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    kernels = step_profile.kernels_of(SimpleNamespace(events=lambda: events))
+    assert [name for name, *_ in kernels] == ["sm90_xmma_gemm_bf16", "_moments_kernel"]
+    assert step_profile.gaps(kernels)["in all us"] == 1.0
+
+
 def test_gaps_between_launches():
     kernels = [("a", "x", 0.0, 5.0), ("b", "x", 7.0, 1.0), ("c", "x", 7.5, 2.0), ("d", "x", 10.5, 1.0)]
     assert step_profile.gaps(kernels) == {"gaps": 2, "in all us": 3.0, "p50 us": 1.0, "p80 us": 2.0, "longest us": 2.0}
@@ -265,18 +340,91 @@ def test_scaling_over_two_ranks(tmp_path):
     assert rows["weak", 2]["efficiency"] == pytest.approx(rows["weak", 2]["img/s"] / (2 * rows["weak", 1]["img/s"]))
 
 
-def test_time_to_accuracy(tmp_path):
+def test_time_to_accuracy(tmp_path, capsys):
     out = tmp_path / "a.json"
-    changes = {"limit_train": 64, "limit_eval": 20, "batch_size": 32, "num_epochs": 2, "num_workers": 1}
+    changes = {
+        "limit_train": 64,
+        "limit_eval": 20,
+        "batch_size": 32,
+        "num_epochs": 2,
+        "num_workers": 1,
+        "device": "cpu",
+    }
     words = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
-    time_to_accuracy.main(["--recipe", "quickstart", "--target", "0", "--seeds", "1", *words, "--out", str(out)])
+    words += ["--recipe", "quickstart", "--seeds", "1", "--out", str(out)]
+    time_to_accuracy.main([*words, "--target", "0"])
+    (row,) = read(out)["rows"]
+    (moment,) = row["history"]  # it stopped there
+    assert moment["epoch"] == 1
+    assert moment["s"] > moment["s without evaluation"] > 0
+    time_to_accuracy.main([*words, "--target", "101", "0"])
     made = read(out)
-    (row,) = made["rows"]
-    assert row["reached"]
-    assert row["epoch"] == 1  # it stopped there
-    assert row["s"] > row["s without evaluation"] > 0
-    assert made["settings"]["summary"]["seeds"] == 1
-    assert time_to_accuracy.summary([row, row | {"reached": False}]) == {}
+    assert len(made["rows"][0]["history"]) == 2
+    low, high = made["settings"]["summary"]
+    assert low == {"target": 0, "seeds": 1, "reached": 1, "mean s": low["mean s"], "standard deviation s": 0}
+    assert high == {"target": 101, "seeds": 1, "reached": 0}
+    said = capsys.readouterr().out
+    assert "target 0 % and 101 %" in said
+    assert "101 % NOT reached" in said
+
+
+def test_several_targets_are_read_off_one_history():
+    rows = [
+        {"history": [{"top1": top1, "s": s} for top1, s in ((70, 10.0), (76, 20.0), (74, 30.0), (last, 40.0))]}
+        for last in (81, 79)
+    ]
+    assert time_to_accuracy.summary(rows, 75) == {
+        "target": 75,
+        "seeds": 2,
+        "reached": 2,
+        "mean s": 20,
+        "standard deviation s": 0,
+    }
+    assert time_to_accuracy.summary(rows, 80) == {"target": 80, "seeds": 2, "reached": 1}
+
+
+def test_a_seed_that_is_cut_off_takes_no_other_with_it(tmp_path, monkeypatch):
+    out = tmp_path / "a.json"
+
+    def run(config, target):
+        if config.seed == 1:
+            raise ValueError("cut off")
+        return {
+            "seed": 0,
+            "compile s": 1.0,
+            "history": [{"epoch": 1, "top1": 9.0, "s": 2.0, "s without evaluation": 1}],
+        }
+
+    monkeypatch.setattr(time_to_accuracy, "one_run", run)
+    with pytest.raises(ValueError, match="cut off"):
+        time_to_accuracy.main(["--recipe", "quickstart", "--target", "9", "12", "--seeds", "2", "--out", str(out)])
+    assert [goal["reached"] for goal in read(out)["settings"]["summary"]] == [1, 0]
+    shown = report.time_to_accuracy(tmp_path)
+    assert "| quickstart | 9 % | 2.0 +- 0.0 | 1.0 | 1 |" in shown
+    assert "| quickstart | 12 % | reached by 0 | 1.0 | 1 |" in shown
+
+
+def test_what_compiles_before_the_clock_is_undone():
+    """A step and an evaluation, of which nothing remains."""
+    seen = []
+
+    class Run:
+        def _evaluate_weights(self):
+            seen.append("evaluated")
+            weight.fill_(2.0)
+
+    class Step:
+        def __call__(self, images, labels, number):
+            weight.fill_(1.0)
+
+        def _state(self):
+            return [weight]
+
+    weight = torch.zeros(1)
+    loader = SimpleNamespace(epoch=lambda epoch: iter([(None, None)]))
+    time_to_accuracy.Clock(1.0)._compile(Step(), loader, Run())
+    assert seen == ["evaluated"]
+    assert weight == 0
 
 
 @pytest.mark.parametrize("words", [["--recipe", "nothing"], ["--set", "no_such=1"], ["--seeds", "0"]])

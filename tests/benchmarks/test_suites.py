@@ -26,7 +26,7 @@ import step_profile  # noqa: E402
 import throughput  # noqa: E402
 import time_to_accuracy  # noqa: E402
 
-from effnet_fast import provenance  # noqa: E402
+from effnet_fast import cli, provenance  # noqa: E402
 
 SCRIPTS = (checks, choose_recipe, throughput, roofline, loader, step_profile, scaling, time_to_accuracy)
 LITTLE = {"dataset": "synthetic", "limit_train": 64, "limit_eval": 20, "batch_size": 32, "num_workers": 1}
@@ -38,6 +38,7 @@ case "$1" in
 esac
 printf '%q ' "$@" >>{log}
 echo >>{log}
+[[ $1 == -m ]] && exit 0
 [[ $1 == */loader.py ]] && exit 1
 while [[ $1 != --out ]]; do shift; done
 echo '{{"benchmark": "stub", "provenance": {{}}}}' >"$2"
@@ -81,7 +82,7 @@ def assert_known(calls, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "parts", "failed"), [("gpu_suite.sh", 9, {"5-loader": "loader.py"}), ("gpu_correct.sh", 6, {})]
+    ("name", "parts", "failed"), [("gpu_suite.sh", 8, {"5-loader": "loader.py"}), ("gpu_correct.sh", 6, {})]
 )
 def test_a_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, name, parts, failed):
     """Its arguments are ones that the scripts know, one that fails stops no other, and all ends in 10 minutes."""
@@ -98,6 +99,21 @@ def test_a_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, name, parts, failed):
     assert_known(calls(), monkeypatch)
 
 
+def test_a_suite_on_a_gpu_takes_the_captured_steps_time_from_the_first_part(tmp_path, stand_in, monkeypatch):
+    python, calls = stand_in
+    rows = [
+        {"step": "eager", "ms": [1, 2, 3], "img/s": [4, 5, 6]},
+        {"step": "graph", "ms": [7, 8, 9], "img/s": [1, 64, 2]},
+    ]
+    text = python.read_text().replace('"provenance": {}', f'"provenance": {{}}, "rows": {json.dumps(rows)}')
+    python.write_text(text.replace("-c) exit 0 ;;", f'-c) [[ $2 == *argv* ]] && exec {sys.executable} "$@"; exit 0 ;;'))
+    suite("gpu_suite.sh", tmp_path / "suite.json", python=python)
+    words = {Path(path).stem: words for path, *words in calls()}
+    assert words["roofline"][-2:] == ["--step-ms", "8"]
+    assert words["loader"][-2:] == ["--step-rate", "64"]
+    assert_known(calls(), monkeypatch)
+
+
 @pytest.mark.parametrize(("what", "script"), [("choose", "choose_recipe"), ("times", "time_to_accuracy")])
 def test_a_part_of_the_training_on_a_gpu(tmp_path, stand_in, monkeypatch, what, script):
     python, calls = stand_in
@@ -106,6 +122,15 @@ def test_a_part_of_the_training_on_a_gpu(tmp_path, stand_in, monkeypatch, what, 
     assert [Path(path).stem for path, *_ in calls()] == [script]
     assert "data_dir=here" in calls()[0]
     assert_known(calls(), monkeypatch)
+
+
+def test_the_whole_training_on_a_gpu_ends_in_good_order_within_its_time(stand_in):
+    python, calls = stand_in
+    done = suite("gpu_train.sh", "final", python=python, DATA_DIR="here", STEP="compile")
+    assert done.returncode == 0, done.stderr
+    ((_, _, verb, *flags),) = calls()
+    config = cli.parse(cli.VERBS[verb], verb, flags)
+    assert (config.data_dir, config.step, config.time_budget) == ("here", "compile", 540)
 
 
 def test_the_training_needs_to_know_what(stand_in):
@@ -147,23 +172,48 @@ def test_not(): pass
 def test_checks_count_and_name_what_failed(tmp_path, monkeypatch, beside):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "test_other.py").write_text("import absent_here\n")
     out = tmp_path / "out.json"
     with pytest.raises(SystemExit) as ended:
-        checks.main(["--out", str(out), "--", "test_it.py", "--rootdir=.", *beside])
+        checks.main(["--out", str(out), "--", ".", "--rootdir=.", *beside])
     assert ended.value.code == 1
     made = json.loads(out.read_text())
-    assert made["settings"]["counts"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1}
+    assert made["settings"]["counts"] == {"PASSED": 1, "FAILED": 1, "SKIPPED": 1, "ERROR": 1}
     assert made["settings"]["complete"]
-    assert made["rows"] == [{"test": "test_it.py::test_bad[a b]", "outcome": "FAILED"}]
+    assert sorted(made["rows"], key=lambda row: row["test"]) == [
+        {"test": "test_it.py::test_bad[a b]", "outcome": "FAILED"},
+        {"test": "test_other.py", "outcome": "ERROR"},
+    ]
 
 
-def test_checks_that_take_too_long_are_ended_and_what_was_learnt_is_kept(tmp_path):
-    (tmp_path / "test_it.py").write_text(f"{TESTS}\ndef test_long(): time.sleep(600)\n")
+LONG = """
+def test_long():
+    import pathlib, subprocess
+    run = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    pathlib.Path("run").write_text(str(run.pid))
+    run.wait()
+"""
+
+
+def runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("beside", [[], ["-n", "1"]])
+def test_checks_that_take_too_long_are_ended_and_what_was_learnt_is_kept(tmp_path, monkeypatch, beside):
+    """At once, with all that they have started: a suite would end them soon after, and what was learnt with them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_it.py").write_text(TESTS + LONG)
     out = tmp_path / "out.json"
     with pytest.raises(SystemExit):
-        checks.main(["--seconds", "15", "--out", str(out), "--", str(tmp_path / "test_it.py")])
+        checks.main(["--seconds", "15", "--out", str(out), "--", "test_it.py", "--rootdir=.", *beside])
+    assert not runs(int((tmp_path / "run").read_text()))
     made = json.loads(out.read_text())
     assert not made["settings"]["complete"]
+    assert made["settings"]["seconds"] < 18
     assert made["settings"]["counts"]["PASSED"] == 1
 
 
@@ -179,7 +229,8 @@ def test_checks_under_a_sanitizer_need_it(monkeypatch):
 
 def test_variants_are_compared_by_validation_images(tmp_path):
     out = tmp_path / "out.json"
-    changes = [word for name, value in LITTLE.items() for word in ("--set", f"{name}={value}")]
+    little = LITTLE | {"device": "cpu"}
+    changes = [word for name, value in little.items() for word in ("--set", f"{name}={value}")]
     variants = ["--variant", "", "--variant", "learning_rate=1e-3 cutmix=0", "--variant", "optimizer=apex-sgd"]
     choose_recipe.main(["--recipe", "quickstart", *changes, "--epochs", "1", *variants, "--out", str(out)])
     made = json.loads(out.read_text())
@@ -190,6 +241,15 @@ def test_variants_are_compared_by_validation_images(tmp_path):
     assert trained[0]["val top1"] >= trained[1]["val top1"]
     assert failed["variant"] == "optimizer=apex-sgd"
     assert "apex" in failed["failed"]
+
+
+def test_variants_that_were_trained_are_kept_when_the_next_is_killed(tmp_path, monkeypatch):
+    made = iter([{"variant": "first", "val top1": 9.0}])
+    monkeypatch.setattr(choose_recipe, "row", lambda *arguments: next(made))
+    out = tmp_path / "out.json"
+    with pytest.raises(StopIteration):
+        choose_recipe.main(["--recipe", "quickstart", "--variant", "", "--variant", "cutmix=0", "--out", str(out)])
+    assert [row["variant"] for row in json.loads(out.read_text())["rows"]] == ["first"]
 
 
 def test_a_copy_of_the_files_can_name_its_commit(monkeypatch):

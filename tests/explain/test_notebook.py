@@ -4,9 +4,10 @@ import os
 import subprocess
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "launchers" / "cam_colab.ipynb"
@@ -26,6 +27,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     """Its install cell builds the real package from a copy, into a folder beside the tests' environment."""
     work = tmp_path / "work"
     work.mkdir()
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a checkout")
     parts = ("effnet_fast", "kernels", "pyproject.toml", "README.md", "LICENSE")
     listing = subprocess.check_output(["git", "ls-files", "-z", *parts], cwd=ROOT, text=True)
     for name in filter(None, listing.split("\0")):
@@ -42,7 +45,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(work)}}).execute()
+    resources = {"metadata": {"path": str(work)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert (site / "effnet_fast" / "explain" / "gallery.html").is_file()
     assert any("image/png" in output.get("data", {}) for output in outputs), "the grid is shown inline"

@@ -5,6 +5,8 @@ import subprocess
 
 import pytest
 
+from marks import needs_installation
+
 # Of the test's own network, which no other host is on; the range is set aside for documentation (RFC 5737).
 ADDRESSES = ("192.0.2.1", "192.0.2.2")
 PORT = 29500
@@ -62,6 +64,7 @@ def hosts():
 
 
 @pytest.mark.slow
+@needs_installation
 def test_a_host_is_cut_off_and_comes_back(runs, hosts):
     """It trains on both; one loses its network and dies; the other goes on alone; the first comes back and joins."""
     flags = "--num_epochs 60 --save_every_steps 3 --sync_batchnorm false --hang_timeout 15"

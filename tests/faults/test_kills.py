@@ -80,7 +80,7 @@ def test_killed_three_times_a_run_ends_with_the_same_bits(runs, undisturbed, sma
 def test_killed_twice_on_a_gpu_a_deterministic_run_ends_with_the_same_bits(
     runs, undisturbed, small, assert_same_state, step
 ):
-    flags = f"{FLAGS} --device cuda --deterministic true --mixed_precision bf16 --step {step}"
+    flags = f"{FLAGS} --device cuda --deterministic true --mixed_precision bf16 --step {step} --hang_timeout 300"
     check(runs, undisturbed, small, assert_same_state, flags, seed=0, kills=2)
 
 

@@ -13,6 +13,7 @@ from effnet_fast.data.loader import Shard
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.run import agreement
 from effnet_fast.run.resume import accumulation
+from marks import needs_installation
 
 
 @given(
@@ -128,6 +129,7 @@ def test_ranks_started_with_other_settings_are_refused(runs, small):
 
 
 @pytest.mark.slow
+@needs_installation
 def test_four_ranks_two_ranks_four_ranks(runs, free_port):
     """Two agents of two ranks each, of which one dies with its ranks and another comes; as machines would."""
     flags = "--num_epochs 60 --save_every_steps 3 --sync_batchnorm false --hang_timeout 30"

@@ -198,7 +198,10 @@ def test_the_body_needs_no_value(options, monkeypatch):
     [lambda model: model, lambda model: compile_model(model, torch.device("cuda"))],
     ids=["plain", "compiled"],
 )
-def test_ten_steps_of_the_graph_are_ten_steps(options, compiled):
+def test_ten_steps_of_the_graph_are_ten_steps(options, compiled, monkeypatch):
+    # Some true gradients are zero, and AdamW makes whole steps of what sums in another order leave of them.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.compiler.reset()  # else the batches of the cases before count as one of changing size
     eager = make_step("cuda", compiled=compiled, kernels="auto", **options)
     graph = make_step("cuda", compiled=compiled, kernels="auto", **options, graph=True)
     for i in range(10):

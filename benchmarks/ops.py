@@ -13,14 +13,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-if shutil.which("nvidia-smi") is None:  # before Triton decorates the first kernel
+import torch
+
+if not torch.cuda.is_available():  # before Triton decorates the first kernel
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import torch
 from harness import DEVICE, copy_bandwidth, parser, replayed, result, run, write
 from torch import Tensor
 
@@ -220,6 +221,22 @@ def rows_of(name: str, shape: Shape, dtype: torch.dtype, paths: dict, bandwidth:
             yield row | {"GB/s": rate, "share of copy": rate / bandwidth}
 
 
+def speed_up(name: str, rows: list[dict]) -> str:
+    """Eager time over Triton's, as the geometric mean over an op's shapes, by direction."""
+    times = {
+        (row["direction"], row["path"], row["shape"]): row["ms p20/p50/p80"][1]
+        for row in rows
+        if row["op"] == name and "path" in row
+    }
+    means = []
+    for direction in ("forward", "backward"):
+        pairs = [(times[direction, "eager", shape], ms) for (d, path, shape), ms in times.items()
+                 if (d, path) == (direction, "triton")]  # fmt: skip
+        if pairs:
+            means.append(f"{direction} {statistics.geometric_mean(eager / ours for eager, ours in pairs):.2f}")
+    return f"{name:16} eager over Triton, geometric mean: {', '.join(means) or 'nothing was right'}"
+
+
 def main(argv: list[str]) -> None:
     words = parser(__doc__)
     words.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
@@ -245,7 +262,8 @@ def main(argv: list[str]) -> None:
                 wrong = f"{name:16} {row['shape']:28} WRONG by {row.get('wrong by')}, so no time is shown"
                 print(wrong if "wrong by" in row else line(row), flush=True)
                 rows.append(row)
-    write(args.out, result("ops", {"dtype": args.dtype, "copy_GBs": bandwidth}, rows))
+        print(speed_up(name, rows))
+        write(args.out, result("ops", {"dtype": args.dtype, "copy_GBs": bandwidth}, rows))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from effnet_kernels.launch import (
     Kernels,
     cdiv,
     channels_last,
+    kernel,
     launch,
     row_launch,
     tl,
@@ -121,7 +122,7 @@ def store_moments(
     tl.store(moments_ptr + 2 * C + c, m2, mask=c_ok)
 
 
-@triton.jit
+@kernel
 def _moments_kernel(
     x_ptr,  # [M, C]
     moments_ptr,  # [programs, 3, C]
@@ -150,7 +151,7 @@ def _moments_kernel(
     store_moments(moments_ptr + tl.program_id(1) * 3 * C, count, mean, m2, c, c_ok, C)
 
 
-@triton.jit
+@kernel
 def _merge_kernel(
     moments_ptr,  # [groups, 3, C]
     out_ptr,  # [4, C] statistics if FINAL, else [3, C] moments
@@ -190,7 +191,7 @@ def _merge_kernel(
         store_moments(out_ptr, count, mean, m2, c, c_ok, C)
 
 
-@triton.jit
+@kernel
 def _apply_kernel(
     x_ptr,  # [M, C]
     stats_ptr,  # [4, C]
@@ -238,7 +239,7 @@ def _grad_z(dy, xhat, gamma, beta, ACTIVATION: tl.constexpr):
     return dy
 
 
-@triton.jit
+@kernel
 def _grad_sums_kernel(
     dy_ptr,  # [M, C]
     x_ptr,  # [M, C]
@@ -277,7 +278,7 @@ def _grad_sums_kernel(
     tl.store(sums_ptr + C + c, tl.sum(dgamma, axis=0), mask=c_ok)
 
 
-@triton.jit
+@kernel
 def _grad_apply_kernel(
     dy_ptr,  # [M, C]
     x_ptr,  # [M, C]

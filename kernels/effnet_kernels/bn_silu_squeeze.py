@@ -37,6 +37,7 @@ from effnet_kernels.launch import (
     cdiv,
     channel_block,
     channels_last,
+    kernel,
     launch,
     power_of_2,
     tl,
@@ -93,7 +94,7 @@ def _image_walk(C, HW, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     return c, c < C, n * C + c, n * HW * C, pixel, pixel[:, None] * C + c[None, :]
 
 
-@triton.jit
+@kernel
 def _squeeze_kernel(
     x_ptr,  # [N, HW, C]
     stats_ptr,  # [4, C]
@@ -120,7 +121,7 @@ def _squeeze_kernel(
     tl.store(pool_ptr + nc, tl.sum(total, axis=0) / HW, mask=c_ok)
 
 
-@triton.jit
+@kernel
 def _excite_kernel(
     x_ptr,  # [N, HW, C]
     stats_ptr,  # [4, C]
@@ -147,7 +148,7 @@ def _excite_kernel(
         base += BLOCK_M * C
 
 
-@triton.jit
+@kernel
 def _five_sums_kernel(
     dy_ptr,  # [N, HW, C], if HAS_DY
     x_ptr,  # [N, HW, C]
@@ -163,7 +164,7 @@ def _five_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    C = C // VEC * VEC
+    C, NC = C // VEC * VEC, NC // VEC * VEC
     c, c_ok, nc, base, pixel, tile = _image_walk(C, HW, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     slope_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -195,7 +196,7 @@ def _five_sums_kernel(
     tl.store(sums_ptr + NC + nc, tl.sum(slope_xhat_sum, axis=0), mask=c_ok)
 
 
-@triton.jit
+@kernel
 def _apply_sums_kernel(
     dy_ptr,  # [N, HW, C], if HAS_DY
     x_ptr,  # [N, HW, C]
@@ -238,10 +239,10 @@ def _apply_sums_kernel(
         base += BLOCK_M * C
 
 
-def _launch(kernel, x: Tensor, args: tuple, **constants) -> None:
+def _launch(function, x: Tensor, args: tuple, **constants) -> None:
     n, c, h, w = x.shape
     cut = image_launch(h * w, c)
-    launch("bn_silu_squeeze", kernel, cut.grid(n, c), *args, **constants, **cut.constants(c))
+    launch("bn_silu_squeeze", function, cut.grid(n, c), *args, **constants, **cut.constants(c))
 
 
 def squeeze(x: Tensor, stats: Tensor, bn: Affine) -> Tensor:

@@ -25,6 +25,7 @@ activations and of dx are kept, all of which a row of g meets, for dx and dw at 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ from effnet_kernels.launch import (
     cdiv,
     channel_block,
     channels_last,
+    kernel,
     launch,
     tl,
     triton,
@@ -92,7 +94,7 @@ def _band(rows: int, programs: int, k: int) -> int:
 
 
 def forward_launch(
-    n: int, c: int, ho: int, wo: int, k: int, elements: int | None = None, widest: int | None = None
+    n: int, c: int, ho: int, wo: int, k: int, elements: int | None = None, widest: int | None = None, num_warps: int = 4
 ) -> ForwardLaunch:
     """`elements` channels to a thread, in strips of at most `widest` columns.
 
@@ -100,7 +102,6 @@ def forward_launch(
     room for 12 warps and more on a processor is 2 channels and 8 columns at k = 3, 1 channel and 16 at k = 5.
     """
     elements, widest = elements or (2 if k == 3 else 1), widest or (8 if k == 3 else 16)
-    num_warps = 4
     strip = _strip(wo, widest)
     block_c = channel_block(c, widest=64)
     block_p = num_warps * 32 * elements // block_c
@@ -109,13 +110,12 @@ def forward_launch(
 
 
 def backward_launch(
-    n: int, c: int, h: int, w: int, k: int, stride: int, elements: int = 2, widest: int = 4
+    n: int, c: int, h: int, w: int, k: int, stride: int, elements: int = 2, widest: int = 4, num_warps: int = 4
 ) -> BackwardLaunch:
     """As `forward_launch`; the k * k sums of dw, and k rows of x beside k rows of dx, need more registers.
 
     At least 256 pixels a program, so that writing dw's sums out stays small beside the maps.
     """
-    num_warps = 4
     strip = _strip(w, widest, stride)
     block_c = channel_block(c, widest=64)
     block_p = num_warps * 32 * elements // block_c
@@ -126,11 +126,16 @@ def backward_launch(
     return BackwardLaunch(strip, block_p, block_c, band, tasks, num_warps)
 
 
-def launch_space(n: int, c: int, ho: int, wo: int, k: int) -> tuple[list[ForwardLaunch], list[BackwardLaunch]]:
-    """What an autotuner may try in place of the two choices above (stride 1)."""
-    forward = [forward_launch(n, c, ho, wo, k, elements, widest) for elements in (1, 2) for widest in (4, 8, 16)]
-    backward = [backward_launch(n, c, ho, wo, k, 1, elements, widest) for elements in (1, 2) for widest in (4, 8)]
-    return forward, backward
+def forward_space(n: int, c: int, ho: int, wo: int, k: int) -> list[ForwardLaunch]:
+    """What an autotuner may try in place of `forward_launch`'s choice."""
+    choices = itertools.product((1, 2), (4, 8, 16), (2, 4, 8))
+    return list(dict.fromkeys(forward_launch(n, c, ho, wo, k, *choice) for choice in choices))
+
+
+def backward_space(n: int, c: int, h: int, w: int, k: int, stride: int) -> list[BackwardLaunch]:
+    """What an autotuner may try in place of `backward_launch`'s choice."""
+    choices = itertools.product((1, 2), (4, 8), (2, 4, 8))
+    return list(dict.fromkeys(backward_launch(n, c, h, w, k, stride, *choice) for choice in choices))
 
 
 @triton.jit
@@ -243,7 +248,7 @@ def _add_moments(mean, m2, row, oks, columns, rows, STRIP: tl.constexpr, LAST: t
     return mean + away * share, m2 + away * away * (columns * (rows.to(tl.float32) * share))
 
 
-@triton.jit
+@kernel
 def _forward_kernel(
     x_ptr,  # [N, H, W, C]
     w_ptr,  # [K*K, C] float32
@@ -374,7 +379,7 @@ def _add_dw(
     return out
 
 
-@triton.jit
+@kernel
 def _backward_kernel(
     g_ptr,  # [N, HO, WO, C], gradient at y
     x_ptr,  # [N, H, W, C]

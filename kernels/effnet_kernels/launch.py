@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ except ImportError:  # the references serve alone; a kernel's source stays plain
         """Stands in for the decorator only."""
 
         @staticmethod
-        def jit(function: Any) -> Any:
+        def jit(function: Any, **_: Any) -> Any:
             return function
 
     tl = None
@@ -37,6 +38,13 @@ _ENVIRONMENT = os.environ.get("EFFNET_KERNELS", "auto")
 # A few waves over the 108 to 132 processors of an A100 or H100, with several resident programs on each. A constant
 # rather than a query of the device, so that sums are split alike, and have the same bits, on all of them.
 PROGRAMS = 1024
+
+
+def kernel(function: Any) -> Any:
+    """`triton.jit` for what is launched, without variants by the integers' values: one serves every batch size."""
+    parameters = inspect.signature(function).parameters.values()
+    numbers = [p.name for p in parameters if p.annotation is p.empty and not p.name.endswith("_ptr")]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 def use_triton(kernels: Kernels, x: Tensor) -> bool:
@@ -115,8 +123,8 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def launch(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
-    """Start `kernel`; every launch of the package passes here, so tests record and compile exactly what would run.
+def launch(op: str, function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+    """Start a kernel; every launch of the package passes here, so tests record and compile exactly what would run.
 
     Raises RuntimeError that names the op, the kernel and the shapes when the compiler or the driver refuses.
     """
@@ -124,8 +132,8 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: i
     device = tensors[0].device
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[grid](*args, num_warps=num_warps, **constants)
+            function[grid](*args, num_warps=num_warps, **constants)
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
-        name = getattr(kernel, "__name__", "kernel")
+        name = getattr(function, "__name__", "kernel")
         raise RuntimeError(f"{op}: {name} failed on {shapes} (EFFNET_KERNELS=torch goes without): {error}") from error

@@ -33,7 +33,18 @@ from effnet_kernels.batch_norm import (
     update_running,
 )
 from effnet_kernels.bn_silu_squeeze import apply_sums, excite, five_sums, squeeze
-from effnet_kernels.launch import Kernels, cdiv, channels_last, launch, power_of_2, tl, triton, use_triton, vector
+from effnet_kernels.launch import (
+    Kernels,
+    cdiv,
+    channels_last,
+    kernel,
+    launch,
+    power_of_2,
+    tl,
+    triton,
+    use_triton,
+    vector,
+)
 from effnet_kernels.silu import sigmoid, silu_slope
 
 
@@ -118,7 +129,7 @@ def _added(
     return total
 
 
-@triton.jit
+@kernel
 def _hidden_kernel(
     pool_ptr,  # [N, C]
     w1_ptr,  # [R, C]
@@ -146,7 +157,7 @@ def _hidden_kernel(
     tl.store(sums_ptr + tl.program_id(1) * N * R + nr, sums, mask=nr_ok)
 
 
-@triton.jit
+@kernel
 def _gate_kernel(
     sums_ptr,  # [spans, N, R]
     b1_ptr,  # [R]
@@ -177,7 +188,7 @@ def _gate_kernel(
     tl.store(gate_ptr + n[:, None] * C + c[None, :], sigmoid(logit), mask=(n < N)[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@kernel
 def _dact_kernel(
     dgate_ptr,  # [N, C]
     gate_ptr,  # [N, C]
@@ -207,7 +218,7 @@ def _dact_kernel(
     tl.store(sums_ptr + tl.program_id(1) * N * R + nr, sums, mask=nr_ok)
 
 
-@triton.jit
+@kernel
 def _dpool_kernel(
     sums_ptr,  # [spans, N, R]
     hidden_ptr,  # [N, R]
@@ -235,7 +246,7 @@ def _dpool_kernel(
     tl.store(dpool_ptr + n[:, None] * C + c[None, :], dpool, mask=(n < N)[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@kernel
 def _parameters_backward_kernel(
     sums_ptr,  # [5, N, C], of bn_silu_squeeze.py; the first is dgate
     gate_ptr,  # [N, C]
@@ -258,7 +269,7 @@ def _parameters_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    C = C // VEC * VEC
+    C, NC = C // VEC * VEC, NC // VEC * VEC
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     dw1 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)

@@ -76,13 +76,14 @@ def assert_known(calls, monkeypatch):
     monkeypatch.setattr(checks, "command", parsed)
     scripts = {script.__name__: script for script in SCRIPTS}
     for path, *words in calls:
-        if Path(path).stem != "ops":  # importing it would choose Triton's interpreter for all
+        if Path(path).stem not in ("ops", "tune"):  # importing them would choose Triton's interpreter for all
             with pytest.raises(Parsed):
                 scripts[Path(path).stem].main(words)
 
 
 @pytest.mark.parametrize(
-    ("name", "parts", "failed"), [("gpu_suite.sh", 8, {"5-loader": "loader.py"}), ("gpu_correct.sh", 6, {})]
+    ("name", "parts", "failed"),
+    [("gpu_suite.sh", 8, {"5-loader": "loader.py"}), ("gpu_correct.sh", 6, {}), ("gpu_kernels.sh", 2, {})],
 )
 def test_a_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, name, parts, failed):
     """Its arguments are ones that the scripts know, one that fails stops no other, and all ends in 10 minutes."""
@@ -139,7 +140,7 @@ def test_the_training_needs_to_know_what(stand_in):
     assert done.stderr == "error: say choose, final or times, not ''\n"
 
 
-@pytest.mark.parametrize("name", ["gpu_suite.sh", "gpu_correct.sh"])
+@pytest.mark.parametrize("name", ["gpu_suite.sh", "gpu_correct.sh", "gpu_kernels.sh"])
 def test_a_suite_without_the_package_is_one_line(tmp_path, name):
     broken = tmp_path / "python"
     broken.write_text("#!/usr/bin/env bash\necho \"No module named 'effnet_fast'\" >&2\nexit 1\n")
@@ -279,6 +280,17 @@ def test_the_checks_run_to_their_end(tmp_path):
     done = suite("gpu_correct.sh", out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(part["settings"]["counts"]["PASSED"] for part in json.loads(out.read_text())["parts"])
+
+
+@pytest.mark.slow
+def test_the_kernels_run_to_their_end(tmp_path):
+    out = tmp_path / "kernels.json"
+    done = suite("gpu_kernels.sh", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(part["benchmark"], bool(part["rows"])) for part in json.loads(out.read_text())["parts"]] == [
+        ("tune", True),
+        ("ops", True),
+    ]
 
 
 @pytest.mark.slow

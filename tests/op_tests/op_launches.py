@@ -86,21 +86,18 @@ def record(function, *args) -> list[tuple]:
 
 
 def source(kernel, args, constants) -> tuple[ASTSource, dict]:
-    """What Triton's runtime would make of a launch: types, divisibility by 16, and integers that are 1."""
+    """What Triton's runtime would make of a launch: types and constants, and pointers that are divisible by 16."""
     constants = dict(constants)
     options = {"num_warps": constants.pop("num_warps")}
     signature, values, hints = {}, {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
+            hints[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
-            signature[name], values[(i,)] = "constexpr", 1
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            hints[(i,)] = [["tt.divisibility", 16]]
     for name, value in constants.items():
         signature[name], values[(kernel.arg_names.index(name),)] = "constexpr", value
     signature = {name: signature[name] for name in kernel.arg_names}

@@ -11,7 +11,7 @@ import pytest
 from op_launches import blocks, longest_loop, values_a_turn
 
 from effnet_kernels.bn_silu_squeeze import image_launch, image_launch_space
-from effnet_kernels.depthwise_conv import backward_launch, forward_launch, launch_space
+from effnet_kernels.depthwise_conv import backward_launch, backward_space, forward_launch, forward_space
 from effnet_kernels.launch import row_launch, row_launch_space
 from effnet_kernels.se_gate import gate_launch, gate_launch_space
 
@@ -113,6 +113,5 @@ def test_an_autotuner_would_try_the_heuristics_choice(n, c, size, k):
     assert row_launch(rows, c) in row_launch_space(rows, c)
     assert image_launch(size * size, c) in image_launch_space(size * size, c)
     assert gate_launch(c // 24) in gate_launch_space(c // 24)
-    forward, backward = launch_space(n, c, size, size, k)
-    assert forward_launch(n, c, size, size, k) in forward
-    assert backward_launch(n, c, size, size, k, 1) in backward
+    assert forward_launch(n, c, size, size, k) in forward_space(n, c, size, size, k)
+    assert backward_launch(n, c, size, size, k, 1) in backward_space(n, c, size, size, k, 1)

@@ -1,0 +1,319 @@
+"""Time every launch of an op's space, on B0's shapes: `python benchmarks/tune.py [--target NAME] [--out FILE]`.
+
+Says for each part of an op and each shape how the launch that the package chooses compares with the fastest of its
+space, so that the choice can be mended where it is not the best. A time is taken only where the result agrees with that
+of the package's choice. On a GPU the candidates are compiled side by side first, by `--workers` processes, which the
+disk cache of Triton hands to this one.
+
+On the CPU the script runs to its end on tiny maps in Triton's interpreter; its times then say nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from ops import CACHE_BYTES, TOLERANCE, Shape, b0_shapes, rotations, tiny  # sets the interpreter up where it is needed
+
+# isort: split
+import torch
+from harness import DEVICE, Call, Quantiles, copy_bandwidth, parser, replayed, result, run, write
+from torch import Tensor
+
+from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, launch, se_gate
+from effnet_kernels.se_gate import SqueezeExcite
+
+MODULES = (batch_norm, bn_silu_squeeze, depthwise_conv, se_gate)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What the parts of a layer's ops take: x [n, c, h, h], dy and d of the depthwise convolution's output, vectors."""
+
+    shape: Shape
+    dtype: torch.dtype
+    device: str
+
+    def map(self, size: int) -> Tensor:
+        x = torch.randn(self.shape.n, self.shape.c, size, size, device=self.device, dtype=self.dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @property
+    def out(self) -> int:
+        return -(-self.shape.size // self.shape.stride)
+
+    def x(self) -> Tensor:
+        return self.map(self.shape.size)
+
+    def d(self) -> Tensor:
+        return self.map(self.out)
+
+    def vector(self, *sizes: int) -> Tensor:
+        return torch.rand(*sizes, device=self.device) + 0.5
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.vector(self.shape.c), self.vector(self.shape.c)
+
+    def stats(self) -> Tensor:
+        return self.vector(4, self.shape.c)
+
+    def taps(self) -> Tensor:
+        return self.vector(self.shape.kernel**2, self.shape.c)
+
+    def per_image(self) -> Tensor:
+        return self.vector(self.shape.n, self.shape.c)
+
+    def se(self) -> SqueezeExcite:
+        c, r = self.shape.c, self.shape.hidden
+        return SqueezeExcite(*(self.vector(*size) for size in ((r, c, 1, 1), (r,), (c, r, 1, 1), (c,))))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A part of an op whose launch has a choice.
+
+    Attributes:
+        module, choice: the function that the package asks for the launch.
+        space: the candidates for a shape.
+        make: buffers of its own, and the call that uses them.
+        passes: over the map before and the map after the depthwise convolution, read or written.
+    """
+
+    module: ModuleType
+    choice: str
+    space: Callable[[Shape], list[Any]]
+    make: Callable[[Maps], Call]
+    passes: tuple[int, int]
+
+
+def _out(s: Shape) -> int:
+    return -(-s.size // s.stride)
+
+
+def _rows(make: Callable[[Maps], Call], passes: int) -> Target:
+    def space(s: Shape) -> list[Any]:
+        return launch.row_launch_space(s.n * s.size**2, s.c)
+
+    return Target(batch_norm, "row_launch", space, make, (passes, 0))
+
+
+def _images(make: Callable[[Maps], Call], passes: int) -> Target:
+    def space(s: Shape) -> list[Any]:
+        return bn_silu_squeeze.image_launch_space(_out(s) ** 2, s.c)
+
+    return Target(bn_silu_squeeze, "image_launch", space, make, (0, passes))
+
+
+def _gate(make: Callable[[Maps], Call]) -> Target:
+    return Target(se_gate, "gate_launch", lambda s: se_gate.gate_launch_space(s.hidden), make, (0, 0))
+
+
+def _bind(function: Callable[..., object], *args: Any, **options: Any) -> Call:
+    return lambda: function(*args, **options)
+
+
+def _depthwise_forward(m: Maps) -> Call:
+    s, norm = m.shape, (m.stats(), m.affine())
+    return _bind(depthwise_conv.forward, m.x(), m.taps(), s.stride, s.padding, norm, moments=True)
+
+
+def _depthwise_backward(m: Maps) -> Call:
+    s, norm = m.shape, (m.stats(), m.affine())
+    return _bind(depthwise_conv.backward, m.d(), m.x(), m.taps(), s.stride, s.padding, norm)
+
+
+def _gate_backward(m: Maps) -> Call:
+    n, c, r = m.shape.n, m.shape.c, m.shape.hidden
+    gate = m.per_image() - 0.5
+    return _bind(se_gate.gate_backward, m.vector(5, n, c), gate, m.per_image(), m.vector(n, r), m.se(), m.out**2)
+
+
+TARGETS = {
+    "depthwise forward": Target(
+        depthwise_conv,
+        "forward_launch",
+        lambda s: depthwise_conv.forward_space(s.n, s.c, _out(s), _out(s), s.kernel),
+        _depthwise_forward,
+        (1, 1),
+    ),
+    "depthwise backward": Target(
+        depthwise_conv,
+        "backward_launch",
+        lambda s: depthwise_conv.backward_space(s.n, s.c, s.size, s.size, s.kernel, s.stride),
+        _depthwise_backward,
+        (2, 1),
+    ),
+    "statistics": _rows(lambda m: _bind(batch_norm.batch_statistics, m.x(), 1e-3, False), 1),
+    "normalize": _rows(lambda m: _bind(batch_norm.normalize, m.x(), m.stats(), m.affine(), None, None, True), 2),
+    "grad sums": _rows(lambda m: _bind(batch_norm.grad_sums, m.x(), m.x(), m.stats(), m.affine(), None, True), 2),
+    "grad apply": _rows(
+        lambda m: _bind(
+            batch_norm.grad_apply, m.x(), m.x(), m.stats(), m.affine(), None, m.vector(2, m.shape.c), False
+        ),
+        3,
+    ),
+    "squeeze": _images(lambda m: _bind(bn_silu_squeeze.squeeze, m.d(), m.stats(), m.affine()), 1),
+    "excite": _images(lambda m: _bind(bn_silu_squeeze.excite, m.d(), m.stats(), m.affine(), m.per_image()), 2),
+    "five sums": _images(lambda m: _bind(bn_silu_squeeze.five_sums, m.d(), m.d(), m.stats(), m.affine()), 2),
+    "apply sums": _images(
+        lambda m: _bind(
+            bn_silu_squeeze.apply_sums,
+            *(m.d(), m.d(), m.stats(), m.affine(), m.per_image(), m.per_image(), m.vector(2, m.shape.c)),
+        ),
+        3,
+    ),
+    "gate": _gate(lambda m: _bind(se_gate.gate_forward, m.per_image(), m.se())),
+    "gate backward": _gate(_gate_backward),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One launch of a target on a shape."""
+
+    name: str
+    shape: Shape
+    cut: Any
+
+    @property
+    def target(self) -> Target:
+        return TARGETS[self.name]
+
+    def taken(self) -> contextlib.AbstractContextManager[Any]:
+        """Within, the package chooses this launch."""
+        return mock.patch.object(self.target.module, self.target.choice, return_value=self.cut)
+
+
+def candidates(name: str, shape: Shape) -> tuple[Any, list[Candidate]]:
+    """The package's own choice, and all of the space with it in front."""
+    target = TARGETS[name]
+    choice = mock.Mock(side_effect=getattr(target.module, target.choice))
+    with mock.patch.object(target.module, target.choice, choice), quiet():
+        target.make(Maps(shape, torch.float32, "meta"))()
+    chosen = getattr(target.module, target.choice)(*choice.call_args.args)
+    return chosen, [Candidate(name, shape, cut) for cut in dict.fromkeys([chosen, *target.space(shape)])]
+
+
+@contextlib.contextmanager
+def quiet(door: Callable[..., None] = lambda *_, **__: None) -> Iterator[None]:
+    """Within, another function stands for the package's door to the device; by default nothing is started."""
+    with contextlib.ExitStack() as stack:
+        for module in MODULES:
+            stack.enter_context(mock.patch.object(module, "launch", door))
+        yield
+
+
+def compile_ahead(candidate: Candidate, dtype: torch.dtype) -> None:
+    """Compile a candidate's kernels into Triton's cache on the disk; what fails is met again when it is timed."""
+
+    def warm(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        kernel.warmup(*(a.dtype if isinstance(a, Tensor) else a for a in args), grid=grid, **options)
+
+    with contextlib.suppress(Exception), candidate.taken(), quiet(warm):
+        candidate.target.make(Maps(candidate.shape, dtype, "meta"))()
+
+
+def tensors(value: object) -> list[Tensor]:
+    """The tensors of a result, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in value for t in tensors(part)] if isinstance(value, tuple) else []
+
+
+def error(ours: object, theirs: object) -> float:
+    """The largest relative RMS between two results."""
+    pairs = zip(tensors(ours), tensors(theirs), strict=True)
+    return max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item() for a, b in pairs)
+
+
+def summed(value: object) -> object:
+    """A result with its tiles' moments, of which another launch has other ones, left out."""
+    return value[0] if isinstance(value, tuple) and tensors(value)[-1].dim() == 3 else value
+
+
+def least_bytes(shape: Shape, passes: tuple[int, int], dtype: torch.dtype) -> int:
+    return shape.n * shape.c * (passes[0] * shape.size**2 + passes[1] * _out(shape) ** 2) * dtype.itemsize
+
+
+def timed(candidate: Candidate, dtype: torch.dtype, reference: tuple[Call, object]) -> tuple[float, Quantiles | None]:
+    """How far the result is from that of the package's choice, and the times, if that is near enough."""
+    call, expected = reference
+    with candidate.taken():
+        off = error(summed(call()), expected)
+        if not off <= TOLERANCE[dtype]:
+            return off, None
+        size = max(least_bytes(candidate.shape, candidate.target.passes, dtype), 1)
+        sets = min(rotations(size), 8) if size < CACHE_BYTES else 2
+        return off, replayed([candidate.target.make(Maps(candidate.shape, dtype, DEVICE)) for _ in range(sets)])
+
+
+def rows_of(name: str, shape: Shape, dtype: torch.dtype, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """A row for each candidate, the package's choice first."""
+    chosen, all_of_them = candidates(name, shape)
+    call = TARGETS[name].make(Maps(shape, dtype, DEVICE))
+    reference = (call, summed(call()))
+    for candidate in all_of_them:
+        row: dict[str, Any] = {"target": name, "shape": str(shape), "launch": asdict(candidate.cut)}
+        row["chosen"] = candidate.cut == chosen
+        try:
+            off, ms = timed(candidate, dtype, reference)
+        except RuntimeError as refusal:  # more registers or shared memory than there are
+            yield row | {"failed": str(refusal).splitlines()[0]}
+            continue
+        if ms is None:
+            yield row | {"wrong by": off}
+            continue
+        rate = least_bytes(shape, TARGETS[name].passes, dtype) / ms[1] / 1e6
+        yield row | {"ms p20/p50/p80": ms, "share of copy": rate / bandwidth}
+
+
+def line(rows: list[dict[str, Any]]) -> str:
+    """The package's choice beside the fastest."""
+    good = [row for row in rows if "ms p20/p50/p80" in row]
+    if not good or not good[0]["chosen"]:
+        return f"{rows[0]['target']:18} {rows[0]['shape']:28} the package's choice failed: {rows[0]}"
+    ms = {id(row): row["ms p20/p50/p80"][1] for row in good}
+    best = min(good, key=lambda row: ms[id(row)])
+    ratio = ms[id(good[0])] / ms[id(best)]
+    head = f"{best['target']:18} {best['shape']:28} chosen {ms[id(good[0])]:.4f} ms"
+    return (
+        f"{head} ({good[0]['share of copy']:.0%} of copy), {ratio:.2f} x the fastest of {len(good)}: {best['launch']}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    words = parser(__doc__)
+    words.add_argument("--target", choices=TARGETS, action="append", help="only this part (may be repeated)")
+    words.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    words.add_argument("--limit", type=int, help="only so many shapes; the first twelve are those at 32 px")
+    words.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 12), help="processes that compile")
+    args = words.parse_args(argv)
+    dtype, bandwidth = getattr(torch, args.dtype), copy_bandwidth()
+    shapes = list(b0_shapes())[: args.limit]
+    if DEVICE == "cpu":
+        print("NOT A TIMING: no GPU, so tiny maps in Triton's interpreter; this run only shows that the script works.")
+        shapes = list(dict.fromkeys(tiny(s) for s in shapes))
+    names = args.target or list(TARGETS)
+    if DEVICE == "cuda":
+        work = [(c, dtype) for name in names for shape in shapes for c in candidates(name, shape)[1]]
+        print(f"compiling {len(work)} candidates in {args.workers} processes", flush=True)
+        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+            pool.starmap(compile_ahead, work, chunksize=1)
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        for shape in shapes:
+            new = list(rows_of(name, shape, dtype, bandwidth))
+            print(line(new), flush=True)
+            rows += new
+        write(args.out, result("tune", {"dtype": args.dtype, "copy_GBs": bandwidth}, rows))
+
+
+if __name__ == "__main__":
+    with torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else contextlib.nullcontext():
+        run(main)

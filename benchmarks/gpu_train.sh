@@ -22,7 +22,7 @@ step=${STEP:-graph}
 settings=(--set "data_dir=${DATA_DIR:-data}" --set "step=$step")
 flags=(--data_dir "${DATA_DIR:-data}" --step "$step" --time_budget "${SECONDS_AT_MOST:-540}")
 epochs=${EPOCHS:-30}
-target=(--target 75 80 --seeds 3 --set "num_epochs=${EPOCHS:-60}")
+target=(--target 75 80 --seeds 3 --set "num_epochs=${EPOCHS:-60}" --set eval_every_epochs=1)
 if ! on_gpu; then
     echo "no GPU: procedural images, for a moment; the figures say nothing"
     small=(dataset=synthetic limit_train=64 limit_eval=20 batch_size=32 output_stride=32 num_workers=1)

@@ -120,6 +120,8 @@ class TrainConfig:
 
     val_fraction: float = 0.0
     """Share of the training images held out (stratified, seeded) to choose best.pt by; 0 holds out none."""
+    eval_every_epochs: int = 1
+    """Epochs between two evaluations, whose images the curves show; the last epoch is always evaluated."""
     limit_train: int | None = None
     """Use only this many training images (stratified, seeded)."""
     limit_eval: int | None = None
@@ -176,7 +178,9 @@ class TrainConfig:
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
         object.__setattr__(self, "compile", _WORDS.get(self.compile, self.compile))
         object.__setattr__(self, "resume", _WORDS.get(self.resume, self.resume))
-        for name in ("batch_size", "num_epochs", "grad_accumulation", "log_every_steps", "keep_last"):
+        for name in (
+            "batch_size", "num_epochs", "grad_accumulation", "log_every_steps", "keep_last", "eval_every_epochs"
+        ):  # fmt: skip
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("learning_rate", "weight_decay", "warmup_epochs", "mixup", "cutmix", "clip_grad", "rotation"):
             _require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")

@@ -210,6 +210,12 @@ def wait_for_file(path):
         time.sleep(0.005)
 
 
+def test_evaluations_come_every_so_many_epochs_and_at_the_end(tmp_path):
+    run(f"{TINY} --save_dir {tmp_path} --run_name r --num_epochs 5 --eval_every_epochs 2")
+    steps = rows(tmp_path / "r", "train")[-1]["step"] // 5
+    assert [row["step"] // steps for row in rows(tmp_path / "r", "eval")] == [2, 4, 5]
+
+
 @pytest.mark.parametrize("loader", ["resident", "dali"])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, loader):
     if loader == "dali":

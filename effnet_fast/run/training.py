@@ -336,7 +336,8 @@ class _Training:
         )
         self._announce()
         save_due = SaveDue(plan.world, config.save_every_steps, config.save_every_minutes)
-        every = Every(config.log_every_steps, save_due, self._report, self._save, self._evaluate)
+        often = (config.log_every_steps, config.eval_every_epochs, save_due)
+        every = Every(*often, self._report, self._save, self._evaluate)
         try:
             with Stop(plan.world, config.time_budget) as stop, self._make_writer() as self.writer:
                 fit(self.step, self.loader, self._watch, self.progress, config.num_epochs, every, stop)

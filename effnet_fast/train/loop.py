@@ -35,6 +35,7 @@ class Every:
     """What a loop does now and then."""
 
     log_steps: int
+    eval_epochs: int  # the last epoch is always due
     save_due: Callable[[int], bool]  # takes the steps done; the end of an epoch is always due
     report: Callable[[], None]
     save: Callable[[], None]
@@ -139,10 +140,11 @@ def fit(step, loader, watch, progress: Progress, epochs: int, every: Every, stop
             # Keep what would be lost.
             if every.save_due(progress.step):
                 every.save()
-        # An epoch is done: evaluate, then keep it.
+        # An epoch is done: evaluate now and then, and keep it.
         if progress.step % every.log_steps:
             every.report()
         progress.epoch, progress.batch = epoch + 1, 0
-        every.evaluate()
         progress.finished = progress.epoch == epochs
+        if progress.finished or progress.epoch % every.eval_epochs == 0:
+            every.evaluate()
         every.save()

@@ -89,7 +89,8 @@ class GateLaunch:
 def gate_launch(r: int) -> GateLaunch:
     """All R hidden values at once; wide ones with fewer channels at a time, so that the tiles fit in registers."""
     block_r = max(power_of_2(r), 16)
-    return GateLaunch(16, 64, block_r, num_warps=4) if block_r <= 64 else GateLaunch(16, 32, block_r, num_warps=8)
+    block_c = 64 if block_r <= 32 else 32
+    return GateLaunch(16, block_c, block_r, num_warps=4 if block_r <= 64 else 8, turns=256 // block_c)
 
 
 def parameters_launch(r: int) -> GateLaunch:

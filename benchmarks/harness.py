@@ -35,6 +35,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 20
 INNER = 10 if DEVICE == "cuda" else 1  # steps timed together: the host issues one while the GPU is at those before
 MODES = ("eager", "compile", "graph")
+CACHE_BYTES = 256 << 20  # several times the second-level cache of an A100 or H100
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 RATE, MOMENTUM, DECAY, SMOOTHING, CLIP = 0.01, 0.9, 5e-4, 0.1, 5.0
 
@@ -294,6 +295,11 @@ def replayed(functions: list[Call]) -> Quantiles:
         end.synchronize()
         samples.append(begin.elapsed_time(end) / len(functions))
     return quantiles(samples)
+
+
+def rotations(bytes_each: int) -> int:
+    """Copies of the buffers that together exceed the cache."""
+    return 2 if DEVICE == "cpu" else max(2, min(16, CACHE_BYTES // bytes_each + 1))
 
 
 def copy_bandwidth() -> float:

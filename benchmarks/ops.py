@@ -22,7 +22,7 @@ import torch
 if not torch.cuda.is_available():  # before Triton decorates the first kernel
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from harness import DEVICE, copy_bandwidth, parser, replayed, result, run, write
+from harness import DEVICE, copy_bandwidth, parser, replayed, result, rotations, run, write
 from torch import Tensor
 
 from effnet_fast import create_model
@@ -35,7 +35,6 @@ from effnet_kernels.se_gate import SqueezeExcite, se_gate
 from effnet_kernels.silu import silu
 
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-5}
-CACHE_BYTES = 256 << 20  # several times the second-level cache of an A100 or H100
 
 
 @dataclass(frozen=True)
@@ -164,11 +163,6 @@ def agrees(op: Op, shape: Shape, dtype: torch.dtype) -> float:
         y.backward(dy.to(dtype).to(y.dtype))
         results.append([y.detach().double(), *(leaf.grad.double() for leaf in leaves)])
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
-
-
-def rotations(bytes_each: int) -> int:
-    """Copies of the buffers that together exceed the cache."""
-    return 2 if DEVICE == "cpu" else max(2, min(16, CACHE_BYTES // bytes_each + 1))
 
 
 def measure(op: Op, shape: Shape, dtype: torch.dtype, kernels: str, compiled: bool) -> dict[str, tuple[float, ...]]:

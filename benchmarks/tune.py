@@ -19,11 +19,11 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from ops import CACHE_BYTES, TOLERANCE, Shape, b0_shapes, rotations, tiny  # sets the interpreter up where it is needed
+from ops import TOLERANCE, Shape, b0_shapes, tiny  # sets the interpreter up where it is needed
 
 # isort: split
 import torch
-from harness import DEVICE, Call, Quantiles, copy_bandwidth, parser, replayed, result, run, write
+from harness import DEVICE, Call, Quantiles, copy_bandwidth, parser, replayed, result, rotations, run, write
 from torch import Tensor
 
 from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, launch, se_gate
@@ -248,8 +248,7 @@ def timed(candidate: Candidate, dtype: torch.dtype, reference: tuple[Call, objec
         off = error(summed(call()), expected)
         if not off <= TOLERANCE[dtype]:
             return off, None
-        size = max(least_bytes(candidate.shape, candidate.target.passes, dtype), 1)
-        sets = min(rotations(size), 8) if size < CACHE_BYTES else 2
+        sets = rotations(max(least_bytes(candidate.shape, candidate.target.passes, dtype), 1))
         return off, replayed([candidate.target.make(Maps(candidate.shape, dtype, DEVICE)) for _ in range(sets)])
 
 

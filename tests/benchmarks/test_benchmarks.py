@@ -22,6 +22,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import harness  # noqa: E402
 import loader  # noqa: E402
+import pointwise  # noqa: E402
 import report  # noqa: E402
 import roofline  # noqa: E402
 import scaling  # noqa: E402
@@ -57,6 +58,23 @@ def read(path: Path) -> dict:
 def test_no_script_bears_the_name_of_a_standard_module():
     names = {path.stem for path in BENCHMARKS.glob("*.py")}
     assert not names & sys.stdlib_module_names
+
+
+def test_1x1_convolutions_as_convolutions_and_as_products(tmp_path, monkeypatch):
+    found = pointwise.layers(2, 32)
+    assert len(found) == len(set(found)) == 19
+    assert (found[0], found[-1]) == (pointwise.Layer(2, 32, 16, 32), pointwise.Layer(2, 320, 1280, 4))
+    out = tmp_path / "p.json"
+    pointwise.main(["--limit", "1", "--out", str(out)])
+    rows = read(out)["rows"]
+    assert [(row["result"], row["way"]) for row in rows] == [
+        (result, way) for result in ("y", "dx", "dw") for way in ("convolution", "product")
+    ]
+    assert all(row["ms"][1] > 0 and row["error"] < 1e-5 for row in rows)
+    # One that disagrees is told, and not timed.
+    monkeypatch.setitem(pointwise.WAYS["y"], "product", lambda buffers: pointwise.rows(buffers.dy) * 2)
+    rows = list(pointwise.rows_of(found[0], torch.float32, 1.0))
+    assert ["ms" in row for row in rows] == [False, False, True, True, True, True]
 
 
 def test_throughput_beside_a_peer(tmp_path, capsys):

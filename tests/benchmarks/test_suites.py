@@ -20,6 +20,7 @@ import checks  # noqa: E402
 import choose_recipe  # noqa: E402
 import harness  # noqa: E402
 import loader  # noqa: E402
+import pointwise  # noqa: E402
 import roofline  # noqa: E402
 import scaling  # noqa: E402
 import step_profile  # noqa: E402
@@ -28,7 +29,7 @@ import time_to_accuracy  # noqa: E402
 
 from effnet_fast import cli, provenance  # noqa: E402
 
-SCRIPTS = (checks, choose_recipe, throughput, roofline, loader, step_profile, scaling, time_to_accuracy)
+SCRIPTS = (*(checks, choose_recipe, throughput, roofline, loader, step_profile, scaling, time_to_accuracy, pointwise),)
 LITTLE = {"dataset": "synthetic", "limit_train": 64, "limit_eval": 20, "batch_size": 32, "num_workers": 1}
 # In place of the interpreter: everything is installed, there is a GPU, one script fails, the others leave a result.
 STUB = """#!/usr/bin/env bash
@@ -74,6 +75,7 @@ def assert_known(calls, monkeypatch):
     monkeypatch.setattr(time_to_accuracy, "recipe", parsed)
     monkeypatch.setattr(choose_recipe, "recipe", parsed)
     monkeypatch.setattr(checks, "command", parsed)
+    monkeypatch.setattr(pointwise, "set_backends", parsed)
     scripts = {script.__name__: script for script in SCRIPTS}
     for path, *words in calls:
         if Path(path).stem not in ("ops", "tune"):  # importing them would choose Triton's interpreter for all
@@ -83,7 +85,7 @@ def assert_known(calls, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "parts", "failed"),
-    [("gpu_suite.sh", 8, {"5-loader": "loader.py"}), ("gpu_correct.sh", 6, {}), ("gpu_kernels.sh", 2, {})],
+    [("gpu_suite.sh", 8, {"5-loader": "loader.py"}), ("gpu_correct.sh", 6, {}), ("gpu_kernels.sh", 3, {})],
 )
 def test_a_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, name, parts, failed):
     """Its arguments are ones that the scripts know, one that fails stops no other, and all ends in 10 minutes."""
@@ -290,6 +292,7 @@ def test_the_kernels_run_to_their_end(tmp_path):
     assert [(part["benchmark"], bool(part["rows"])) for part in json.loads(out.read_text())["parts"]] == [
         ("tune", True),
         ("ops", True),
+        ("pointwise", True),
     ]
 
 

@@ -328,9 +328,11 @@ def _forward_kernel(
 
 
 @triton.jit
-def _add_grads(
+def _add_row_of_g(
     grads,
+    dw,
     g,
+    acts,
     taps,
     BEGIN: tl.constexpr,
     STRIP: tl.constexpr,
@@ -340,8 +342,12 @@ def _add_grads(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """da of K rows of x, after the row g of dy that all of them meet; g begins BEGIN columns from the strip."""
-    out = ()
+    """da of K rows of x, and the K * K sums of dw, after a row of g that meets all these rows.
+
+    Column t of the strip and column `dx` of the taps meet column (t + LEFT - dx) / STRIDE of g, whose tiles begin at
+    BEGIN, if that is a whole number and, where there is only one strip, one of SIZE.
+    """
+    more_grads = ()
     for dy in tl.static_range(K):
         for t in tl.static_range(STRIP):
             total = grads[dy * STRIP + t]
@@ -349,25 +355,8 @@ def _add_grads(
                 met = LAST > 0 or (t + LEFT - dx >= 0 and t + LEFT - dx < SIZE * STRIDE)
                 if met and (t + LEFT - dx) % STRIDE == 0:
                     total += g[(t + LEFT - dx) // STRIDE - BEGIN] * taps[dy * K + dx]
-            out = out + (total,)
-    return out
-
-
-@triton.jit
-def _add_dw(
-    dw,
-    g,
-    acts,
-    BEGIN: tl.constexpr,
-    STRIP: tl.constexpr,
-    LAST: tl.constexpr,
-    SIZE: tl.constexpr,
-    LEFT: tl.constexpr,
-    K: tl.constexpr,
-    STRIDE: tl.constexpr,
-):
-    """The K * K sums of dw, after the row g of dy and the K rows of activations that it meets."""
-    out = ()
+            more_grads = more_grads + (total,)
+    more_dw = ()
     for dy in tl.static_range(K):
         for dx in tl.static_range(K):
             total = dw[dy * K + dx]
@@ -375,8 +364,8 @@ def _add_dw(
                 met = LAST > 0 or (t + LEFT - dx >= 0 and t + LEFT - dx < SIZE * STRIDE)
                 if met and (t + LEFT - dx) % STRIDE == 0:
                     total += g[(t + LEFT - dx) // STRIDE - BEGIN] * acts[dy * STRIP + t]
-            out = out + (total,)
-    return out
+            more_dw = more_dw + (total,)
+    return more_grads, more_dw
 
 
 @kernel
@@ -447,8 +436,7 @@ def _backward_kernel(
             grads = grads + _zeros(STRIDE * STRIP, BLOCK_P, BLOCK_C)
             if (ho >= 0) & (ho < HO):
                 g = _load_row(g_at + ho * WO * C, ok, wi // STRIDE, (), C, BEGIN, COLUMNS, LAST // STRIDE, WO)
-                grads = _add_grads(grads, g, taps, BEGIN, STRIP, LAST // STRIDE, WO, LEFT, K, STRIDE)
-                dw = _add_dw(dw, g, acts, BEGIN, STRIP, LAST // STRIDE, WO, LEFT, K, STRIDE)
+                grads, dw = _add_row_of_g(grads, dw, g, acts, taps, BEGIN, STRIP, LAST // STRIDE, WO, LEFT, K, STRIDE)
             # The first rows have met their last row of g.
             for q in tl.static_range(STRIDE):
                 hi = ho * STRIDE - top + q

@@ -16,7 +16,7 @@ three TF32 products (tf32x3), which keeps float32's accuracy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,14 +131,16 @@ def _added(
 
 
 @kernel
-def _hidden_kernel(
-    pool_ptr,  # [N, C]
-    w1_ptr,  # [R, C]
-    sums_ptr,  # [spans, N, R]
+def _spans_kernel(
+    x_ptr,  # [N, C]: pool, or the gradient at the gate if BACKWARD
+    gate_ptr,  # [N, C], if BACKWARD
+    w_ptr,  # [R, C], or [C, R] if BACKWARD
+    sums_ptr,  # [spans, N, R]: of the hidden values, or of the gradient at their Swish
     N,
     C,
     R,
     span,
+    BACKWARD: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -150,11 +152,17 @@ def _hidden_kernel(
     start = tl.program_id(1) * span
     for first in range(start, tl.minimum(start + span, C), BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
+        nc = n[:, None] * C + c[None, :]
         nc_ok = (n < N)[:, None] & (c < C)[None, :]
-        cr_ok = (c < C)[:, None] & (r < R)[None, :]
-        pool = tl.load(pool_ptr + n[:, None] * C + c[None, :], mask=nc_ok, other=0.0)
-        w1 = tl.load(w1_ptr + r[None, :] * C + c[:, None], mask=cr_ok, other=0.0).to(tl.float32)
-        sums = tl.dot(pool, w1, sums, input_precision="tf32x3")
+        x = tl.load(x_ptr + nc, mask=nc_ok, other=0.0)
+        if BACKWARD:
+            gate = tl.load(gate_ptr + nc, mask=nc_ok, other=0.0)
+            x = x * gate * (1.0 - gate)
+            at = w_ptr + c[:, None] * R + r[None, :]
+        else:
+            at = w_ptr + r[None, :] * C + c[:, None]
+        w = tl.load(at, mask=(c < C)[:, None] & (r < R)[None, :], other=0.0).to(tl.float32)
+        sums = tl.dot(x, w, sums, input_precision="tf32x3")
     tl.store(sums_ptr + tl.program_id(1) * N * R + nr, sums, mask=nr_ok)
 
 
@@ -187,36 +195,6 @@ def _gate_kernel(
     logit = tl.dot(hidden * sigmoid(hidden), w2, input_precision="tf32x3")
     logit += tl.load(b2_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     tl.store(gate_ptr + n[:, None] * C + c[None, :], sigmoid(logit), mask=(n < N)[:, None] & (c < C)[None, :])
-
-
-@kernel
-def _dact_kernel(
-    dgate_ptr,  # [N, C]
-    gate_ptr,  # [N, C]
-    w2_ptr,  # [C, R]
-    sums_ptr,  # [spans, N, R], gradient at the hidden values' Swish
-    N,
-    C,
-    R,
-    span,
-    VEC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    C = C // VEC * VEC
-    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
-    sums = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    start = tl.program_id(1) * span
-    for first in range(start, tl.minimum(start + span, C), BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        nc_ok = (n < N)[:, None] & (c < C)[None, :]
-        cr_ok = (c < C)[:, None] & (r < R)[None, :]
-        gate = tl.load(gate_ptr + n[:, None] * C + c[None, :], mask=nc_ok, other=0.0)
-        dlogit = tl.load(dgate_ptr + n[:, None] * C + c[None, :], mask=nc_ok, other=0.0) * gate * (1.0 - gate)
-        w2 = tl.load(w2_ptr + c[:, None] * R + r[None, :], mask=cr_ok, other=0.0).to(tl.float32)
-        sums = tl.dot(dlogit, w2, sums, input_precision="tf32x3")
-    tl.store(sums_ptr + tl.program_id(1) * N * R + nr, sums, mask=nr_ok)
 
 
 @kernel
@@ -312,25 +290,24 @@ def _parameters_backward_kernel(
     tl.store(bn_ptr + C + c, dgamma, mask=once)
 
 
-def _over_channels(
-    kernels: tuple, c: int, n: int, r: int, before: tuple[Tensor, ...], after: tuple[Tensor, ...]
-) -> None:
-    """The first of two kernels sums over spans of channels into [spans, N, R]; the second begins with these."""
+def _over_channels(x: Tensor, gate: Tensor | None, w: Tensor, r: int, finish: Any, rest: tuple[Tensor, ...]) -> None:
+    """The sums over spans of the channels of x [N, C] (backward, where there is a gate), then the kernel `finish`."""
+    n, c = x.shape[-2:]
     assert 5 * n * c < 2**31, "places in [5, N, C] are 32-bit"
     cut = gate_launch(r)
-    sums = before[0].new_empty(cut.spans(c), n, r)
+    sums = x.new_empty(cut.spans(c), n, r)
     images, constants = cdiv(n, cut.block_n), cut.constants(c)
-    launch("se_gate", kernels[0], (images, len(sums)), *before, sums, n, c, r, cut.block_c * cut.turns, **constants)
-    launch("se_gate", kernels[1], (images, cdiv(c, cut.block_c)), sums, *after, n, c, r, len(sums), **constants)
+    args = (x, x if gate is None else gate, w, sums, n, c, r, cut.block_c * cut.turns)
+    launch("se_gate", _spans_kernel, (images, len(sums)), *args, BACKWARD=gate is not None, **constants)
+    launch("se_gate", finish, (images, cdiv(c, cut.block_c)), sums, *rest, n, c, r, len(sums), **constants)
 
 
 def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
     """gate [N, C] and hidden [N, R] (before its Swish), float32."""
-    n, c = pool.shape
     r = se.reduce_weight.shape[0]
-    hidden, gate = pool.new_empty(n, r), torch.empty_like(pool)
-    after = (se.reduce_bias, se.expand_weight, se.expand_bias, hidden, gate)
-    _over_channels((_hidden_kernel, _gate_kernel), c, n, r, (pool, se.reduce_weight), after)
+    hidden, gate = pool.new_empty(len(pool), r), torch.empty_like(pool)
+    rest = (se.reduce_bias, se.expand_weight, se.expand_bias, hidden, gate)
+    _over_channels(pool, None, se.reduce_weight, r, _gate_kernel, rest)
     return gate, hidden
 
 
@@ -341,8 +318,7 @@ def gate_backward(
     n, c = pool.shape
     r = hidden.shape[1]
     dhidden, dpool = torch.empty_like(hidden), torch.empty_like(pool)
-    after = (hidden, se.reduce_weight, dhidden, dpool)
-    _over_channels((_dact_kernel, _dpool_kernel), c, n, r, (sums, gate, se.expand_weight), after)
+    _over_channels(sums, gate, se.expand_weight, r, _dpool_kernel, (hidden, se.reduce_weight, dhidden, dpool))
     grads = SqueezeExcite(*(torch.empty_like(p) for p in se))
     bn = pool.new_empty(2, c)
     cut = parameters_launch(r)

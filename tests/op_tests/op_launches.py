@@ -86,18 +86,21 @@ def record(function, *args) -> list[tuple]:
 
 
 def source(kernel, args, constants) -> tuple[ASTSource, dict]:
-    """What Triton's runtime would make of a launch: types and constants, and pointers that are divisible by 16."""
+    """What Triton's runtime would make of a launch: types, constants, divisibility by 16, and integers that are 1."""
     constants = dict(constants)
     options = {"num_warps": constants.pop("num_warps")}
     signature, values, hints = {}, {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
-            hints[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif value == 1 and not kernel.params[i].do_not_specialize:
+            signature[name], values[(i,)] = "constexpr", 1
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or not (kernel.params[i].do_not_specialize or value % 16):
+            hints[(i,)] = [["tt.divisibility", 16]]
     for name, value in constants.items():
         signature[name], values[(kernel.arg_names.index(name),)] = "constexpr", value
     signature = {name: signature[name] for name in kernel.arg_names}

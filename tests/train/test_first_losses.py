@@ -13,7 +13,7 @@ import pytest
 
 GOLDEN = Path(__file__).with_name("golden_first_losses.json")
 RUN = (
-    "train --dataset synthetic --limit_train 320 --limit_eval 16 --batch_size 16 --num_epochs 1 --output_stride 8 "
+    "train --dataset synthetic --limit_train 320 --limit_eval 16 --batch_size 16 --num_epochs 1 --output_stride 8 --width 0.5 "
     "--learning_rate 0.0005 --warmup_epochs 0 --mixup 0.2 --cutmix 1 --rotation 15 --color_jitter 0.2 "
     "--random_erasing 0.25 --loader resident --device cpu --log_every_steps 1"
 )

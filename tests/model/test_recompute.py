@@ -34,7 +34,7 @@ def test_gradients_and_statistics_are_the_same_bits(dtype):
     assert_equal(after_two_passes(recompute=True, dtype=dtype), after_two_passes(recompute=False, dtype=dtype))
 
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the CPU in the interpreter alone")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter on the CPU")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from ops import TOLERANCE, Shape, b0_shapes, tiny  # sets the interpreter up where it is needed
+from ops import TOLERANCE, Shape, b0_shapes, least_bytes, tiny  # sets the interpreter up where it is needed
 
 # isort: split
 import torch
@@ -30,6 +30,10 @@ from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, launch, 
 from effnet_kernels.se_gate import SqueezeExcite
 
 MODULES = (batch_norm, bn_silu_squeeze, depthwise_conv, se_gate)
+
+
+def _out(s: Shape) -> int:
+    return -(-s.size // s.stride)
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,11 @@ class Maps:
         x = torch.randn(self.shape.n, self.shape.c, size, size, device=self.device, dtype=self.dtype)
         return x.contiguous(memory_format=torch.channels_last)
 
-    @property
-    def out(self) -> int:
-        return -(-self.shape.size // self.shape.stride)
-
     def x(self) -> Tensor:
         return self.map(self.shape.size)
 
     def d(self) -> Tensor:
-        return self.map(self.out)
+        return self.map(_out(self.shape))
 
     def vector(self, *sizes: int) -> Tensor:
         return torch.rand(*sizes, device=self.device) + 0.5
@@ -92,10 +92,6 @@ class Target:
     passes: tuple[int, int]
 
 
-def _out(s: Shape) -> int:
-    return -(-s.size // s.stride)
-
-
 def _rows(make: Callable[[Maps], Call], passes: int) -> Target:
     def space(s: Shape) -> list[Any]:
         return launch.row_launch_space(s.n * s.size**2, s.c)
@@ -131,7 +127,9 @@ def _depthwise_backward(m: Maps) -> Call:
 def _gate_backward(m: Maps) -> Call:
     n, c, r = m.shape.n, m.shape.c, m.shape.hidden
     gate = m.per_image() - 0.5
-    return _bind(se_gate.gate_backward, m.vector(5, n, c), gate, m.per_image(), m.vector(n, r), m.se(), m.out**2)
+    return _bind(
+        se_gate.gate_backward, m.vector(5, n, c), gate, m.per_image(), m.vector(n, r), m.se(), _out(m.shape) ** 2
+    )
 
 
 TARGETS = {
@@ -235,10 +233,6 @@ def error(ours: object, theirs: object) -> float:
 def summed(value: object) -> object:
     """A result with its tiles' moments, of which another launch has other ones, left out."""
     return value[0] if isinstance(value, tuple) and tensors(value)[-1].dim() == 3 else value
-
-
-def least_bytes(shape: Shape, passes: tuple[int, int], dtype: torch.dtype) -> int:
-    return shape.n * shape.c * (passes[0] * shape.size**2 + passes[1] * _out(shape) ** 2) * dtype.itemsize
 
 
 def timed(candidate: Candidate, dtype: torch.dtype, reference: tuple[Call, object]) -> tuple[float, Quantiles | None]:

@@ -20,16 +20,17 @@ from torch import Tensor, nn
 
 from effnet_fast import create_model, provenance
 from effnet_fast.config import TrainConfig
-from effnet_fast.data.draws import Augment
+from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.loader import Loader, LoaderSpec
-from effnet_fast.data.loaders import make_loader
+from effnet_fast.data.rng import Augment
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
 from effnet_fast.model import default_output_stride, variant
-from effnet_fast.run.settings import compile_model, loader_dtype, resolve_step, set_backends, worker_count
+from effnet_fast.precision import autocast
+from effnet_fast.run.resolve import compile_model, loader_dtype, resolve_step, set_backends, worker_count
 from effnet_fast.train import optim
 from effnet_fast.train.mixing import Mixing
-from effnet_fast.train.step import Step, autocast
+from effnet_fast.train.step import Step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 20

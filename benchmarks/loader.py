@@ -17,12 +17,12 @@ import harness
 import torch
 from harness import Case
 
-from effnet_fast.data import loaders
+from effnet_fast.data import choose_loader
 from effnet_fast.data.loader import Loader
 from effnet_fast.provenance import environment
 
 IMAGES = 50_000  # as many as CIFAR has, since what begins an epoch is a part of the rate
-SPEEDS = Path(loaders.__file__).with_name("loader_speeds.json")
+SPEEDS = Path(choose_loader.__file__).with_name("loader_speeds.json")
 
 
 def make(kind: str, case: Case, workers: int) -> tuple[Loader, Iterator]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from effnet_fast import create_model
 from effnet_fast.model.blocks import Conv
-from effnet_fast.run.settings import set_backends
+from effnet_fast.run.resolve import set_backends
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}  # float32: products in TF32
 
@@ -61,7 +61,7 @@ def layers(batch: int, pixels: int) -> list[Layer]:
 
 
 @dataclass(frozen=True)
-class Buffers:
+class FlatTensors:
     """x, dy and w of a layer, channels last."""
 
     x: Tensor
@@ -69,7 +69,7 @@ class Buffers:
     w: Tensor
 
     @classmethod
-    def of(cls, layer: Layer, dtype: torch.dtype) -> Buffers:
+    def of(cls, layer: Layer, dtype: torch.dtype) -> FlatTensors:
         def map_of(channels: int) -> Tensor:
             made = torch.randn(layer.n, channels, layer.size, layer.size, device=DEVICE, dtype=dtype)
             return made.contiguous(memory_format=torch.channels_last)
@@ -89,7 +89,7 @@ def rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-WAYS: dict[str, dict[str, Callable[[Buffers], Tensor]]] = {
+WAYS: dict[str, dict[str, Callable[[FlatTensors], Tensor]]] = {
     "y": {
         "convolution": lambda b: torch.nn.functional.conv2d(b.x, b.w),
         "product": lambda b: rows(b.x) @ b.w.flatten(1).t(),
@@ -109,7 +109,7 @@ def as_rows(value: Tensor) -> Tensor:
 def rows_of(layer: Layer, dtype: torch.dtype, bandwidth: float) -> Iterator[dict[str, Any]]:
     """A row for each result and way; without times where the two disagree."""
     size = layer.bytes * dtype.itemsize
-    sets = [Buffers.of(layer, dtype) for _ in range(rotations(size))]
+    sets = [FlatTensors.of(layer, dtype) for _ in range(rotations(size))]
     for what, ways in WAYS.items():
         one, other = (as_rows(way(sets[0])).float() for way in ways.values())
         error = ((one - other).norm() / other.norm()).item()

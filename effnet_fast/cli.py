@@ -46,7 +46,7 @@ class Verb:
 VERBS = {
     "train": Verb(config.TrainConfig, "training", "train"),
     "eval": Verb(config.EvalConfig, "evaluation", "evaluate_checkpoint"),
-    "plot": Verb(config.PlotConfig, "inspection", "plot", positional="runs", positional_help="folders of runs"),
+    "plot": Verb(config.PlotConfig, "show", "plot", positional="runs", positional_help="folders of runs"),
     "predict": Verb(
         config.PredictConfig,
         "prediction",
@@ -55,8 +55,8 @@ VERBS = {
         positional_help="image files, or folders of them",
     ),
     "export": Verb(config.ExportConfig, "export", "export"),
-    "info": Verb(config.InfoConfig, "inspection", "info"),
-    "data": Verb(config.DataConfig, "inspection", "show_data"),
+    "info": Verb(config.InfoConfig, "show", "info"),
+    "data": Verb(config.DataConfig, "show", "show_data"),
     "search": Verb(config.SearchConfig, "search", "search", leading="stage"),
     "study": Verb(config.StudyConfig, "study", "study"),
     "cam": Verb(config.CamConfig, "cam", "explain_images"),

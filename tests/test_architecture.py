@@ -14,7 +14,7 @@ PACKAGE, KERNELS = ROOT / "effnet_fast", ROOT / "kernels" / "effnet_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests")
 
-GROUND = {"config", "distributed", "provenance", "rendezvous"}
+GROUND = {"config", "checkpoint", "precision", "distributed", "provenance", "rendezvous"}
 FLOOR = {"model", "data"} | GROUND
 VERBS = {"train", "search", "explain", "report"}
 # What each room may import besides itself; `effnet_fast` is the face, __init__.py.
@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "cli": {"run"} | GROUND,
     "run": VERBS | FLOOR,
     **dict.fromkeys(VERBS, FLOOR),
-    "model": GROUND | {"effnet_kernels"},
+    "model": GROUND | {"data", "effnet_kernels"},
     "data": GROUND,
     **{room: set() for room in GROUND},
     "effnet_kernels": set(),

@@ -13,10 +13,9 @@ from safetensors import safe_open
 
 import effnet_fast
 from command_line import run
-from effnet_fast import create_model
+from effnet_fast import checkpoint, create_model
 from effnet_fast.model import batch_norms
 from effnet_fast.run.prediction import Predictor
-from effnet_fast.train import checkpoint
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 

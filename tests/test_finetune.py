@@ -14,9 +14,8 @@ import torch
 from efficientnet_pytorch import EfficientNet as EfficientNetPyTorch
 
 from command_line import run
-from effnet_fast import cli
+from effnet_fast import checkpoint, cli
 from effnet_fast.config import TrainConfig
-from effnet_fast.train import checkpoint
 
 TINY = (
     "train --dataset synthetic --limit_train 24 --limit_eval 8 --batch_size 8 --num_epochs 1 --output_stride 32 "

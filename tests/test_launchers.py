@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from effnet_fast.train import checkpoint
+from effnet_fast import checkpoint
 from marks import needs_installation, on_gpu
 
 LAUNCHERS = Path(__file__).parents[1] / "launchers"

@@ -13,8 +13,8 @@ from PIL import Image
 
 import effnet_fast
 from command_line import run
+from effnet_fast import checkpoint
 from effnet_fast.data import load_dataset
-from effnet_fast.train import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 from command_line import run
-from effnet_fast import create_model
-from effnet_fast.run.settings import resolve_compile, worker_count
-from effnet_fast.train import checkpoint
+from effnet_fast import checkpoint, create_model
+from effnet_fast.run.resolve import resolve_compile, worker_count
 
 TINY = (
     "train --dataset synthetic --output_stride 32 --limit_train 96 --limit_eval 40 --batch_size 16 --num_epochs 2 "

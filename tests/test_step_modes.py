@@ -20,7 +20,7 @@ from effnet_fast.model import recompute_blocks
 from effnet_fast.model.blocks import MBConv, Style
 from effnet_fast.model.complexity import complexity
 from effnet_fast.run import training
-from effnet_fast.run.settings import compile_model, compile_options, resolve_step, set_backends
+from effnet_fast.run.resolve import compile_model, compile_options, resolve_step, set_backends
 
 CPU, GPU = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda"))
 TINY = (

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from command_line import run
+from effnet_fast import checkpoint
 from effnet_fast.run import study as studying
 from effnet_fast.run.training import Outcome
-from effnet_fast.train import checkpoint
 
 TINY = (
     "study --dataset synthetic --output_stride 32 --limit_train 16 --limit_eval 20 --batch_size 8 --num_epochs 1 "

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from effnet_fast.data.dataset import Channels
-from effnet_fast.data.draws import Draws, draw
 from effnet_fast.data.loader import LoaderSpec
+from effnet_fast.data.rng import Draws, draw
 
 # RGB to YIQ as the NTSC standard rounds it: saturation scales I and Q.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])

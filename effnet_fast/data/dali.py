@@ -1,6 +1,6 @@
 """The DALI loader: one graph for training and evaluation, arrays and files, CPU and GPU.
 
-Order and augmentation parameters are drawn in draws.py and fed to the graph together with the images, so that batches
+Order and augmentation parameters are drawn in rng.py and fed to the graph together with the images, so that batches
 are the resident loader's. The exception is RandAugment and TrivialAugment, for which DALI draws: their state is in
 `state_dict`. (E. D. Cubuk et al., "RandAugment", NeurIPS 2020; Müller and Hutter, "TrivialAugment", ICCV 2021.)
 
@@ -29,9 +29,9 @@ from nvidia.dali.auto_aug import rand_augment, trivial_augment
 from torch import Tensor
 
 from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
-from effnet_fast.data.draws import Augment, Purpose, draw, stream, uniforms
 from effnet_fast.data.loader import Loader, LoaderSpec, Shard, labels_of
 from effnet_fast.data.resize import read_image
+from effnet_fast.data.rng import Augment, Purpose, draw, stream, uniforms
 
 _PREFETCHED = 2  # batches in DALI's queue
 _STATE = "dali"

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from effnet_fast.data.draws import stream, uniforms
+from effnet_fast.data.rng import stream, uniforms
 
-# A stream of random numbers apart from those of order and augmentation in draws.py.
+# A stream of random numbers apart from those of order and augmentation in rng.py.
 _SUBSET = stream(0x100)
 
 Channels = tuple[float, float, float]

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effnet_fast.data.dataset import Split
-from effnet_fast.data.draws import Augment, order
+from effnet_fast.data.rng import Augment, order
 
 if TYPE_CHECKING:
     import torch

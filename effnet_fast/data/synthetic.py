@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effnet_fast.data.dataset import ArraySplit, Dataset, channel_statistics
-from effnet_fast.data.draws import stream, uniforms
+from effnet_fast.data.rng import stream, uniforms
 
 Array = NDArray[np.float32]
 Pattern = Callable[[Array, Array], NDArray[np.floating]]
 
-# Streams of random numbers, apart from those of order and augmentation in draws.py.
+# Streams of random numbers, apart from those of order and augmentation in rng.py.
 _TRAIN, _TEST = 0x200, 0x201
 
 _CHUNK = 250  # images rendered at once, so that intermediate arrays stay in the processor's cache

@@ -18,7 +18,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from effnet_fast import distributed
+from effnet_fast import checkpoint, distributed
+from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import CamConfig, identity
 from effnet_fast.data.image import load_image
 from effnet_fast.data.resize import central_square
@@ -26,13 +27,11 @@ from effnet_fast.explain import gallery, overlay, tables
 from effnet_fast.explain.maps import place
 from effnet_fast.explain.sources import Source, find_sources, read_labels
 from effnet_fast.explain.subject import Maps, Settings, Subject, examine
+from effnet_fast.precision import autocast
 from effnet_fast.report import picture
 from effnet_fast.report.table import as_text
+from effnet_fast.run.resolve import resolve_precision, set_backends
 from effnet_fast.run.restore import load_model
-from effnet_fast.run.settings import resolve_precision, set_backends
-from effnet_fast.train import checkpoint
-from effnet_fast.train.checkpoint import write_atomically
-from effnet_fast.train.step import autocast
 
 LINE_EVERY = 10  # batches between two lines of progress where there is no terminal for a bar
 SKIPPED = 1  # exit status when some files were no images to explain

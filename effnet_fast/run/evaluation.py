@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from effnet_fast import distributed
+from effnet_fast import checkpoint, distributed
 from effnet_fast.config import EvalConfig
+from effnet_fast.data.choose_loader import choose, make_loader
 from effnet_fast.data.loader import LoaderSpec
-from effnet_fast.data.loaders import choose, make_loader
+from effnet_fast.run.resolve import load_dataset, loader_dtype, resolve_precision, set_backends, worker_count
 from effnet_fast.run.restore import config_of, load_model
-from effnet_fast.run.settings import load_dataset, loader_dtype, resolve_precision, set_backends, worker_count
-from effnet_fast.train import checkpoint
 from effnet_fast.train.evaluate import evaluate
 
 

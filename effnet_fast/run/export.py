@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from effnet_fast import __version__
+from effnet_fast import __version__, checkpoint
 from effnet_fast.config import ExportConfig
 from effnet_fast.model import Network
 from effnet_fast.model.export import fold_batch_norms, to_onnx, to_safetensors, to_torch_export
 from effnet_fast.run.restore import load_model
-from effnet_fast.train import checkpoint
 
 _FORMATS: dict[str, tuple[str, Callable[[Network, Mapping[str, str]], bytes]]] = {
     "safetensors": (".safetensors", to_safetensors),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_fast import distributed
+from effnet_fast import checkpoint, distributed
 from effnet_fast.config import PredictConfig
 from effnet_fast.data.dataset import Channels
 from effnet_fast.data.image import load_image, preprocess
@@ -23,7 +23,6 @@ from effnet_fast.model import Network, from_description
 from effnet_fast.model.export import fold_batch_norms
 from effnet_fast.model.weights import read_safetensors
 from effnet_fast.run.restore import load_model
-from effnet_fast.train import checkpoint
 
 if TYPE_CHECKING:
     from PIL import Image

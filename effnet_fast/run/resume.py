@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from effnet_fast import distributed
+from effnet_fast import checkpoint, distributed
 from effnet_fast.config import TrainConfig
 from effnet_fast.run.restore import config_of, differences
-from effnet_fast.train import checkpoint
 
 # A run that was killed may leave workers that take a few seconds to notice, and they hold its lock.
 PATIENCE = 10.0  # seconds

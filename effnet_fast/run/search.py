@@ -17,13 +17,16 @@ import torch
 import yaml
 from filelock import FileLock
 
-from effnet_fast import distributed, provenance
+from effnet_fast import checkpoint, distributed, provenance
+from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import SearchConfig, TrainConfig, identity, span
 from effnet_fast.data import Dataset
 from effnet_fast.distributed import World
+from effnet_fast.precision import PRECISIONS
 from effnet_fast.report.progress import Board
 from effnet_fast.report.table import as_csv, as_text
-from effnet_fast.run.members import (
+from effnet_fast.run.resolve import load_dataset, resolve_precision
+from effnet_fast.run.scaled_runs import (
     claim_folder,
     failure_reason,
     family_of,
@@ -32,7 +35,6 @@ from effnet_fast.run.members import (
     training_seconds,
     write_json,
 )
-from effnet_fast.run.settings import load_dataset, resolve_precision
 from effnet_fast.run.training import train_in
 from effnet_fast.search import measure
 from effnet_fast.search.choose import Choice, choose
@@ -40,9 +42,6 @@ from effnet_fast.search.collect import collect
 from effnet_fast.search.family import Family, Scale
 from effnet_fast.search.plan import Candidate, Grid, Limits, Workload, candidates
 from effnet_fast.search.trials import COMPLETE, FAIL, PRUNED, RUNNING, Lost, Pruned, Task, Trials
-from effnet_fast.train import checkpoint
-from effnet_fast.train.checkpoint import write_atomically
-from effnet_fast.train.step import PRECISIONS
 
 if TYPE_CHECKING:
     from optuna.trial import Trial

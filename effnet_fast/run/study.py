@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from effnet_fast import distributed, provenance
+from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import StudyConfig, identity
 from effnet_fast.distributed import World
 from effnet_fast.model import model_name
 from effnet_fast.report.table import as_csv, as_text
-from effnet_fast.run.agreement import about_start, agree
-from effnet_fast.run.members import (
+from effnet_fast.run.rank_check import about_start, agree
+from effnet_fast.run.resolve import load_dataset
+from effnet_fast.run.scaled_runs import (
     claim_folder,
     failure_reason,
     family_of,
@@ -22,12 +24,10 @@ from effnet_fast.run.members import (
     training_seconds,
     write_json,
 )
-from effnet_fast.run.settings import load_dataset
 from effnet_fast.run.training import train_in
-from effnet_fast.search import study as ways
+from effnet_fast.search import five_ways
 from effnet_fast.search.family import Family, Scale
-from effnet_fast.search.study import Member
-from effnet_fast.train.checkpoint import write_atomically
+from effnet_fast.search.five_ways import Member
 
 
 @dataclass
@@ -80,9 +80,9 @@ def _study(config: StudyConfig, world: World) -> int:
 def _members(config: StudyConfig, family: Family) -> list[Member]:
     references = [Member(model_name(name), scale=None) for name in config.references or []]
     if not config.targets:
-        return [*ways.TABLE_7, *references]
-    solved = [member for target in config.targets for member in ways.solve(family, target)]
-    return [ways.BASELINE, *solved, *references]
+        return [*five_ways.TABLE_7, *references]
+    solved = [member for target in config.targets for member in five_ways.solve(family, target)]
+    return [five_ways.BASELINE, *solved, *references]
 
 
 def _runs(config: StudyConfig, members: list[Member]) -> list[_Run]:

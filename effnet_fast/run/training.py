@@ -16,11 +16,11 @@ import yaml
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from effnet_fast import data, distributed, provenance
+from effnet_fast import checkpoint, data, distributed, provenance
 from effnet_fast.config import TrainConfig
-from effnet_fast.data.draws import Augment
+from effnet_fast.data.choose_loader import choose, make_loader
 from effnet_fast.data.loader import Loader, LoaderSpec
-from effnet_fast.data.loaders import choose, make_loader
+from effnet_fast.data.rng import Augment
 from effnet_fast.distributed import World
 from effnet_fast.model import (
     Network,
@@ -33,8 +33,8 @@ from effnet_fast.model import (
 )
 from effnet_fast.model.weights import Weights, read_weights
 from effnet_fast.run import resume
-from effnet_fast.run.agreement import about_run, about_start, agree
-from effnet_fast.run.settings import (
+from effnet_fast.run.rank_check import about_run, about_start, agree
+from effnet_fast.run.resolve import (
     compile_model,
     load_dataset,
     loader_dtype,
@@ -44,15 +44,16 @@ from effnet_fast.run.settings import (
     set_backends,
     worker_count,
 )
-from effnet_fast.train import checkpoint, optim
+from effnet_fast.train import optim
 from effnet_fast.train.ema import Ema
 from effnet_fast.train.evaluate import Batches, Result, evaluate, recalibrate
-from effnet_fast.train.hang import Watchdog, watchdog
-from effnet_fast.train.loop import Every, Progress, SaveDue, Stop, fit
+from effnet_fast.train.loop import Every, Progress, fit
 from effnet_fast.train.mixing import Mixing
 from effnet_fast.train.record import Recorder
 from effnet_fast.train.schedule import make_schedule
 from effnet_fast.train.step import Step
+from effnet_fast.train.stop import SaveDue, Stop
+from effnet_fast.train.watchdog import Watchdog, watchdog
 from effnet_fast.train.writer import Writer
 
 if TYPE_CHECKING:

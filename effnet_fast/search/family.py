@@ -11,7 +11,7 @@ import torch
 from effnet_fast.model import Network, create_model, scaling
 from effnet_fast.model.complexity import Complexity, complexity
 from effnet_fast.model.scaling import Layout
-from effnet_fast.search.counts import Counts, count
+from effnet_fast.search.analytic_cost import Counts, count
 
 BASELINE = "efficientnet-b0"
 

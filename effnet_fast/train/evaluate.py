@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effnet_fast import distributed
 from effnet_fast.model import batch_norms
-from effnet_fast.train.step import autocast
+from effnet_fast.precision import autocast
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

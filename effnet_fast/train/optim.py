@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast.model import Network
-from effnet_fast.train.buffers import Buffers
+from effnet_fast.train.flat_tensors import FlatTensors
 
 # NVIDIA apex's optimizers, by our names for them: the class, and the state that it keeps of each parameter.
 APEX = {"apex-sgd": ("FusedSGD", ("momentum_buffer",)), "apex-lamb": ("FusedLAMB", ("exp_avg", "exp_avg_sq"))}
@@ -150,7 +150,7 @@ class _Skipping:
     def step(self, closure: None = None) -> None:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_div_([p.grad for p in params if p.grad is not None], self.grad_scale)
-        changed = Buffers([*params, *(t for p in params for t in self.state[p].values())])
+        changed = FlatTensors([*params, *(t for p in params for t in self.state[p].values())])
         before = changed.copy()
         super().step()  # type: ignore[misc]
         changed.restore(before, self.found_inf > 0)

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from effnet_fast.train.checkpoint import write_atomically
+from effnet_fast.checkpoint import write_atomically
 from effnet_fast.train.meters import Reading
 
 T = TypeVar("T")

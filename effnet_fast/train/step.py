@@ -21,20 +21,14 @@ from torch import Tensor, nn
 
 from effnet_fast.data.augment import upload
 from effnet_fast.distributed import World
+from effnet_fast.precision import autocast
 from effnet_fast.train import optim
-from effnet_fast.train.buffers import Buffers
 from effnet_fast.train.ema import Ema
+from effnet_fast.train.flat_tensors import FlatTensors
 from effnet_fast.train.graph import Captured
 from effnet_fast.train.meters import Meters
 from effnet_fast.train.mixing import Mixing, mix_images
 from effnet_fast.train.schedule import Schedule
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The autocast of `--mixed_precision` bf16, fp16 or no."""
-    return torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision in PRECISIONS)
 
 
 class LossScale:
@@ -116,10 +110,12 @@ class Step:
         self.scale = LossScale(world.device, enabled=precision == "fp16")
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         live = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
-        self.buffers = Buffers(live.values())
+        self.buffers = FlatTensors(live.values())
         # With the moving average's, what ranks that keep BatchNorm's statistics apart do not have in common.
         averages = ema.state_dict() if ema is not None else {}
-        self.statistics = Buffers([*live.values(), *(average for name, average in averages.items() if name in live)])
+        self.statistics = FlatTensors(
+            [*live.values(), *(average for name, average in averages.items() if name in live)]
+        )
         self.graph = graph
         self._call = self._make_call()
 

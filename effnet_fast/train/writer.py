@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from effnet_fast.train import checkpoint
+from effnet_fast import checkpoint
 
 MOST_FAILURES = 2  # in a row, after which a run that cannot save stops
 

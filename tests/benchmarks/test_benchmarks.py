@@ -31,7 +31,7 @@ import throughput  # noqa: E402
 import time_to_accuracy  # noqa: E402
 
 from effnet_fast import create_model  # noqa: E402
-from effnet_fast.data import loaders  # noqa: E402
+from effnet_fast.data import choose_loader  # noqa: E402
 from effnet_fast.data.synthetic import load_synthetic  # noqa: E402
 from effnet_fast.model.complexity import complexity  # noqa: E402
 
@@ -265,7 +265,7 @@ def test_loader_measures_and_records(tmp_path):
     assert recorded["another GPU"] == {"dali": 1}
     here = recorded["cpu"]
     assert {kind: here.pop(kind) for kind in measured} == measured
-    assert here.keys() == {"commit", "date", "torch_version", "dali_version", "machine"}  # as loaders.py has it
+    assert here.keys() == {"commit", "date", "torch_version", "dali_version", "machine"}  # as choose_loader.py has it
 
 
 @pytest.mark.parametrize(("dali", "resident", "faster"), [(10, 20, "resident"), (20, 10, "dali")])
@@ -274,8 +274,8 @@ def test_auto_follows_what_was_recorded(tmp_path, monkeypatch, dali, resident, f
     speeds = tmp_path / "speeds.json"
     rows = [{"loader": "dali", "img/s": (1, dali, 99)}, {"loader": "resident", "img/s": (1, resident, 99)}]
     loader.record(speeds, rows)
-    monkeypatch.setattr(loaders, "SPEEDS", speeds)
-    kind, reason = loaders.choose("auto", load_synthetic(8, 8).train, torch.device("cpu"))
+    monkeypatch.setattr(choose_loader, "SPEEDS", speeds)
+    kind, reason = choose_loader.choose("auto", load_synthetic(8, 8).train, torch.device("cpu"))
     assert kind == faster
     assert reason.startswith(f"loader {faster}: 20 img/s recorded on cpu")
 

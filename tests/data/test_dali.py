@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from effnet_fast.data.dataset import ArraySplit
-from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import LoaderSpec
+from effnet_fast.data.rng import Augment
 from marks import on_gpu
 
 dali = pytest.importorskip("nvidia.dali")

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_fast.data.augment import Augmentation
+from effnet_fast.data.choose_loader import SPEEDS, choose, make_loader
 from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
-from effnet_fast.data.draws import Augment, draw, order
 from effnet_fast.data.loader import Loader, LoaderSpec
-from effnet_fast.data.loaders import SPEEDS, choose, make_loader
 from effnet_fast.data.resize import read_image
+from effnet_fast.data.rng import Augment, draw, order
 
 KINDS = ["resident", "torch", "dali"]
 N, SEED = 50, 7
@@ -274,7 +274,7 @@ def speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A record of speeds to be written by the test; nothing is in it."""
     path = tmp_path / "speeds.json"
     path.write_text("{}")
-    monkeypatch.setattr("effnet_fast.data.loaders.SPEEDS", path)
+    monkeypatch.setattr("effnet_fast.data.choose_loader.SPEEDS", path)
     return path
 
 

@@ -6,9 +6,8 @@ import json
 import pytest
 import torch
 
-from effnet_fast import create_model
+from effnet_fast import checkpoint, create_model
 from effnet_fast.config import TrainConfig
-from effnet_fast.train import checkpoint
 
 CLASSES = ["bear", "cat", "dog", "eel"]
 

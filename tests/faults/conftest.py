@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from effnet_fast.train import checkpoint
+from effnet_fast import checkpoint
 
 SMALL = (
     "train --dataset synthetic --limit_train 100 --limit_eval 16 --batch_size 16 --num_epochs 3 --learning_rate 0.05 "

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from command_line import run
+from effnet_fast import checkpoint
 from effnet_fast.data.archive import Archive, fetch, read
-from effnet_fast.train import checkpoint
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from effnet_fast import cli
-from effnet_fast.train import checkpoint, record
+from effnet_fast import checkpoint, cli
+from effnet_fast.train import record
 from effnet_fast.train.writer import Writer, snapshot
 
 

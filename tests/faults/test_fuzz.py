@@ -12,13 +12,12 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from effnet_fast import cli
+from effnet_fast import checkpoint, cli
 from effnet_fast.config import TrainConfig
 from effnet_fast.data.archive import Archive, _extract
 from effnet_fast.data.cifar import unpickle
 from effnet_fast.data.resize import read_image
 from effnet_fast.run.restore import config_of, load_model
-from effnet_fast.train import checkpoint
 
 EXPLODED = []
 

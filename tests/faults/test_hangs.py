@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from effnet_fast.distributed import World
-from effnet_fast.train.hang import EXIT_STATUS, Watchdog
+from effnet_fast.train.watchdog import EXIT_STATUS, Watchdog
 
 CPU = torch.device("cpu")
 

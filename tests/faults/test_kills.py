@@ -17,8 +17,7 @@ def undisturbed(tmp_path_factory):
     """Checkpoints of undisturbed runs by loader, made once."""
     from functools import cache
 
-    from effnet_fast import cli
-    from effnet_fast.train import checkpoint
+    from effnet_fast import checkpoint, cli
 
     folder = tmp_path_factory.mktemp("undisturbed")
 

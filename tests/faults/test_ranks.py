@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effnet_fast.config import TrainConfig
-from effnet_fast.data.draws import order
 from effnet_fast.data.loader import Shard
+from effnet_fast.data.rng import order
 from effnet_fast.data.synthetic import load_synthetic
-from effnet_fast.run import agreement
+from effnet_fast.run import rank_check
 from effnet_fast.run.resume import accumulation
 from marks import needs_installation
 
@@ -64,12 +64,12 @@ def test_when_a_run_begins_the_config_decides():
 
 def test_ranks_that_disagree_are_told_about_what(monkeypatch):
     config = TrainConfig()
-    facts = agreement.about_start(config)
-    other = agreement.about_start(TrainConfig(learning_rate=0.2, save_every_steps=5)) | {"torch's version": "1.0"}
+    facts = rank_check.about_start(config)
+    other = rank_check.about_start(TrainConfig(learning_rate=0.2, save_every_steps=5)) | {"torch's version": "1.0"}
     everyone = [("here", facts), ("there", facts), ("elsewhere", other)]
-    monkeypatch.setattr(agreement.distributed, "gather_objects", lambda mine: everyone)
+    monkeypatch.setattr(rank_check.distributed, "gather_objects", lambda mine: everyone)
     with pytest.raises(ValueError, match="the ranks disagree") as refused:
-        agreement.agree(facts)
+        rank_check.agree(facts)
     said = str(refused.value)
     assert "--learning_rate is 0.1 on rank 0 (here) but 0.2 on rank 2 (elsewhere)" in said
     assert "--save_every_steps is 0 on rank 0 (here) but 5 on rank 2" in said
@@ -83,11 +83,11 @@ def test_data_model_and_checkpoint_are_compared(monkeypatch):
     small, wide = (create_model("efficientnet-b0", output_stride=32, depth=0.3, width=width) for width in (0.25, 0.3))
     images = load_synthetic(train_size=100, test_size=100)
     others = dataclasses.replace(images, fingerprint="b" * 64, mean=(0.5, 0.5, 0.5))
-    here = agreement.about_run(dataclasses.replace(images, fingerprint="a" * 64), small, None)
-    there = agreement.about_run(others, wide, {"progress": {"step": 7}})
-    monkeypatch.setattr(agreement.distributed, "gather_objects", lambda mine: [("here", here), ("there", there)])
+    here = rank_check.about_run(dataclasses.replace(images, fingerprint="a" * 64), small, None)
+    there = rank_check.about_run(others, wide, {"progress": {"step": 7}})
+    monkeypatch.setattr(rank_check.distributed, "gather_objects", lambda mine: [("here", here), ("there", there)])
     with pytest.raises(ValueError, match="the ranks disagree") as refused:
-        agreement.agree(here)
+        rank_check.agree(here)
     said = str(refused.value)
     for words in (
         "data's fingerprint is aaaaaaaaaaaaaaaa",
@@ -104,17 +104,17 @@ def test_a_model_of_the_same_shapes_that_computes_otherwise_is_seen():
 
     images = load_synthetic(train_size=100, test_size=100)
     models = [create_model("efficientnet-b0", output_stride=32, depth=0.3, bn_eps=eps) for eps in (1e-3, 1e-5)]
-    here, there = (agreement.about_run(images, model, None) for model in models)
+    here, there = (rank_check.about_run(images, model, None) for model in models)
     assert [name for name in here if here[name] != there[name]] == ["the model's digest"]
 
 
 def test_a_changed_line_of_code_is_seen(monkeypatch, tmp_path):
-    here = agreement._code()
-    agreement._code.cache_clear()
+    here = rank_check._code()
+    rank_check._code.cache_clear()
     (tmp_path / "__init__.py").write_text("")
-    monkeypatch.setattr(agreement.effnet_fast, "__file__", str(tmp_path / "__init__.py"))
-    assert agreement._code() != here
-    agreement._code.cache_clear()
+    monkeypatch.setattr(rank_check.effnet_fast, "__file__", str(tmp_path / "__init__.py"))
+    assert rank_check._code() != here
+    rank_check._code.cache_clear()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from effnet_fast.distributed import World
 from effnet_fast.model import Architecture, EfficientNet
-from effnet_fast.run.settings import compile_model
+from effnet_fast.run.resolve import compile_model
 from effnet_fast.train import optim
 from effnet_fast.train.ema import Ema
 from effnet_fast.train.graph import Captured

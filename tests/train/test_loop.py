@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from effnet_fast.distributed import World
-from effnet_fast.train import loop
-from effnet_fast.train.loop import SaveDue, Stop
+from effnet_fast.train import stop as stop_module
 from effnet_fast.train.meters import Meters
+from effnet_fast.train.stop import SaveDue, Stop
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -19,7 +19,7 @@ def clock(monkeypatch):
     class Clock:
         now = 0.0
 
-    monkeypatch.setattr(loop.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: Clock.now)
     return Clock
 
 
@@ -61,7 +61,7 @@ def test_a_signal_is_caught_and_given_back(number):
 
 def test_a_rank_that_stops_for_anothers_signal_does_not_count_as_done(monkeypatch):
     """torchrun takes 0 for the end of the run, and would let the rest of an elastic one end unfinished."""
-    monkeypatch.setattr(loop.distributed, "any_rank", lambda flag, device: True)
+    monkeypatch.setattr(stop_module.distributed, "any_rank", lambda flag, device: True)
     with Stop(ALONE) as stop:
         assert stop.asked(1)
         assert not stop.out_of_time

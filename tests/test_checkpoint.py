@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from effnet_fast.train import checkpoint
+from effnet_fast import checkpoint
 
 
 def test_round_trip(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 from effnet_fast import distributed
 
 
-class Buffers:
+class FlatTensors:
     """Tensors of one type and device, e.g. BatchNorm's statistics, to be put back after a bad step."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import os
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,63 @@ import torch
 
 FORMAT = 1
 LAST, BEST = "last.pt", "best.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run saves, and all that resuming, evaluating and exporting read. Each field is a key of the file.
+
+    Attributes:
+        model: state dict of the weights.
+        ema: state dict of the moving average; None if the run keeps none.
+        optimizer, scaler, meters: states of the optimizer, the loss scale and the running sums of the progress line.
+        progress: fields of `train.loop.Progress`.
+        config: fields of `config.TrainConfig`.
+        architecture: fields of the model's architecture, see `model.from_description`.
+        classes: names, in the order of the logits.
+        mean, std: of each channel, for pixels scaled to 0..1.
+        fingerprint: of the data set.
+        result: row of the last evaluation; empty before the first.
+        ranks: one entry a rank: the loader's state, and BatchNorm's statistics where ranks keep their own.
+        images_per_pass: images of one forward pass on one rank.
+        launch: identifier of the torchrun or Slurm job that wrote it; None without one.
+    """
+
+    model: dict[str, Any]
+    ema: dict[str, Any] | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    meters: Any
+    progress: dict[str, Any]
+    config: dict[str, Any]
+    architecture: dict[str, Any]
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    fingerprint: str
+    result: dict[str, Any]
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    images_per_pass: int | None = None
+    launch: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file."""
+        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """Read a run's checkpoint; keys of later versions are ignored.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, or not the checkpoint of a run.
+        """
+        state = load(path)
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        try:
+            return cls(**{key: value for key, value in state.items() if key in known})
+        except TypeError as error:
+            raise ValueError(f"{path} is not the checkpoint of a run ({error})") from error
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from effnet_fast import data
 from effnet_fast.config import DataConfig, InfoConfig, PlotConfig
-from effnet_fast.run.settings import resolve_image_size
+from effnet_fast.run.resolve import resolve_image_size
 
 
 def plot(config: PlotConfig) -> int:

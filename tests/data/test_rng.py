@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from effnet_fast.data.draws import Augment, Draws, Purpose, draw, order, philox, stream, uniforms
+from effnet_fast.data.rng import Augment, Draws, Purpose, draw, order, philox, stream, uniforms
 
 FULL = Augment(rotation=15, color_jitter=0.4, random_erasing=0.5)
 

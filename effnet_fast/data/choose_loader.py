@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from effnet_fast.config import LoaderName
 from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
-from effnet_fast.data.draws import Augment
 from effnet_fast.data.loader import Loader, LoaderSpec
+from effnet_fast.data.rng import Augment
 
 if TYPE_CHECKING:
     import torch

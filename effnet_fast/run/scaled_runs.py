@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import TrainConfig
 from effnet_fast.data import Dataset
 from effnet_fast.model import scaling
 from effnet_fast.report.curves import read_metrics
+from effnet_fast.run.resolve import resolve_image_size
 from effnet_fast.run.restore import config_from, differences
-from effnet_fast.run.settings import resolve_image_size
 from effnet_fast.search.family import Family
-from effnet_fast.train.checkpoint import write_atomically
 
 
 def family_of(config: TrainConfig, dataset: Dataset) -> Family:

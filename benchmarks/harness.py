@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from effnet_fast import create_model, provenance
 from effnet_fast.config import TrainConfig
+from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.loader import Loader, LoaderSpec
-from effnet_fast.data.rng import Augment
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
 from effnet_fast.model import default_output_stride, variant

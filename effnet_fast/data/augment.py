@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from effnet_fast.data.augment_params import AugmentParams, draw_params
 from effnet_fast.data.dataset import Channels
 from effnet_fast.data.loader import LoaderSpec
-from effnet_fast.data.rng import Draws, draw
 
 # RGB to YIQ as the NTSC standard rounds it: saturation scales I and Q.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -25,7 +25,7 @@ _CONTRAST_CENTRE = 128.0
 
 
 @dataclass(frozen=True)
-class Parameters:
+class AugmentTensors:
     """The draws of N images as tensors; None where a step is off.
 
     Attributes:
@@ -42,13 +42,13 @@ class Parameters:
     colour: Tensor | None
     erase: Tensor | None
 
-    def take(self, rows: slice) -> Parameters:
+    def take(self, rows: slice) -> AugmentTensors:
         """The parameters of some of the images."""
 
         def cut(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[rows]
 
-        return Parameters(self.crop[rows], cut(self.flip), cut(self.warp), cut(self.colour), cut(self.erase))
+        return AugmentTensors(self.crop[rows], cut(self.flip), cut(self.warp), cut(self.colour), cut(self.erase))
 
 
 def upload(array: NDArray, device: torch.device) -> Tensor:
@@ -90,18 +90,18 @@ class Augmentation:
         self._rotates = spec.augment is not None and spec.augment.rotation > 0
         self._pad = 0 if spec.augment is None or self._rotates else spec.augment.pad(size)
 
-    def parameters(self, epoch: int, indices: NDArray[np.int64]) -> Parameters | None:
+    def parameters(self, epoch: int, indices: NDArray[np.int64]) -> AugmentTensors | None:
         """Draw for the images at `indices` [N] of the split; None in evaluation."""
         augment, size, device = self._spec.augment, self._spec.image_size, self._spec.device
         if augment is None:
             return None
-        draws = draw(augment, self._spec.seed, epoch, indices, size)
-        return Parameters(
-            crop=upload(np.stack([draws.crop_y, draws.crop_x], axis=1).astype(np.int64), device),
-            flip=upload(draws.flip[:, None, None, None], device) if augment.flip else None,
-            warp=upload(_grid_matrices(draws, size, augment.pad(size)), device) if augment.rotation else None,
-            colour=upload(_colour_matrices(draws), device) if augment.color_jitter else None,
-            erase=upload(_corners(draws.erase), device) if augment.random_erasing else None,
+        params = draw_params(augment, self._spec.seed, epoch, indices, size)
+        return AugmentTensors(
+            crop=upload(np.stack([params.crop_y, params.crop_x], axis=1).astype(np.int64), device),
+            flip=upload(params.flip[:, None, None, None], device) if augment.flip else None,
+            warp=upload(_grid_matrices(params, size, augment.pad(size)), device) if augment.rotation else None,
+            colour=upload(_colour_matrices(params), device) if augment.color_jitter else None,
+            erase=upload(_corners(params.erase), device) if augment.random_erasing else None,
         )
 
     def canvas(self, images: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Augmentation:
         pad = self._pad
         return F.pad(images, (0, 0, pad, pad, pad, pad)) if pad else images
 
-    def __call__(self, canvas: Tensor, index: Tensor, parameters: Parameters | None) -> Tensor:
+    def __call__(self, canvas: Tensor, index: Tensor, parameters: AugmentTensors | None) -> Tensor:
         """The images at `index` (int64 [B]) of the canvas -> [B, 3, S, S] with channels-last strides."""
         if parameters is None:
             return self._normalise(canvas[index]).permute(0, 3, 1, 2)
@@ -124,7 +124,7 @@ class Augmentation:
             images = self._erase(images, parameters.erase)
         return images.permute(0, 3, 1, 2)
 
-    def _crop_flip(self, canvas: Tensor, index: Tensor, parameters: Parameters) -> Tensor:
+    def _crop_flip(self, canvas: Tensor, index: Tensor, parameters: AugmentTensors) -> Tensor:
         """All crops of an image are views into the canvas, so one indexed read gathers those of a batch."""
         n, side, _, channels = canvas.shape
         size = self._spec.image_size
@@ -167,19 +167,19 @@ def _recolour(images: Tensor, colour: Tensor) -> Tensor:
     return mixed.clamp_(0, 255).round_()
 
 
-def _colour_matrices(draws: Draws) -> NDArray[np.float32]:
+def _colour_matrices(params: AugmentParams) -> NDArray[np.float32]:
     """brightness * (contrast * (saturate(x) - 128) + 128) as matrix and offset, float32 [N, 3, 4]."""
     brightness, contrast, saturation = (
-        factor.astype(np.float64)[:, None, None] for factor in (draws.brightness, draws.contrast, draws.saturation)
+        factor.astype(np.float64)[:, None, None] for factor in (params.brightness, params.contrast, params.saturation)
     )
     matrix = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * _GREY)
-    offset = np.broadcast_to(brightness * (1 - contrast) * _CONTRAST_CENTRE, (len(draws), 3, 1))
+    offset = np.broadcast_to(brightness * (1 - contrast) * _CONTRAST_CENTRE, (len(params), 3, 1))
     return np.concatenate([matrix, offset], axis=2).astype(np.float32)
 
 
-def _grid_matrices(draws: Draws, size: int, pad: int) -> NDArray[np.float32]:
-    """`Draws.matrices` into grid_sample's coordinates: -1 and 1 are the outer edges of the source."""
-    matrices = draws.matrices(size, pad) * np.float32(2 / size)
+def _grid_matrices(params: AugmentParams, size: int, pad: int) -> NDArray[np.float32]:
+    """`AugmentParams.matrices` into grid_sample's coordinates: -1 and 1 are the outer edges of the source."""
+    matrices = params.matrices(size, pad) * np.float32(2 / size)
     matrices[:, :, 2] -= 1
     return matrices
 

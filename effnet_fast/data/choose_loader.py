@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effnet_fast.config import LoaderName
+from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
 from effnet_fast.data.loader import Loader, LoaderSpec
-from effnet_fast.data.rng import Augment
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ SPEEDS = Path(__file__).with_name("loader_speeds.json")
 _INSTALL_DALI = "pip install nvidia-dali-cuda120"
 
 
-def choose(
+def choose_loader(
     kind: LoaderName, split: Split, device: torch.device, augment: Augment | None = None
 ) -> tuple[LoaderName, str]:
     """Which loader serves, and the reason in one line.
@@ -92,12 +92,12 @@ def _dali_version() -> str | None:
 
 
 def make_loader(kind: LoaderName, split: Split, spec: LoaderSpec) -> Loader:
-    """Make the loader that `choose` names.
+    """Make the loader that `choose_loader` names.
 
     Raises:
         ValueError: the loader asked for cannot serve, or the batch is larger than the training split.
     """
-    kind, _ = choose(kind, split, spec.device, spec.augment)
+    kind, _ = choose_loader(kind, split, spec.device, spec.augment)
     if kind == "dali":
         from effnet_fast.data.dali import DaliLoader
 

@@ -28,10 +28,11 @@ from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 from nvidia.dali.auto_aug import rand_augment, trivial_augment
 from torch import Tensor
 
+from effnet_fast.data.augment_params import Augment, draw_params
 from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
 from effnet_fast.data.loader import Loader, LoaderSpec, Shard, labels_of
 from effnet_fast.data.resize import read_image
-from effnet_fast.data.rng import Augment, Purpose, draw, stream, uniforms
+from effnet_fast.data.rng import Purpose, stream, uniforms
 
 _PREFETCHED = 2  # batches in DALI's queue
 _STATE = "dali"
@@ -87,19 +88,19 @@ class Source:
 
 def _augmentation_feed(augment: Augment, seed: int, epoch: int, indices: NDArray[np.int64], size: int) -> Feed:
     """Arguments of the graph's operators; only those of the steps that are on."""
-    draws, pad = draw(augment, seed, epoch, indices, size), augment.pad(size)
+    params, pad = draw_params(augment, seed, epoch, indices, size), augment.pad(size)
     feed: Feed = {}
     if augment.rotation:
-        feed["matrix"] = draws.matrices(size, pad)
+        feed["matrix"] = params.matrices(size, pad)
     else:
         if augment.crop:
-            feed["corner"] = np.stack([draws.crop_y, draws.crop_x], axis=1) - np.int32(pad)
+            feed["corner"] = np.stack([params.crop_y, params.crop_x], axis=1) - np.int32(pad)
         if augment.flip:
-            feed["mirror"] = draws.flip.astype(np.int32)
+            feed["mirror"] = params.flip.astype(np.int32)
     if augment.color_jitter:
-        feed |= {name: np.ascontiguousarray(getattr(draws, name)) for name in ("brightness", "contrast", "saturation")}
+        feed |= {name: np.ascontiguousarray(getattr(params, name)) for name in ("brightness", "contrast", "saturation")}
     if augment.random_erasing:
-        rectangles = draws.erase.astype(np.float32)
+        rectangles = params.erase.astype(np.float32)
         feed |= {"anchor": np.ascontiguousarray(rectangles[:, :2]), "shape": np.ascontiguousarray(rectangles[:, 2:])}
     return feed
 

@@ -13,10 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from effnet_fast.data.rng import stream, uniforms
-
-# A stream of random numbers apart from those of order and augmentation in rng.py.
-_SUBSET = stream(0x100)
+from effnet_fast.data.rng import Purpose, stream, uniforms
 
 Channels = tuple[float, float, float]
 
@@ -107,7 +104,7 @@ def stratified(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.i
     """
     if not 0 <= count <= len(labels):
         raise ValueError(f"cannot choose {count} of {len(labels)} images: ask for 0 to {len(labels)}")
-    draws = uniforms(seed, _SUBSET, np.arange(len(labels)), 1)[:, 0]
+    draws = uniforms(seed, stream(Purpose.SUBSET), np.arange(len(labels)), 1)[:, 0]
     _, first, sizes = np.unique(labels, return_index=True, return_counts=True)
     quota, remainder = np.divmod(sizes * count, len(labels)) if len(labels) else (sizes, sizes)
     quota[np.lexsort((draws[first], -remainder))[: count - quota.sum()]] += 1

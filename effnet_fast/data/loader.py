@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.dataset import Split
-from effnet_fast.data.rng import Augment, order
+from effnet_fast.data.rng import order
 
 if TYPE_CHECKING:
     import torch

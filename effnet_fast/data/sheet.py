@@ -13,7 +13,7 @@ from effnet_fast.data.dataset import ArraySplit, Dataset, Split
 _CELL = 96  # pixels of a picture's side
 _CAPTION = 16  # pixels below it
 _GAP = 4
-_NAMES = 8  # classes that `describe` names
+_NAMES = 8  # classes that `summarize` names
 
 
 def sample_sheet(dataset: Dataset, path: Path, rows: int = 4, columns: int = 10) -> None:
@@ -39,7 +39,7 @@ def sample_sheet(dataset: Dataset, path: Path, rows: int = 4, columns: int = 10)
     sheet.save(path, "PNG")
 
 
-def export(split: Split, classes: Sequence[str], folder: Path) -> None:
+def save_images(split: Split, classes: Sequence[str], folder: Path) -> None:
     """Write the images of a split as PNG files: FOLDER/CLASS/NUMBER.png, numbered in the split's order.
 
     Raises:
@@ -51,7 +51,7 @@ def export(split: Split, classes: Sequence[str], folder: Path) -> None:
         _picture(split, index).save(path)
 
 
-def describe(dataset: Dataset) -> str:
+def summarize(dataset: Dataset) -> str:
     """Splits, counts, sizes, classes, channel statistics and fingerprint, a line each."""
     splits = [(name, getattr(dataset, name)) for name in ("train", "val", "test")]
     rows = [

@@ -15,13 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effnet_fast.data.dataset import ArraySplit, Dataset, channel_statistics
-from effnet_fast.data.rng import stream, uniforms
+from effnet_fast.data.rng import Purpose, stream, uniforms
 
 Array = NDArray[np.float32]
 Pattern = Callable[[Array, Array], NDArray[np.floating]]
-
-# Streams of random numbers, apart from those of order and augmentation in rng.py.
-_TRAIN, _TEST = 0x200, 0x201
 
 _CHUNK = 250  # images rendered at once, so that intermediate arrays stay in the processor's cache
 # Widths of uniform distributions, where black is 0 and white is 1: each pixel's noise, and a colour around its grey.
@@ -98,7 +95,10 @@ def load_synthetic(seed: int = 0, train_size: int = 10_000, test_size: int = 2_0
         train_size, test_size: images of each split.
         size: pixels of their sides.
     """
-    train, test = _split(seed, _TRAIN, train_size, size), _split(seed, _TEST, test_size, size)
+    train, test = (
+        _split(seed, purpose, count, size)
+        for purpose, count in ((Purpose.SYNTHETIC_TRAIN, train_size), (Purpose.SYNTHETIC_TEST, test_size))
+    )
     mean, std = channel_statistics(train.images)
     digest = hashlib.sha256()
     for split in (train, test):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from effnet_fast import checkpoint, distributed
 from effnet_fast.config import EvalConfig
-from effnet_fast.data.choose_loader import choose, make_loader
+from effnet_fast.data.choose_loader import choose_loader, make_loader
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.run.resolve import load_dataset, loader_dtype, resolve_precision, set_backends, worker_count
 from effnet_fast.run.restore import config_of, load_model
@@ -57,7 +57,7 @@ def evaluate_checkpoint(config: EvalConfig) -> int:
         num_workers=worker_count(config.num_workers),
         augment=None,
     )
-    kind, reason = choose(config.loader, split, device)
+    kind, reason = choose_loader(config.loader, split, device)
     loader = make_loader(kind, split, spec)
     result = evaluate(model, loader.epoch(0), num_classes=len(saved["classes"]), precision=precision, device=device)
     loader.close()

@@ -36,15 +36,15 @@ def info(config: InfoConfig) -> int:
 def show_data(config: DataConfig) -> int:
     """Run `effnet-fast data`: download, verify and describe a data set, draw a sheet of samples, export test images."""
     from effnet_fast.data.dataset import limit
-    from effnet_fast.data.sheet import describe, export, sample_sheet
+    from effnet_fast.data.sheet import sample_sheet, save_images, summarize
 
     dataset = data.load_dataset(config.dataset, Path(config.data_dir))
-    print(describe(dataset))
+    print(summarize(dataset))
     output = Path(config.output) if config.output else Path(config.data_dir) / f"{config.dataset}-samples.png"
     output.parent.mkdir(parents=True, exist_ok=True)
     sample_sheet(dataset, output)
     print(f"written: {output}")
     if config.export:
-        export(limit(dataset.test, config.export_images, seed=0), dataset.classes, Path(config.export))
+        save_images(limit(dataset.test, config.export_images, seed=0), dataset.classes, Path(config.export))
         print(f"written: {config.export_images} test images in {config.export}")
     return 0

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from effnet_fast import checkpoint, data, distributed, provenance
 from effnet_fast.config import TrainConfig
-from effnet_fast.data.choose_loader import choose, make_loader
+from effnet_fast.data.augment_params import Augment
+from effnet_fast.data.choose_loader import choose_loader, make_loader
 from effnet_fast.data.loader import Loader, LoaderSpec
-from effnet_fast.data.rng import Augment
 from effnet_fast.distributed import World
 from effnet_fast.model import (
     Network,
@@ -424,7 +424,7 @@ class _Training:
         plan, dataset = self.plan, self.plan.dataset
         held = dataset.val if dataset.val is not None else dataset.test
         augment = augmentation(plan.config)
-        kind, self.loader_reason = choose(plan.config.loader, dataset.train, plan.world.device, augment)
+        kind, self.loader_reason = choose_loader(plan.config.loader, dataset.train, plan.world.device, augment)
         self.loader: Loader = make_loader(kind, dataset.train, _loader_spec(plan, augment))
         self.eval_loader: Loader = make_loader(kind, held, _loader_spec(plan, None))
 
@@ -574,7 +574,7 @@ def _forecast(plan: Plan) -> str:
     model = _build_model(plan, torch.device("cpu"))
     cost = complexity(model, plan.image_size)
     config = plan.config
-    kind, _ = choose(config.loader, plan.dataset.train, plan.world.device, augmentation(config))
+    kind, _ = choose_loader(config.loader, plan.dataset.train, plan.world.device, augmentation(config))
     pieces = resume.accumulation(config, plan.world.size, None)
     per_rank = config.batch_size // plan.world.size // pieces
     memory = per_rank * _image_bytes(plan, cost) + cost.state_bytes

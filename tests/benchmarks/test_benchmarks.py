@@ -275,7 +275,7 @@ def test_auto_follows_what_was_recorded(tmp_path, monkeypatch, dali, resident, f
     rows = [{"loader": "dali", "img/s": (1, dali, 99)}, {"loader": "resident", "img/s": (1, resident, 99)}]
     loader.record(speeds, rows)
     monkeypatch.setattr(choose_loader, "SPEEDS", speeds)
-    kind, reason = choose_loader.choose("auto", load_synthetic(8, 8).train, torch.device("cpu"))
+    kind, reason = choose_loader.choose_loader("auto", load_synthetic(8, 8).train, torch.device("cpu"))
     assert kind == faster
     assert reason.startswith(f"loader {faster}: 20 img/s recorded on cpu")
 

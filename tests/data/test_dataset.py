@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from effnet_fast.data import ArraySplit, Dataset, FileSplit, load_dataset
 from effnet_fast.data.dataset import channel_statistics, hold_out, limit, stratified
-from effnet_fast.data.sheet import describe, sample_sheet
+from effnet_fast.data.sheet import sample_sheet, summarize
 
 
 def tiny(labels, classes=3, **fields):
@@ -148,8 +148,8 @@ def test_a_sheet_shows_one_image_of_each_class(tmp_path):
     assert np.array_equal(sheet[4 + 12 : 100 : 24, 104 + 12 : 200 : 24], dataset.train.images[2])
 
 
-def test_describe_tells_the_splits():
-    text = describe(hold_out(tiny([0] * 10 + [1] * 10 + [2] * 20), 0.1, 0))
+def test_summarize_tells_the_splits():
+    text = summarize(hold_out(tiny([0] * 10 + [1] * 10 + [2] * 20), 0.1, 0))
     assert "train        36 images, 4 x 4 px, 9 to 18 of each class" in text
     assert "val          4 images" in text
     assert "3 classes: class 0, class 1, class 2" in text

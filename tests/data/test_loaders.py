@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_fast.data.augment import Augmentation
-from effnet_fast.data.choose_loader import SPEEDS, choose, make_loader
+from effnet_fast.data.augment_params import Augment, draw_params
+from effnet_fast.data.choose_loader import SPEEDS, choose_loader, make_loader
 from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.data.resize import read_image
-from effnet_fast.data.rng import Augment, draw, order
+from effnet_fast.data.rng import order
 
 KINDS = ["resident", "torch", "dali"]
 N, SEED = 50, 7
@@ -136,7 +137,7 @@ def test_shards_too_small_are_refused_in_one_line() -> None:
 
 def cropped_and_flipped(epoch: int, indices: np.ndarray) -> np.ndarray:
     """The default augmentation, one image at a time."""
-    draws = draw(Augment(), SEED, epoch, indices, 32)
+    draws = draw_params(Augment(), SEED, epoch, indices, 32)
     out = np.empty((len(indices), 32, 32, 3), np.uint8)
     for i, index in enumerate(indices):
         padded = np.pad(PIXELS[index], ((4, 4), (4, 4), (0, 0)))
@@ -281,8 +282,8 @@ def speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_auto_takes_dali_where_nothing_is_recorded(speeds: Path, files: FileSplit) -> None:
     dali = pytest.importorskip("nvidia.dali")
     said = f"DALI {dali.__version__} is installed"
-    assert choose("auto", SPLIT, CPU) == ("dali", f"{said}; no speeds are recorded here")
-    assert choose("auto", files, CPU) == ("dali", said)
+    assert choose_loader("auto", SPLIT, CPU) == ("dali", f"{said}; no speeds are recorded here")
+    assert choose_loader("auto", files, CPU) == ("dali", said)
 
 
 RECORD = {"torch": 4000, "commit": "0123456789ab", "date": "2026-01-31"}
@@ -294,18 +295,18 @@ def test_auto_follows_the_record_and_says_so(
 ) -> None:
     pytest.importorskip("nvidia.dali")
     speeds.write_text(json.dumps({"cpu": {"dali": dali, "resident": resident, **RECORD}}))
-    kind, reason = choose("auto", SPLIT, CPU)
+    kind, reason = choose_loader("auto", SPLIT, CPU)
     assert kind == faster
     for words in (f"{dali:,} img/s" if faster == "dali" else f"dali {dali:,}", "on cpu", "2026-01-31, 0123456789ab"):
         assert words in reason
-    assert choose("auto", files, CPU)[0] == "dali"
-    assert choose("auto", SPLIT, CPU, Augment(auto_augment="rand"))[0] == "dali"
+    assert choose_loader("auto", files, CPU)[0] == "dali"
+    assert choose_loader("auto", SPLIT, CPU, Augment(auto_augment="rand"))[0] == "dali"
 
 
 def test_half_a_record_is_none(speeds: Path) -> None:
     pytest.importorskip("nvidia.dali")
     speeds.write_text(json.dumps({"cpu": {"resident": 9000, **RECORD}, "NVIDIA H100": {"dali": 1, "resident": 2}}))
-    assert choose("auto", SPLIT, CPU)[0] == "dali"
+    assert choose_loader("auto", SPLIT, CPU)[0] == "dali"
 
 
 def test_what_is_recorded_tells_where_it_is_from() -> None:
@@ -315,20 +316,20 @@ def test_what_is_recorded_tells_where_it_is_from() -> None:
 
 def test_auto_does_without_dali(monkeypatch: pytest.MonkeyPatch, files: FileSplit) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    assert choose("auto", SPLIT, CPU)[0] == "resident"
-    assert choose("auto", files, CPU)[0] == "torch"
-    assert "pip install nvidia-dali-cuda120" in choose("auto", SPLIT, CPU)[1]
+    assert choose_loader("auto", SPLIT, CPU)[0] == "resident"
+    assert choose_loader("auto", files, CPU)[0] == "torch"
+    assert "pip install nvidia-dali-cuda120" in choose_loader("auto", SPLIT, CPU)[1]
     with pytest.raises(ValueError, match=r"^--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda120$"):
-        choose("dali", SPLIT, CPU)
+        choose_loader("dali", SPLIT, CPU)
     with pytest.raises(ValueError, match=r"^--auto_augment rand is done by DALI"):
         make_loader("auto", SPLIT, dataclasses.replace(SPEC, augment=Augment(auto_augment="rand")))
 
 
 def test_what_was_asked_for_is_taken(files: FileSplit) -> None:
-    assert choose("resident", SPLIT, CPU) == ("resident", "--loader resident")
-    assert choose("torch", files, CPU) == ("torch", "--loader torch")
+    assert choose_loader("resident", SPLIT, CPU) == ("resident", "--loader resident")
+    assert choose_loader("torch", files, CPU) == ("torch", "--loader torch")
     with pytest.raises(ValueError, match=r"^--loader resident keeps the images in memory"):
-        choose("resident", files, CPU)
+        choose_loader("resident", files, CPU)
 
 
 def test_rotation_by_nothing_is_the_plain_crop() -> None:

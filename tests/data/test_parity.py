@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.dataset import ArraySplit
 from effnet_fast.data.loader import LoaderSpec
-from effnet_fast.data.rng import Augment
 from marks import on_gpu
 
 pytest.importorskip("nvidia.dali")

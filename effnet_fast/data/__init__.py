@@ -1,4 +1,4 @@
-"""Data sets by name, their splits chosen; the loaders beside them turn these into batches."""
+"""Load a data set by name and select its splits; the loaders in this package turn splits into batches."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def load_dataset(
     """Load a data set, hold out validation images, then limit the splits.
 
     Args:
-        name: which; `synthetic` is always the same, whatever the seed.
-        data_dir: its folder, see `load_cifar` and `load_folder`.
-        seed: which images are held out, and which remain within the limits.
-        val_fraction: share of the training images that becomes `val`; 0 holds out none.
-        limit_train: training images that remain (after holding out).
-        limit_eval: images that remain of `test`, and of `val`.
+        name: name of the data set; the images of `synthetic` do not depend on the seed.
+        data_dir: folder of the data set; see `load_cifar` and `load_folder`.
+        seed: selects the images that are held out, and those that remain within the limits.
+        val_fraction: share of the training images to hold out as `val`; 0 holds out none.
+        limit_train: number of training images to keep, after holding out.
+        limit_eval: number of images to keep of `test`, and of `val`.
         on_bad_image: see `load_folder`.
-        download: whether the network may be asked.
+        download: whether to use the network.
 
     Raises:
-        ValueError: an unknown name, or numbers that do not fit the data set.
-        ValueError, OSError: as `load_cifar` and `load_folder`.
+        ValueError: an unknown name, or a limit or fraction that does not fit the data set.
+        ValueError, OSError: see `load_cifar` and `load_folder`.
     """
     dataset = _load(name, Path(data_dir), on_bad_image, download)
     if val_fraction:
@@ -55,7 +55,7 @@ def _limited(split: Split, count: int | None, seed: int) -> Split:
 
 
 def _load(name: DatasetName, data_dir: Path, on_bad_image: Literal["skip", "fail"], download: bool) -> Dataset:
-    # Imported one at a time: archives bring urllib and a lock, folders PIL.
+    # Imported only when needed: archives need urllib and file locks, folders need Pillow.
     if name == "cifar100" or name == "cifar10":
         from effnet_fast.data.cifar import load_cifar
 

@@ -1,7 +1,7 @@
-"""An archive from the network: fetched once, verified, unpacked, and never half there.
+"""Download an archive once, verify it and unpack it.
 
-Every step can be interrupted. A download goes on from its `.part` file; the archive and the unpacked folder get their
-names only when they are whole; and whoever reads a file verifies it again.
+Every step can be interrupted. A download resumes from its `.part` file. The archive and the unpacked folder get their
+final names only when they are complete, and each file is verified again when it is read.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 
 _CHUNK = 1 << 18  # bytes
-_SILENCE = 30.0  # seconds without an answer after which a server counts as unreachable
+_TIMEOUT = 30.0  # seconds without an answer after which a server counts as unreachable
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar.gz on the network that holds one folder.
+    """A tar.gz on the network that contains one folder.
 
     Attributes:
-        title: what people call it.
-        url: where it is; the last part is its file name.
+        title: the data set's usual name, for messages.
+        url: address; its last part is the file name.
         md5: of the tar.gz.
-        folder: the folder inside it.
-        files: name -> md5 of the files of that folder that are used; others are left in the tar.gz.
+        folder: the folder inside the tar.gz.
+        files: name -> md5 of the files in that folder that are unpacked; other files are ignored.
     """
 
     title: str
@@ -53,55 +53,55 @@ class Archive:
 
 
 def fetch(archive: Archive, data_dir: Path, download: bool = True) -> Path:
-    """Find, unpack or download an archive; the network is asked last, and one process at a time.
+    """Find the unpacked folder, else unpack the tar.gz, else download it; one process at a time does so.
 
     Args:
         archive: what to get.
-        data_dir: the unpacked folder, or a folder that holds it or the tar.gz, or where both are to be put.
-        download: whether the network may be asked.
+        data_dir: the unpacked folder, or a folder that contains it or the tar.gz, or where to put both.
+        download: whether to use the network.
 
     Returns:
         The folder with the unpacked files, which `read` verifies.
 
     Raises:
-        FileNotFoundError: it is not there and cannot be downloaded.
-        ConnectionError: the download broke off; another call goes on from there.
-        ValueError: the tar.gz is truncated or altered, or holds what does not belong there.
-        OSError: data_dir cannot be written, or its disk is full.
+        FileNotFoundError: the archive is missing and cannot be downloaded.
+        ConnectionError: the download was interrupted; another call resumes it.
+        ValueError: the tar.gz is truncated or modified, or contains links or paths outside its folder.
+        OSError: data_dir cannot be written, or the disk is full.
     """
-    if found := _unpacked(archive, data_dir):
-        return found
+    if folder := _unpacked_folder(archive, data_dir):
+        return folder
     tarball = data_dir / archive.filename
     if not download and not tarball.is_file():
-        raise _missing(archive, data_dir, "downloading is switched off")
-    with _writing(data_dir):
+        raise _missing(archive, data_dir, "downloading is off")
+    with _write_errors_in_one_line(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _only_process(archive, data_dir):
-            if found := _unpacked(archive, data_dir):
-                return found
+        with _exclusive(archive, data_dir):
+            if folder := _unpacked_folder(archive, data_dir):
+                return folder
             if not tarball.is_file():
                 _download(archive, tarball)
             return _unpack(archive, tarball)
 
 
 def read(archive: Archive, folder: Path, name: str) -> bytes:
-    """One file of the unpacked folder.
+    """Read and verify one file of the unpacked folder.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, truncated or altered.
+        FileNotFoundError, ValueError: the file is missing, truncated or modified.
     """
     path = folder / name
-    remedy = f"delete {folder} and run again to get it afresh"
+    remedy = f"delete {folder} and run again to restore it"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {remedy}")
     content = path.read_bytes()
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 != archive.files[name]:
-        raise ValueError(f"{path} is truncated or altered (md5 {md5}, not {archive.files[name]}): {remedy}")
+        raise ValueError(f"{path} is truncated or modified (md5 {md5}, not {archive.files[name]}): {remedy}")
     return content
 
 
-def _unpacked(archive: Archive, data_dir: Path) -> Path | None:
+def _unpacked_folder(archive: Archive, data_dir: Path) -> Path | None:
     for folder in (data_dir / archive.folder, data_dir):
         present = [(folder / name).is_file() for name in archive.files]
         if all(present) or (any(present) and folder.resolve().name == archive.folder):
@@ -112,32 +112,32 @@ def _unpacked(archive: Archive, data_dir: Path) -> Path | None:
 def _missing(archive: Archive, data_dir: Path, reason: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"{archive.title} is missing: neither {archive.folder}/ nor {archive.filename} is in {data_dir}, and {reason}; "
-        f"bring {archive.url} from elsewhere and put it into {data_dir}"
+        f"download {archive.url} elsewhere and copy it to {data_dir}"
     )
 
 
 @contextlib.contextmanager
-def _writing(data_dir: Path) -> Iterator[None]:
-    """Say in one line what to do about a folder that cannot be written."""
+def _write_errors_in_one_line(data_dir: Path) -> Iterator[None]:
+    """Turn errors of writing into one line that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise OSError(
-                f"the disk of {data_dir} is full: make room and run again, or name another --data_dir"
+                f"the disk of {data_dir} is full: free some space and run again, or use another --data_dir"
             ) from error
         if error.errno in _UNUSABLE:
-            raise OSError(f"cannot write to {data_dir} ({error.strerror}): name another --data_dir") from error
+            raise OSError(f"cannot write to {data_dir} ({error.strerror}): use another --data_dir") from error
         raise
 
 
 @contextlib.contextmanager
-def _only_process(archive: Archive, data_dir: Path) -> Iterator[None]:
+def _exclusive(archive: Archive, data_dir: Path) -> Iterator[None]:
     lock = FileLock(data_dir / f".{archive.folder}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"waiting for another process that gets {archive.title}", file=sys.stderr)
+        print(f"waiting for another process that is downloading {archive.title}", file=sys.stderr)
         lock.acquire()
     try:
         yield
@@ -147,40 +147,40 @@ def _only_process(archive: Archive, data_dir: Path) -> Iterator[None]:
 
 def _download(archive: Archive, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
-    held = part.stat().st_size if part.exists() else 0
-    if response := _request(archive, target.parent, held):
+    present = part.stat().st_size if part.exists() else 0
+    if response := _request(archive, target.parent, present):
         with response:
-            _receive(archive, response, part, held)
+            _receive(archive, response, part, present)
     md5 = _md5(part)
     if md5 != archive.md5:
         part.unlink()
         raise ValueError(
-            f"{archive.url} gave a file with md5 {md5}, not {archive.md5}; it was deleted: run again, or bring the "
-            f"right file from elsewhere to {target}"
+            f"{archive.url} sent a file with md5 {md5}, not {archive.md5}; it was deleted: run again, or copy the "
+            f"right file to {target}"
         )
     part.replace(target)
 
 
-def _request(archive: Archive, data_dir: Path, held: int) -> HTTPResponse | None:
-    """Ask for all but the first `held` bytes; None when the server has no more than those."""
+def _request(archive: Archive, data_dir: Path, present: int) -> HTTPResponse | None:
+    """Request everything after the first `present` bytes; None if there is nothing more."""
     request = urllib.request.Request(archive.url, headers={"User-Agent": "effnet-fast"})
-    if held:
-        request.add_header("Range", f"bytes={held}-")
+    if present:
+        request.add_header("Range", f"bytes={present}-")
     try:
-        return urllib.request.urlopen(request, timeout=_SILENCE)
+        return urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if held and error.code == 416:
+        if present and error.code == 416:
             return None
-        raise _missing(archive, data_dir, f"its server answers {error.code} {error.reason}") from error
+        raise _missing(archive, data_dir, f"the server answered {error.code} {error.reason}") from error
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise _missing(archive, data_dir, f"its server cannot be reached ({_one_line(reason)})") from error
+        raise _missing(archive, data_dir, f"the server cannot be reached ({_one_line(reason)})") from error
 
 
-def _receive(archive: Archive, response: HTTPResponse, part: Path, held: int) -> None:
-    """Append the answer to the `held` bytes of the part, or begin anew where the server sends everything."""
+def _receive(archive: Archive, response: HTTPResponse, part: Path, present: int) -> None:
+    """Append the response to the first `present` bytes of the part; start over if the server sends the whole file."""
     resumed = response.status == 206
-    done = held if resumed else 0
+    done = present if resumed else 0
     length = response.headers.get("Content-Length")
     total = done + int(length) if length else None
     with part.open("ab" if resumed else "wb") as file, _progress(archive.title, total, done) as advance:
@@ -189,20 +189,20 @@ def _receive(archive: Archive, response: HTTPResponse, part: Path, held: int) ->
             advance(len(chunk))
             done += len(chunk)
     if total is not None and done < total:
-        raise _broken_off(archive, f"{done} of {total} bytes are here")
+        raise _interrupted(archive, f"{done} of {total} bytes arrived")
 
 
 def _chunks(archive: Archive, response: HTTPResponse) -> Iterator[bytes]:
-    # A generator of its own, so that errors of the network are told from those of the disk.
+    # A separate generator, so that network errors are not mistaken for disk errors.
     try:
         while chunk := response.read(_CHUNK):
             yield chunk
     except (OSError, HTTPException) as error:
-        raise _broken_off(archive, _one_line(error)) from error
+        raise _interrupted(archive, _one_line(error)) from error
 
 
-def _broken_off(archive: Archive, reason: str) -> ConnectionError:
-    return ConnectionError(f"the download of {archive.url} broke off ({reason}): run again to go on from there")
+def _interrupted(archive: Archive, reason: str) -> ConnectionError:
+    return ConnectionError(f"the download of {archive.url} was interrupted ({reason}): run again to resume it")
 
 
 def _one_line(error: object) -> str:
@@ -217,7 +217,7 @@ def _md5(path: Path) -> str:
 def _unpack(archive: Archive, tarball: Path) -> Path:
     md5 = _md5(tarball)
     if md5 != archive.md5:
-        raise ValueError(f"{tarball} is truncated or altered (md5 {md5}, not {archive.md5}): delete it and run again")
+        raise ValueError(f"{tarball} is truncated or modified (md5 {md5}, not {archive.md5}): delete it and run again")
     target, unfinished = tarball.parent / archive.folder, tarball.parent / f".{archive.folder}.part"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -232,14 +232,16 @@ def _unpack(archive: Archive, tarball: Path) -> Path:
 
 
 def _extract(archive: Archive, tarball: Path, target: Path) -> None:
-    """Copy the files that are used, each under its bare name; an archive that reaches elsewhere is refused whole."""
+    """Copy the files named in `archive.files`; refuse an archive with links or paths outside its folder."""
     try:
         with tarfile.open(tarball, "r:gz") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
                 inside = path.parts[:1] == (archive.folder,) and ".." not in path.parts
                 if not inside or not (member.isreg() or member.isdir()):
-                    raise ValueError(f"{tarball} holds {member.name!r}, a link or a path outside of {archive.folder}/")
+                    raise ValueError(
+                        f"{tarball} contains {member.name!r}, a link or a path outside of {archive.folder}/"
+                    )
                 content = tar.extractfile(member)
                 if content and len(path.parts) == 2 and path.name in archive.files:
                     with (target / path.name).open("wb") as file:
@@ -250,7 +252,7 @@ def _extract(archive: Archive, tarball: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _progress(title: str, total: int | None, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a few lines elsewhere; yields a function that takes the number of new bytes."""
+    """Show a bar on a terminal, else a few lines; yields a function that takes the number of new bytes."""
     if sys.stderr.isatty():
         from rich import progress
         from rich.console import Console

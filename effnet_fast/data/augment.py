@@ -1,4 +1,4 @@
-"""The loaders' common arithmetic in PyTorch, vectorised over the batch: a few kernels, no host synchronisation.
+"""The augmentations in PyTorch, vectorised over the batch: few kernels, no host synchronisation.
 
 Images are uint8 [N, H, W, 3] until they are normalised. Conventions (pixel centres, luma weights, the grey that
 contrast turns about) are DALI's, so that its graphs and these functions can be compared image by image.
@@ -26,13 +26,13 @@ _CONTRAST_CENTRE = 128.0
 
 @dataclass(frozen=True)
 class AugmentTensors:
-    """The draws of N images as tensors; None where a step is off.
+    """The augmentation parameters of N images as tensors; None where an augmentation is off.
 
     Attributes:
         crop: int64 [N, 2], y and x of the crop in the padded image.
         flip: bool [N, 1, 1, 1].
-        warp: float32 [N, 2, 3], from pixels of the finished image to grid_sample's coordinates (-1..1) in the source.
-        colour: float32 [N, 3, 4], matrix and offset for pixels of 0..255.
+        warp: float32 [N, 2, 3], from pixels of the augmented image to grid_sample's coordinates (-1..1) in the source.
+        colour: float32 [N, 3, 4], matrix and offset for pixel values 0..255.
         erase: int64 [N, 4], y0, x0, y1, x1.
     """
 
@@ -45,14 +45,16 @@ class AugmentTensors:
     def take(self, rows: slice) -> AugmentTensors:
         """The parameters of some of the images."""
 
-        def cut(value: Tensor | None) -> Tensor | None:
+        def select(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[rows]
 
-        return AugmentTensors(self.crop[rows], cut(self.flip), cut(self.warp), cut(self.colour), cut(self.erase))
+        return AugmentTensors(
+            self.crop[rows], select(self.flip), select(self.warp), select(self.colour), select(self.erase)
+        )
 
 
 def upload(array: NDArray, device: torch.device) -> Tensor:
-    """Copy an array to the device without waiting for the copy."""
+    """Start to copy an array to the device; does not wait for the copy."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -60,11 +62,11 @@ def upload(array: NDArray, device: torch.device) -> Tensor:
 
 
 class Normalisation:
-    """(x / 255 - mean) / std of each channel: [B, S, S, 3], values 0..255 -> float32, contiguous."""
+    """Compute (x / 255 - mean) / std per channel: [B, S, S, 3] with values 0..255 -> float32, contiguous."""
 
     def __init__(self, size: int, mean: Channels, std: Channels, device: torch.device) -> None:
         means, stds = torch.tensor(mean), torch.tensor(std)
-        # A whole row of pixels is normalised at once: the CPU vectorises over it, not over three channels.
+        # Scale and shift cover a whole row of pixels: the CPU vectorises over the row, not over three channels.
         self._scale = (1 / (255 * stds)).repeat(size).to(device)
         self._shift = (-means / stds).repeat(size).to(device)
 
@@ -74,9 +76,9 @@ class Normalisation:
 
 
 class Augmentation:
-    """Turns uint8 images into a batch as the specification asks.
+    """Turns uint8 images into the batches that a `LoaderSpec` describes.
 
-    `canvas` is applied once to the images; then each batch is `augmentation(canvas, index, parameters)`.
+    Pad the images once with `canvas`; each batch is then `augmentation(canvas, index, parameters)`.
     """
 
     def __init__(self, spec: LoaderSpec) -> None:
@@ -91,7 +93,7 @@ class Augmentation:
         self._pad = 0 if spec.augment is None or self._rotates else spec.augment.pad(size)
 
     def parameters(self, epoch: int, indices: NDArray[np.int64]) -> AugmentTensors | None:
-        """Draw for the images at `indices` [N] of the split; None in evaluation."""
+        """Draw the parameters of the images at `indices` [N] of the split; None in evaluation."""
         augment, size, device = self._spec.augment, self._spec.image_size, self._spec.device
         if augment is None:
             return None
@@ -105,12 +107,12 @@ class Augmentation:
         )
 
     def canvas(self, images: Tensor) -> Tensor:
-        """Pad images uint8 [N, S, S, 3] with black, where crops are taken from them."""
+        """Pad images uint8 [N, S, S, 3] with black if crops are taken from them."""
         pad = self._pad
         return F.pad(images, (0, 0, pad, pad, pad, pad)) if pad else images
 
     def __call__(self, canvas: Tensor, index: Tensor, parameters: AugmentTensors | None) -> Tensor:
-        """The images at `index` (int64 [B]) of the canvas -> [B, 3, S, S] with channels-last strides."""
+        """The batch of images at `index` (int64 [B]) of the canvas: [B, 3, S, S], channels-last strides."""
         if parameters is None:
             return self._normalise(canvas[index]).permute(0, 3, 1, 2)
         if parameters.warp is not None:
@@ -125,7 +127,7 @@ class Augmentation:
         return images.permute(0, 3, 1, 2)
 
     def _crop_flip(self, canvas: Tensor, index: Tensor, parameters: AugmentTensors) -> Tensor:
-        """All crops of an image are views into the canvas, so one indexed read gathers those of a batch."""
+        """Every crop is a view into the canvas, so one indexed read gathers the crops of a batch."""
         n, side, _, channels = canvas.shape
         size = self._spec.image_size
         image, row, column, channel = canvas.stride()
@@ -137,9 +139,9 @@ class Augmentation:
         return images if parameters.flip is None else torch.where(parameters.flip, images.flip(2), images)
 
     def _rotate(self, images: Tensor, warp: Tensor) -> Tensor:
-        """Bilinear, black outside: uint8 [B, S, S, 3] -> float32 [B, S, S, 3]."""
+        """Resample bilinearly, black outside the image: uint8 [B, S, S, 3] -> float32 [B, S, S, 3]."""
         centre = self._pixel + 0.5
-        # Written out rather than as a matrix product, which TF32 would round to a tenth of a pixel.
+        # Not a matrix product: TF32 would round the coordinates to a tenth of a pixel.
         along_y = warp[:, :, 1, None] * centre + warp[:, :, 2, None]
         grid = torch.addcmul(along_y[..., None], warp[:, :, 0, None, None], centre)
         source = images.permute(0, 3, 1, 2).float()
@@ -147,7 +149,7 @@ class Augmentation:
         return warped.round_().permute(0, 2, 3, 1)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """[B, S, S, 3], values 0..255 -> the output type, contiguous."""
+        """[B, S, S, 3] with values 0..255 -> the output dtype, contiguous; uint8 is not normalised."""
         if self._spec.dtype == torch.uint8:
             return (images.round() if images.is_floating_point() else images).to(torch.uint8).contiguous()
         return self._normalisation(images).to(self._spec.dtype)
@@ -160,7 +162,7 @@ class Augmentation:
 
 
 def _recolour(images: Tensor, colour: Tensor) -> Tensor:
-    """Apply a matrix and an offset to each image's colours, clamp, round: float32 [B, S, S, 3]."""
+    """Apply each image's colour matrix and offset, clamp and round: -> float32 [B, S, S, 3]."""
     red, green, blue = images.float().split(1, dim=-1)
     by_red, by_green, by_blue, offset = colour[:, None, None].unbind(-1)
     mixed = torch.addcmul(torch.addcmul(torch.addcmul(offset, red, by_red), green, by_green), blue, by_blue)
@@ -178,7 +180,7 @@ def _colour_matrices(params: AugmentParams) -> NDArray[np.float32]:
 
 
 def _grid_matrices(params: AugmentParams, size: int, pad: int) -> NDArray[np.float32]:
-    """`AugmentParams.matrices` into grid_sample's coordinates: -1 and 1 are the outer edges of the source."""
+    """`AugmentParams.matrices` in grid_sample's coordinates: -1 and 1 are the outer edges of the source."""
     matrices = params.matrices(size, pad) * np.float32(2 / size)
     matrices[:, :, 2] -= 1
     return matrices

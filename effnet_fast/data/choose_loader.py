@@ -1,14 +1,14 @@
-"""Which loader serves a split on this machine, and making it.
+"""Choose the loader for a split on this machine, and create it.
 
-`auto` follows what was measured: loader_speeds.json beside this file, which benchmarks/loader.py writes. It maps a
-device, `cpu` or what `torch.cuda.get_device_name()` says, to the training images per second that each loader delivered
-there in one run, both alternating, on arrays of CIFAR's size with crop and flip, and to where that comes from:
+`auto` follows the measurements in loader_speeds.json, which benchmarks/loader.py writes. The file maps a device (`cpu`
+or the result of `torch.cuda.get_device_name()`) to the training images per second of each loader on arrays of CIFAR's
+size with crop and flip, measured alternately in one run, and to the origin of these figures:
 
     {"cpu": {"dali": 20000, "resident": 30000, "torch": 9000, "commit": "0123456789ab", "date": "2026-01-31",
              "torch_version": "2.13.0", "dali_version": "2.4.0", "machine": "2 cores of an AMD EPYC"}}
 
-A loader that was not measured is left out. For files, and where nothing was recorded, it is DALI where that can be
-imported.
+A loader that was not measured is absent. For image files, and for devices without a record, `auto` takes DALI if it
+can be imported.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _INSTALL_DALI = "pip install nvidia-dali-cuda120"
 def choose_loader(
     kind: LoaderName, split: Split, device: torch.device, augment: Augment | None = None
 ) -> tuple[LoaderName, str]:
-    """Which loader serves, and the reason in one line.
+    """Choose the loader, and say why in one line.
 
     Args:
-        kind: what was asked for.
-        split: what is to be loaded.
+        kind: `--loader`.
+        split: the images to load.
         device: where batches are delivered.
-        augment: of training; RandAugment and TrivialAugment are DALI's.
+        augment: augmentation of training; only DALI has RandAugment and TrivialAugment.
 
     Raises:
-        ValueError: the loader asked for cannot serve.
+        ValueError: the requested loader cannot load this split on this machine.
     """
     if kind == "resident" and isinstance(split, FileSplit):
-        raise ValueError("--loader resident keeps the images in memory, which image files are not: use dali or torch")
+        raise ValueError("--loader resident needs images in memory and cannot load image files: use dali or torch")
     if kind == "resident" or kind == "torch":
         return kind, f"--loader {kind}"
     version = _dali_version()
@@ -53,17 +53,20 @@ def choose_loader(
     if kind == "dali":
         return "dali", f"DALI {version}, by --loader dali"
     if not version:
-        serving: LoaderName = "resident" if isinstance(split, ArraySplit) else "torch"
-        return serving, f"DALI is not installed ({_INSTALL_DALI})"
+        fallback: LoaderName = "resident" if isinstance(split, ArraySplit) else "torch"
+        return fallback, f"DALI is not installed ({_INSTALL_DALI})"
     if isinstance(split, FileSplit):
         return "dali", f"DALI {version} is installed"
     if augment is not None and augment.auto_augment != "none":
-        return "dali", f"DALI {version}, whose own --auto_augment {augment.auto_augment} is"
-    return _recorded(_device_name(device)) or ("dali", f"DALI {version} is installed; no speeds are recorded here")
+        return "dali", f"DALI {version}, the only loader with --auto_augment {augment.auto_augment}"
+    return _recorded(_device_name(device)) or (
+        "dali",
+        f"DALI {version} is installed; no speeds are recorded for this device",
+    )
 
 
 def _recorded(device: str) -> tuple[LoaderName, str] | None:
-    """The faster of DALI and the resident loader by the record of this device, if both are in it."""
+    """The faster of DALI and the resident loader on this device; None unless both were measured."""
     record: dict[str, Any] = json.loads(SPEEDS.read_text()).get(device, {})
     kinds: tuple[LoaderName, ...] = ("dali", "resident")
     if not all(kind in record for kind in kinds):
@@ -92,10 +95,10 @@ def _dali_version() -> str | None:
 
 
 def make_loader(kind: LoaderName, split: Split, spec: LoaderSpec) -> Loader:
-    """Make the loader that `choose_loader` names.
+    """Create the loader that `choose_loader` chooses.
 
     Raises:
-        ValueError: the loader asked for cannot serve, or the batch is larger than the training split.
+        ValueError: see `choose_loader`; or a training batch is larger than the split.
     """
     kind, _ = choose_loader(kind, split, spec.device, spec.augment)
     if kind == "dali":
@@ -103,7 +106,7 @@ def make_loader(kind: LoaderName, split: Split, spec: LoaderSpec) -> Loader:
 
         return DaliLoader(split, spec)
     if spec.augment is not None and spec.augment.auto_augment != "none":
-        raise ValueError(f"--auto_augment {spec.augment.auto_augment} is done by DALI: {_INSTALL_DALI}")
+        raise ValueError(f"--auto_augment {spec.augment.auto_augment} needs DALI: {_INSTALL_DALI}")
     if kind == "torch":
         from effnet_fast.data.torch_loader import TorchLoader
 

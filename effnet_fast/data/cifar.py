@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009).
 
-Their files are Python pickles, which may name any function to be called. They are read here by an unpickler that knows
-three names, and none of them is code from elsewhere.
+The files are Python pickles, which can call any function when they are loaded. The unpickler in this module knows only
+the names that arrays need, and maps them to classes of its own, so that no code from a file runs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _SIZE = 32  # pixels of each side
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of the two data sets comes from, and how its files are laid out.
+    """Where a data set comes from and how its files are laid out.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         archive: the authors' tar.gz.
-        train, test: its files of images.
-        meta: its file of class names.
-        label_key, classes_key: where the files keep labels and class names.
+        train, test: names of the files with images.
+        meta: name of the file with class names.
+        label_key, classes_key: keys of labels and class names in those files.
         mean, std: of each channel over the training images, for pixels scaled to 0..1.
     """
 
@@ -97,24 +97,24 @@ CIFAR10 = Source(
 
 
 def load_cifar(name: Literal["cifar10", "cifar100"], data_dir: Path, download: bool = True) -> Dataset:
-    """CIFAR-10, or CIFAR-100 with its fine labels; fetched where it is not there.
+    """Load CIFAR-10, or CIFAR-100 with its fine labels; download it if it is missing.
 
     Args:
-        name: which.
-        data_dir: the unpacked folder, or a folder that holds it or the tar.gz, or where both are to be put.
-        download: whether the network may be asked.
+        name: which of the two.
+        data_dir: the unpacked folder, or a folder that contains it or the tar.gz, or where to put both.
+        download: whether to use the network.
 
     Returns:
         Images uint8 [50000 or 10000, 32, 32, 3].
 
     Raises:
-        ValueError, OSError: as `archive.fetch` and `archive.read`; ValueError for a file that is not of CIFAR.
+        ValueError, OSError: see `archive.fetch` and `archive.read`; ValueError also for files with other contents.
     """
     return load_source({"cifar10": CIFAR10, "cifar100": CIFAR100}[name], data_dir, download)
 
 
 def load_source(source: Source, data_dir: Path, download: bool = True) -> Dataset:
-    """The data set of any source of this layout; see `load_cifar`."""
+    """Load any data set with CIFAR's layout; see `load_cifar`."""
     folder = fetch(source.archive, data_dir, download)
 
     def contents(name: str) -> dict[str, Any]:
@@ -142,16 +142,18 @@ def load_source(source: Source, data_dir: Path, download: bool = True) -> Datase
 
 def _class_names(names: object, path: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(name, bytes | str) for name in names):
-        raise ValueError(f"{path} holds no class names")
+        raise ValueError(f"{path} contains no class names")
     return tuple(_text(name) for name in names)
 
 
 def _split(contents: dict[str, Any], label_key: str, classes: int, path: Path) -> ArraySplit:
     data, labels = contents.get("data"), contents.get(label_key)
     if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < classes for label in labels):
-        raise ValueError(f"{path} holds no {label_key} from 0 to {classes - 1}")
+        raise ValueError(f"{path} contains no {label_key} from 0 to {classes - 1}")
     if not isinstance(data, _Array) or data.shape != (len(labels), 3 * _SIZE * _SIZE):
-        raise ValueError(f"{path} does not hold {len(labels)} images of {_SIZE} x {_SIZE} pixels, one for each label")
+        raise ValueError(
+            f"{path} does not contain {len(labels)} images of {_SIZE} x {_SIZE} pixels, one for each label"
+        )
     images = data.array().reshape(-1, 3, _SIZE, _SIZE).transpose(0, 2, 3, 1)
     return ArraySplit(np.ascontiguousarray(images), np.array(labels, np.int64))
 
@@ -161,18 +163,18 @@ def _text(value: bytes | str) -> str:
 
 
 class _Dtype:
-    """What `numpy.dtype` in a pickle becomes: the claim that an array holds single bytes."""
+    """Stands for `numpy.dtype` in a pickle: checks that an array consists of single bytes."""
 
     def __init__(self, code: object = None, *_flags: object) -> None:
         if code not in (b"u1", "u1"):
             raise pickle.UnpicklingError(f"an array of {code!r} instead of bytes ('u1')")
 
     def __setstate__(self, _state: object) -> None:
-        """Byte order and alignment, which single bytes have not."""
+        """Ignore byte order and alignment: they mean nothing for single bytes."""
 
 
 class _Array:
-    """What `numpy.ndarray` in a pickle becomes: bytes and a shape, checked against each other."""
+    """Stands for `numpy.ndarray` in a pickle: bytes and a shape, checked against each other."""
 
     def __init__(self, *_empty: object) -> None:
         self.shape: tuple[int, ...] = (0,)
@@ -183,7 +185,7 @@ class _Array:
         _version, shape, dtype, fortran, content = state
         sizes = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
         if not sizes or not isinstance(dtype, _Dtype) or not isinstance(content, bytes):
-            raise pickle.UnpicklingError("an array of something else than bytes")
+            raise pickle.UnpicklingError("an array of something other than bytes")
         if math.prod(shape) != len(content):
             raise pickle.UnpicklingError(f"{len(content)} bytes for an array of shape {shape}")
         self.shape, self._fortran, self._content = shape, bool(fortran), content
@@ -192,7 +194,7 @@ class _Array:
         return np.frombuffer(self._content, np.uint8).reshape(self.shape, order="F" if self._fortran else "C")
 
 
-# Classes with a __setstate__ of their own: a pickle can call them and give their instances a state, and no more.
+# Each class defines __setstate__, so a pickle can only create instances and set their state.
 _KNOWN = {
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _Array,
@@ -204,24 +206,24 @@ _KNOWN = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which data has no use for")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which image data does not need")
         return _KNOWN[module, name]
 
 
 def unpickle(content: bytes, path: Path) -> dict[str, Any]:
-    """Read a pickled dict of bytes, texts, numbers, lists, dicts and arrays of uint8, running no code of the pickle.
+    """Read a pickled dict of bytes, strings, numbers, lists, dicts and uint8 arrays; no code from the pickle runs.
 
     Args:
-        content: the pickle, from anyone.
-        path: named in errors.
+        content: the pickle, which need not be trusted.
+        path: file name for error messages.
 
     Raises:
-        ValueError: the pickle is broken, is no dict, or names anything else than numpy's arrays of bytes.
+        ValueError: the pickle is damaged, is not a dict, or names anything but NumPy arrays of bytes.
     """
     try:
         loaded = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-    except Exception as error:  # a broken pickle can raise anything
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{path} is refused: {' '.join(str(error).split()) or type(error).__name__}") from error
     if not isinstance(loaded, dict) or not all(isinstance(key, bytes | str) for key in loaded):
-        raise ValueError(f"{path} is refused: it holds no dict of CIFAR's")
+        raise ValueError(f"{path} is refused: it is not a dict with string keys")
     return {_text(key): value for key, value in loaded.items()}

@@ -1,14 +1,13 @@
 """The DALI loader: one graph for training and evaluation, arrays and files, CPU and GPU.
 
-Order and augmentation parameters are drawn in rng.py and fed to the graph together with the images, so that batches
-are the resident loader's. The exception is RandAugment and TrivialAugment, for which DALI draws: their state is in
-`state_dict`. (E. D. Cubuk et al., "RandAugment", NeurIPS 2020; Müller and Hutter, "TrivialAugment", ICCV 2021.)
+The graph receives the images with their augmentation parameters, so that its batches equal those of the resident
+loader. The exception is RandAugment and TrivialAugment, which DALI draws itself; `state_dict` holds DALI's state.
+(E. D. Cubuk et al., "RandAugment", NeurIPS 2020; Müller and Hutter, "TrivialAugment", ICCV 2021.)
 
-DALI's default executor never writes to an output again that is still referenced, so batches are handed on through
-DLPack without a copy.
+DALI's default executor never overwrites an output that is still referenced, so DLPack shares batches without a copy.
 """
 
-# DALI makes its operators and types when it is imported, unseen by the type checker.
+# DALI defines its operators and types when it is imported, which the type checker cannot see.
 # mypy: disable-error-code="attr-defined"
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ Feed = dict[str, Any]  # name of an input of the graph -> one batch of it
 
 
 class Source:
-    """Feeds the graph, batch after batch and on into the next epoch, from a position that can be set.
+    """Feeds the graph batch by batch, across epochs, from a position that can be set.
 
     Attributes:
-        next: position of the batch that DALI will ask for next.
-        scheduled: positions of the batches that are in DALI's queue, oldest first.
-        names: of the graph's inputs.
-        resizes: whether images come in another size than the model's.
+        next: position of the batch that DALI requests next.
+        scheduled: positions of the batches in DALI's queue, oldest first.
+        names: names of the graph's inputs.
+        resizes: whether the images differ from the model's size.
     """
 
     def __init__(self, split: Split, shard: Shard, spec: LoaderSpec) -> None:
@@ -60,7 +59,7 @@ class Source:
         self.resizes = isinstance(split, FileSplit) or split.images.shape[1:3] != (spec.image_size,) * 2
 
     def __call__(self, iteration: int) -> tuple[Any, ...]:
-        """Called by DALI; the argument is its own count, which only marks the source as one that checkpoints allow."""
+        """Called by DALI. The argument is unused, but DALI's checkpoints require a source that takes it."""
         epoch, step = self.next
         self.scheduled.append(self.next)
         self.next = (epoch, step + 1) if step + 1 < self._shard.steps else (epoch + 1, 0)
@@ -87,7 +86,7 @@ class Source:
 
 
 def _augmentation_feed(augment: Augment, seed: int, epoch: int, indices: NDArray[np.int64], size: int) -> Feed:
-    """Arguments of the graph's operators; only those of the steps that are on."""
+    """Arguments of the graph's operators, for the augmentations that are on."""
     params, pad = draw_params(augment, seed, epoch, indices, size), augment.pad(size)
     feed: Feed = {}
     if augment.rotation:
@@ -176,11 +175,10 @@ def _normalise(images: Any, inputs: dict[str, Any], spec: LoaderSpec) -> Any:
 
 
 class _Lent:
-    """Keeps CUDA batches alive until the work that their consumer has queued on them is done.
+    """Keeps CUDA batches alive until the work that the consumer has queued on them is done.
 
-    DALI would otherwise take a batch's memory back as soon as the last reference goes, with that work still pending.
-    A consumer may hold a batch while it asks for the next one, so the event that ends a batch is recorded at the
-    second request after it.
+    DALI reuses a batch's memory as soon as the last reference is gone, even if that work is still pending. A consumer
+    may use a batch while it requests the next one, so the event that ends a batch is recorded two requests later.
     """
 
     _LAG = 2
@@ -204,7 +202,7 @@ class _Lent:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop DALI's deprecation warnings, which its own RandAugment sets off and which no filter stops."""
+    """Drop the deprecation warnings of DALI's RandAugment; DALI resets warning filters."""
     with warnings.catch_warnings(record=True) as caught:
         yield
     for warning in caught:
@@ -215,8 +213,8 @@ def _quiet() -> Iterator[None]:
 class DaliLoader(Loader):
     """Loads from arrays and from files; see `Loader`.
 
-    With RandAugment or TrivialAugment a batch also depends on how many DALI has made before: going on exactly needs
-    `state_dict`, taken between two batches, besides the position.
+    With RandAugment or TrivialAugment a batch also depends on how many batches DALI has produced. Exact resumption then
+    needs the `state_dict` from between two batches, besides the position.
     """
 
     def __init__(self, split: Split, spec: LoaderSpec) -> None:
@@ -248,11 +246,11 @@ class DaliLoader(Loader):
         self._source.scheduled.clear()
 
     def _seek(self, position: Position) -> None:
-        """Make the batch at `position` the next one: usually it is, and is already being made."""
+        """Make the batch at `position` the next one; usually it is, and is already in the queue."""
         elsewhere = bool(self._source.scheduled) and self._source.scheduled[0] != position
         if elsewhere and self._draws_itself:
-            # A new pipeline in the state after the last batch handed on: what was only prefetched counts for nothing,
-            # as it would after a resumption.
+            # A new pipeline in the state after the last delivered batch: prefetched batches must not count, as after
+            # a resumption.
             self.load_state_dict(self.state_dict())
         if self._pipeline is None:
             self._source.next = position
@@ -272,7 +270,7 @@ class DaliLoader(Loader):
             spec,
             batch_size=spec.batch_size,
             num_threads=spec.num_workers,
-            # None, never -1, keeps a CPU pipeline from touching CUDA.
+            # None, not -1, keeps a CPU pipeline from touching CUDA.
             device_id=(spec.device.index or 0) if spec.device.type == "cuda" else None,
             seed=seed,
             prefetch_queue_depth=_PREFETCHED,
@@ -298,7 +296,7 @@ class DaliLoader(Loader):
 
 
 def _unreadable(files: list[Path], error: RuntimeError) -> str:
-    """Name the file that DALI stumbled over, which its own message does not."""
+    """Name the file that DALI could not read; DALI's own message does not."""
     for file in files:
         try:
             read_image(file, 1)

@@ -1,6 +1,6 @@
-"""What a data set is to the rest of the house: two or three splits, class names, channel statistics.
+"""A data set: two or three splits, class names, channel statistics.
 
-Splits are chosen here (validation hold-out, limits): stratified, and by the seed alone, so that every rank, every
+Holding out validation images and limiting a split are stratified and depend on the seed only, so that every rank, every
 resumed run and `eval` see the same images.
 """
 
@@ -61,17 +61,16 @@ Split = ArraySplit | FileSplit
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set with everything a model needs to be trained on it and used afterwards.
+    """A data set, with everything that training and inference need to know about it.
 
     Attributes:
         name: cifar100, cifar10, synthetic, or the folder's name.
-        classes: class names; their positions are the labels.
+        classes: class names, indexed by label.
         mean, std: of each channel, for pixels scaled to 0..1.
         train, test: the published splits.
-        val: held out of train, or None.
-        native_size: pixels of the images as they come (32 for CIFAR), which `--image_size auto` scales.
-        fingerprint: hex digest of all images and labels in their order, as loaded: holding out and limiting, which
-            follow from the settings, leave it as it is.
+        val: images held out of train, or the data set's own validation split, or None.
+        native_size: side of the original images in pixels (32 for CIFAR); `--image_size auto` scales it.
+        fingerprint: hex digest of all images and labels in order, before images are held out or limited.
     """
 
     name: str
@@ -88,16 +87,16 @@ class Dataset:
 def stratified(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
     """Choose `count` images so that every class keeps its share.
 
-    Shares are rounded by largest remainder, ties drawn by the seed; within a class, a larger count only adds images
-    (but for rounding).
+    Shares are rounded by largest remainder, and the seed breaks ties. Within a class, a larger count only adds images,
+    except for rounding.
 
     Args:
         labels: int64 [N].
-        count: how many, 0 to N.
-        seed: which.
+        count: number of images, 0 to N.
+        seed: selects the images.
 
     Returns:
-        Their positions, sorted, int64 [count].
+        Sorted positions of the images, int64 [count].
 
     Raises:
         ValueError: count is negative or more than N.
@@ -114,10 +113,10 @@ def stratified(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.i
 
 
 def limit(split: Split, count: int, seed: int) -> Split:
-    """A stratified part of a split, in the split's own order.
+    """Keep a stratified part of a split, in the split's order.
 
     Raises:
-        ValueError: count is below 1 or more than the split has.
+        ValueError: count is below 1 or above the size of the split.
     """
     if not 1 <= count <= len(split):
         raise ValueError(f"a limit of {count} does not fit a split of {len(split)} images: use 1 to {len(split)}")
@@ -125,28 +124,28 @@ def limit(split: Split, count: int, seed: int) -> Split:
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> Dataset:
-    """Move a stratified share of the training images into `val`.
+    """Move a stratified share of the training images to `val`.
 
     Raises:
-        ValueError: there is a val already, the share has no image, or a class would keep no training image.
+        ValueError: the data set has a val already, the share is empty, or a class would keep no training image.
     """
     if dataset.val is not None:
-        raise ValueError(f"{dataset.name} has its own validation images: hold out none (--val_fraction 0)")
+        raise ValueError(f"{dataset.name} has its own validation split: use --val_fraction 0")
     labels = dataset.train.labels
     count = round(fraction * len(labels))
     if count < 1:
         raise ValueError(f"--val_fraction {fraction} of {len(labels)} training images is no image: use a larger one")
-    held = stratified(labels, min(count, len(labels)), seed)
-    kept = np.setdiff1d(np.arange(len(labels)), held, assume_unique=True)
+    held_out = stratified(labels, min(count, len(labels)), seed)
+    kept = np.setdiff1d(np.arange(len(labels)), held_out, assume_unique=True)
     empty = np.flatnonzero(np.bincount(labels[kept], minlength=len(dataset.classes)) == 0)
     if len(empty):
         name = dataset.classes[empty[0]]
         raise ValueError(f"--val_fraction {fraction} leaves class {name} no training image: use a smaller one")
-    return dataclasses.replace(dataset, train=dataset.train.take(kept), val=dataset.train.take(held))
+    return dataclasses.replace(dataset, train=dataset.train.take(kept), val=dataset.train.take(held_out))
 
 
 def channel_statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
-    """Mean and standard deviation of each channel over all pixels of uint8 [N, H, W, 3], scaled to 0..1."""
+    """Mean and standard deviation of each channel over all pixels of uint8 [N, H, W, 3], for pixels scaled to 0..1."""
     counts = np.stack([np.bincount(images[..., channel].reshape(-1), minlength=256) for channel in range(3)])
     shares, levels = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
     mean = shares @ levels
@@ -154,12 +153,12 @@ def channel_statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
 
 
 def deviation(mean: NDArray[np.float64], square: NDArray[np.float64]) -> Channels:
-    """Standard deviation from the means [3] of values and of their squares; a grey level at least, to divide by."""
+    """Standard deviation from the means [3] of values and of squares; at least 1 / 255, so that it can divide."""
     std = np.sqrt(np.maximum(square - mean**2, 255.0**-2))
     return channels(std)
 
 
 def channels(values: NDArray[np.float64]) -> Channels:
-    """[3] as plain numbers, which checkpoints can hold."""
+    """An array [3] as plain floats, which a checkpoint can store."""
     red, green, blue = values.tolist()
     return red, green, blue

@@ -1,18 +1,18 @@
-"""What a loader is: which images are in a batch, and what has been done to them.
+"""The contract of the three loaders: which images are in a batch, and how they are processed.
 
-All three loaders deliver the same batches. Their order of work, each part skipped where it is off:
+All three loaders deliver the same batches. Each applies these steps in order and skips those that are off:
 
-1. An image file is decoded to RGB, turned as its EXIF tag says, and cut to the central square of its shorter side.
-2. Bilinear resize to the model's size S, with the triangle widened by the scale when shrinking (antialiased).
-3. Geometry. Crop: shift by up to `Augment.pad(S)` pixels, flip: mirror left to right; whole pixels, no interpolation.
-   With rotation, crop, flip and rotation about the centre are one bilinear resampling of the image, so that corners
-   show what the crop would have cut off. What lies outside of the image is black.
-4. RandAugment or TrivialAugment (DALI alone).
+1. Decode an image file to RGB, turn it upright, crop the central square of its shorter side.
+2. Resize bilinearly to the model's size S, antialiased when shrinking (the triangle widens by the scale).
+3. Geometry. Crop: shift by up to `Augment.pad(S)` pixels. Flip: mirror left to right. Both move whole pixels. With
+   rotation, crop, flip and rotation about the centre are one bilinear resampling, so that corners show image content
+   that a separate crop would have lost. Pixels from outside the image are black.
+4. RandAugment or TrivialAugment (DALI only).
 5. Colour: saturation (blend with the grey of equal luma), contrast (about 128), brightness (a factor), as one matrix.
-6. Normalisation with the data set's mean and standard deviation; with dtype uint8, none.
-7. Erased rectangles take the data set's mean, which is zero after normalisation.
+6. Normalise with the data set's mean and standard deviation; not with dtype uint8.
+7. Erase rectangles: fill them with the data set's mean, which is zero after normalisation.
 
-Up to 5, each step hands on whole values of 0..255. Without rotation DALI flips at step 6, where it costs nothing.
+Steps 1 to 5 round to whole values 0..255. Without rotation, DALI flips in step 6, where it costs nothing.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """What a loader shall deliver.
+    """What a loader delivers.
 
     Attributes:
-        batch_size: images per batch on this rank.
+        batch_size: images in a batch on this rank.
         image_size: pixels of the model's (square) input.
         mean, std: of each channel, for pixels scaled to 0..1.
         device: where batches are delivered.
-        dtype: float32 or float16, normalised; or uint8, which leaves the normalisation to the step.
-        seed: of the order and of the augmentation.
-        rank, world: this process and how many there are.
-        num_workers: threads of DALI or processes of the torch loader (there, 0 works in the calling process).
+        dtype: float32 or float16, normalised; or uint8, not normalised.
+        seed: seed of the order and of the augmentation.
+        rank, world: number of this process and of all processes.
+        num_workers: threads of DALI, or processes of the torch loader; 0 loads in the calling process.
         augment: for training; None is evaluation.
     """
 
@@ -70,11 +70,11 @@ def _order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of `images` images are in each batch of one rank.
+    """Assigns images to the batches of one rank.
 
-    Training: the images of an epoch in random order are cut into global batches of batch_size * world, of which rank r
-    takes the r-th piece; the tail is dropped. Evaluation: every rank-th image in order, the last batches padded so that
-    all ranks have equally many.
+    Training: shuffle the images, split them into global batches of batch_size * world, and give rank r the r-th piece
+    of each; the incomplete last batch is dropped. Evaluation: rank r takes images r, r + world, ... in order; the last
+    batch is padded so that all ranks have the same number of batches.
     """
 
     images: int
@@ -98,12 +98,12 @@ class Shard:
 
     @property
     def steps(self) -> int:
-        """Batches an epoch, the same on every rank."""
+        """Batches per epoch, the same on every rank."""
         return self.images // self._global_batch if self.training else -(-self.images // self._global_batch)
 
     @property
     def dropped(self) -> int:
-        """Images that an epoch leaves out (others in every epoch), over all ranks together."""
+        """Images dropped at the end of each shuffled epoch, over all ranks together."""
         return self.images - self.steps * self._global_batch if self.training else 0
 
     def indices(self, epoch: int) -> NDArray[np.int64]:
@@ -117,7 +117,7 @@ class Shard:
 
 
 def labels_of(split: Split, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Labels of some images, -1 where the index is padding."""
+    """Labels of the images at `indices`; -1 where the index is padding."""
     return np.where(indices < 0, -1, split.labels[indices])
 
 
@@ -129,7 +129,7 @@ class Loader(ABC):
         spec: what to deliver.
 
     Raises:
-        ValueError: a training batch (over all ranks) is larger than the split, or the split is empty.
+        ValueError: a training batch over all ranks is larger than the split, or the split is empty.
     """
 
     def __init__(self, split: Split, spec: LoaderSpec) -> None:
@@ -141,20 +141,20 @@ class Loader(ABC):
 
     @property
     def steps(self) -> int:
-        """Batches an epoch, the same on every rank."""
+        """Batches per epoch, the same on every rank."""
         return self.shard.steps
 
     @property
     def dropped(self) -> int:
-        """Training images left out of each epoch, over all ranks together."""
+        """Training images dropped in each epoch, over all ranks together."""
         return self.shard.dropped
 
     @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of an epoch from batch `start` on.
+        """Iterate over the batches of an epoch from batch `start` on.
 
         Yields:
-            images: [B, 3, S, S] with channels-last strides, in the dtype of the specification.
+            images: [B, 3, S, S] with channels-last strides, in `spec.dtype`.
             labels: int64 [B]; -1 marks padding.
 
         Raises:
@@ -162,11 +162,11 @@ class Loader(ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What `epoch(epoch, start)` needs besides its arguments to go on exactly; plain values and bytes."""
+        """State that `epoch(epoch, start)` needs besides its arguments to resume exactly; plain values and bytes."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most loaders have no state)
-        """Put back what `state_dict` gave, before the next call of `epoch`."""
+        """Restore a `state_dict` before the next call of `epoch`."""
 
     def close(self) -> None:  # noqa: B027 (not every loader has something to free)
         """Free threads, processes and memory."""

@@ -1,7 +1,7 @@
-"""The resident loader: all images stay on the device as uint8, and batches are cut from them there.
+"""The resident loader: all images stay on the device as uint8; batches are gathered and augmented there.
 
-An epoch's order and augmentation parameters are drawn once and sent to the device once; after that a batch costs a few
-kernels and no host synchronisation. It is DALI's peer for images that fit in memory, and the oracle of its tests.
+Order and augmentation parameters of an epoch are drawn and copied to the device once; after that a batch costs a few
+kernels and no host synchronisation. The tests compare the other loaders with this one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ResidentLoader(Loader):
     def __init__(self, split: ArraySplit, spec: LoaderSpec) -> None:
         super().__init__(split, spec)
         self._augmentation = Augmentation(spec)
-        images = np.require(resize(split.images, spec.image_size), requirements=["C", "W"])  # as torch wants arrays
+        images = np.require(resize(split.images, spec.image_size), requirements=["C", "W"])  # as from_numpy needs
         self._canvas = self._augmentation.canvas(torch.from_numpy(images).to(spec.device))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -34,5 +34,5 @@ class ResidentLoader(Loader):
         labels = upload(labels_of(self.split, indices), self.spec.device)
         for step in range(len(indices)):
             rows = slice(step * self.spec.batch_size, (step + 1) * self.spec.batch_size)
-            drawn = None if parameters is None else parameters.take(rows)
-            yield self._augmentation(self._canvas, index[step], drawn), labels[step]
+            of_batch = None if parameters is None else parameters.take(rows)
+            yield self._augmentation(self._canvas, index[step], of_batch), labels[step]

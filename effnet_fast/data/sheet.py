@@ -13,11 +13,11 @@ from effnet_fast.data.dataset import ArraySplit, Dataset, Split
 _CELL = 96  # pixels of a picture's side
 _CAPTION = 16  # pixels below it
 _GAP = 4
-_NAMES = 8  # classes that `summarize` names
+_NAMES = 8  # classes that `summarize` lists by name
 
 
 def sample_sheet(dataset: Dataset, path: Path, rows: int = 4, columns: int = 10) -> None:
-    """Write a PNG with one training image of each of rows * columns classes, spread evenly over all of them.
+    """Write a PNG with one training image of each of up to rows * columns classes, spread evenly over all classes.
 
     Raises:
         OSError: the path cannot be written.
@@ -52,7 +52,7 @@ def save_images(split: Split, classes: Sequence[str], folder: Path) -> None:
 
 
 def summarize(dataset: Dataset) -> str:
-    """Splits, counts, sizes, classes, channel statistics and fingerprint, a line each."""
+    """List splits, counts, sizes, classes, channel statistics and fingerprint, one per line."""
     splits = [(name, getattr(dataset, name)) for name in ("train", "val", "test")]
     rows = [
         (dataset.name, f"{len(dataset.classes)} classes: {_names(dataset.classes)}"),
@@ -72,7 +72,7 @@ def _picture(split: Split, index: int) -> Image.Image:
 
 
 def _square(picture: Image.Image) -> Image.Image:
-    """Fitted into a cell; small images keep their pixels visible."""
+    """Fit an image into a cell; the pixels of small images stay visible."""
     scale = _CELL / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)

@@ -1,9 +1,9 @@
-"""Procedural images: ten shapes on ten textures make a hundred classes, with neither disk nor network.
+"""Procedural images: ten shapes on ten textures make a hundred classes, without disk or network.
 
-They stand in for real images where none are at hand (a first run, the tests) and say nothing about accuracy on
-photographs. Colours, position, scale, angle, phase and noise of an image are drawn by a counter-based generator from
-(seed, index), so image i is the same whatever the number of images asked for. Only +, -, *, / and square roots of
-float32 are used, which every machine rounds alike: the images are the same everywhere, to the bit.
+They replace real images in a first run and in the tests; accuracy on them says nothing about photographs. The colours,
+position, scale, angle, phase and noise of image i depend on (seed, i) only, not on the number of images. The code uses
+only +, -, *, / and square roots of float32, which every machine rounds alike, so the images are the same everywhere to
+the bit.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from effnet_fast.data.rng import Purpose, stream, uniforms
 Array = NDArray[np.float32]
 Pattern = Callable[[Array, Array], NDArray[np.floating]]
 
-_CHUNK = 250  # images rendered at once, so that intermediate arrays stay in the processor's cache
+_CHUNK = 250  # images rendered at once, so that intermediate arrays fit in the cache
 # Widths of uniform distributions, where black is 0 and white is 1: each pixel's noise, and a colour around its grey.
 _NOISE, _TINT = 0.12, 0.3
-# The greys of the shape and of the texture's two extremes, all far from each other.
+# Grey levels of the shape and of the texture's two extremes, far from each other.
 _GREYS = np.array([[0.9, 0.1, 0.55], [0.9, 0.55, 0.1], [0.1, 0.9, 0.45], [0.1, 0.45, 0.9]])
 _DIAGONAL = 0.5**0.5
 
@@ -44,7 +44,7 @@ def _plus(x: Array, y: Array) -> Array:
     return np.minimum(_box(x, y, 1.0, 0.3), _box(x, y, 0.3, 1.0))
 
 
-# Signed distance to the outline, negative inside, of shapes of radius about 1. None is another's mirror image.
+# Signed distance to the outline, negative inside, of shapes of radius about 1. No shape is another's mirror image.
 SHAPES: dict[str, Pattern] = {
     "disc": lambda x, y: _radius(x, y) - 0.95,
     "square": lambda x, y: _box(x, y, 0.85, 0.85),
@@ -65,12 +65,12 @@ def _wave(x: Array) -> Array:
 
 
 def _turn(x: Array, y: Array) -> Array:
-    """Something like the angle of (x, y): it rises from -1 to 3 once around."""
+    """Roughly the angle of (x, y): it rises from -1 to 3 over one turn."""
     slope = y / (np.abs(x) + np.abs(y) + 1e-6)
     return np.where(x < 0, 2 - slope, slope)
 
 
-# From -1 to 1, with a period of 1 where there is one. None is another's mirror image.
+# Values from -1 to 1; periodic ones have period 1. No texture is another's mirror image.
 TEXTURES: dict[str, Pattern] = {
     "plain": lambda x, y: np.ones_like(x),
     "rows": lambda x, y: _wave(y),
@@ -88,12 +88,12 @@ CLASSES = tuple(f"{shape} on {texture}" for shape in SHAPES for texture in TEXTU
 
 
 def load_synthetic(seed: int = 0, train_size: int = 10_000, test_size: int = 2_000, size: int = 32) -> Dataset:
-    """A hundred classes of procedural images, the classes in turn: image i is of class i % 100.
+    """Render a hundred classes of procedural images; image i is of class i % 100.
 
     Args:
         seed: key of every image.
-        train_size, test_size: images of each split.
-        size: pixels of their sides.
+        train_size, test_size: images in each split.
+        size: side of the images in pixels.
     """
     train, test = (
         _split(seed, purpose, count, size)
@@ -117,7 +117,7 @@ def _split(seed: int, purpose: int, count: int, size: int) -> ArraySplit:
 
 
 def _render(seed: int, purpose: int, indices: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-    """Images uint8 [N, size, size, 3]; coordinates run from -1 to 1."""
+    """Render images uint8 [N, size, size, 3]; coordinates run from -1 to 1."""
     shape, texture = np.divmod(indices % len(CLASSES), len(TEXTURES))
     draws = uniforms(seed, stream(purpose), indices, 17)
     axis = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
@@ -126,7 +126,7 @@ def _render(seed: int, purpose: int, indices: NDArray[np.int64], size: int) -> N
     def between(column: int, low: float, high: float) -> Array:
         return (low + (high - low) * draws[:, column, None, None]).astype(np.float32)
 
-    # The shape: moved, scaled, and turned by an angle whose half has the tangent t; its outline is antialiased.
+    # The shape: moved, scaled and rotated by 2 * atan(t); its outline is antialiased.
     radius, t = between(0, 0.6, 0.8), between(1, -0.08, 0.08)
     dx, dy = (x - between(2, -0.2, 0.2)) / radius, (y - between(3, -0.2, 0.2)) / radius
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
@@ -148,7 +148,7 @@ def _render(seed: int, purpose: int, indices: NDArray[np.int64], size: int) -> N
 
 
 def _by_kind(patterns: dict[str, Pattern], kinds: NDArray[np.int64], x: Array, y: Array) -> Array:
-    """Image i of [N, size, size] coordinates becomes the pattern number kinds[i]."""
+    """Evaluate pattern number kinds[i] on the coordinates of image i; x and y broadcast to [N, size, size]."""
     x, y = np.broadcast_arrays(x, y)
     out = np.empty(x.shape, np.float32)
     for kind, pattern in enumerate(patterns.values()):

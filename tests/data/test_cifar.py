@@ -1,4 +1,4 @@
-"""Archives and pickles: what is whole is loaded, what is not is refused in one line and never half used."""
+"""CIFAR: archives and pickles load completely, or fail with one line and leave nothing behind."""
 
 import dataclasses
 import errno
@@ -36,7 +36,7 @@ def batch(count: int, seed: int) -> bytes:
 
 def contents() -> dict[str, bytes]:
     meta = pickle.dumps({b"fine_label_names": [b"ant", b"bee", b"cat"]}, protocol=4)
-    return {"train": batch(40, 1), "test": batch(10, 2), "meta": meta, "readme.html": b"left in the archive"}
+    return {"train": batch(40, 1), "test": batch(10, 2), "meta": meta, "readme.html": b"not unpacked"}
 
 
 def regular(name: str, content: bytes) -> tuple[tarfile.TarInfo, bytes]:
@@ -60,7 +60,7 @@ def pack(*extra: tuple[tarfile.TarInfo, bytes]) -> bytes:
 
 
 def source_of(tarball: bytes, url: str = "http://127.0.0.1:9/tiny.tar.gz") -> Source:
-    """Nobody listens on port 9."""
+    """The source of a tarball; nothing listens on port 9."""
     files = {name: hashlib.md5(content).hexdigest() for name, content in contents().items() if name != "readme.html"}
     archive = Archive("TINY", url, hashlib.md5(tarball).hexdigest(), FOLDER, files)
     return Source(
@@ -69,7 +69,7 @@ def source_of(tarball: bytes, url: str = "http://127.0.0.1:9/tiny.tar.gz") -> So
 
 
 TARBALL = pack()
-HERE = source_of(TARBALL)
+SOURCE = source_of(TARBALL)
 
 
 def unpacked(folder: Path) -> Path:
@@ -89,7 +89,7 @@ def check(dataset) -> None:
 
 
 def refusal(kind: type[Exception], *args, **kwargs) -> str:
-    """The message of an expected error, which must be a single line."""
+    """The message of an expected error, which must be one line."""
     with pytest.raises(kind) as caught:
         load_source(*args, **kwargs)
     message = str(caught.value)
@@ -99,13 +99,13 @@ def refusal(kind: type[Exception], *args, **kwargs) -> str:
 
 
 class Server:
-    """An HTTP server on this machine; counts requests, can ignore ranges and break off."""
+    """A local HTTP server that records requests, and can ignore ranges or close early."""
 
     def __init__(self) -> None:
         self.content = TARBALL
         self.ranges: list[str | None] = []
-        self.takes_ranges = True
-        self.breaks_after: int | None = None
+        self.supports_ranges = True
+        self.stop_after: int | None = None
         self.status: int | None = None
         self.answering = threading.Event()
         self.answering.set()
@@ -113,10 +113,10 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                wanted = self.headers["Range"]
+                requested = self.headers["Range"]
                 state.answering.wait()
-                state.ranges.append(wanted)
-                start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and state.takes_ranges else 0
+                state.ranges.append(requested)
+                start = int(re.fullmatch(r"bytes=(\d+)-", requested)[1]) if requested and state.supports_ranges else 0
                 if state.status or (start and start >= len(state.content)):
                     self.send_error(state.status or 416)
                     return
@@ -124,7 +124,7 @@ class Server:
                 self.send_response(206 if start else 200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body[: state.breaks_after])
+                self.wfile.write(body[: state.stop_after])
 
             def log_message(self, *_args) -> None:
                 pass
@@ -150,46 +150,46 @@ def visible(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
 
-# Where the data may lie
+# Where the data can be
 
 
 @pytest.mark.parametrize("form", ["folder itself", "holds the folder", "holds the tar.gz"])
-def test_data_at_hand_needs_no_network(tmp_path, form):
+def test_local_data_needs_no_network(tmp_path, form):
     if form == "holds the tar.gz":
         (tmp_path / "tiny.tar.gz").write_bytes(TARBALL)
         data_dir = tmp_path
     else:
         folder = unpacked(tmp_path / FOLDER)
         data_dir = folder if form == "folder itself" else tmp_path
-    check(load_source(HERE, data_dir, download=False))
-    check(load_source(HERE, data_dir))
+    check(load_source(SOURCE, data_dir, download=False))
+    check(load_source(SOURCE, data_dir))
 
 
-def test_a_folder_of_another_name_with_all_the_files_will_do(tmp_path):
-    check(load_source(HERE, unpacked(tmp_path / "renamed")))
+def test_renamed_folder(tmp_path):
+    check(load_source(SOURCE, unpacked(tmp_path / "renamed")))
 
 
-def test_only_what_is_used_is_unpacked(tmp_path):
+def test_only_needed_files_are_unpacked(tmp_path):
     (tmp_path / "tiny.tar.gz").write_bytes(TARBALL)
-    load_source(HERE, tmp_path)
+    load_source(SOURCE, tmp_path)
     assert visible(tmp_path) == {"tiny.tar.gz", FOLDER}
     assert visible(tmp_path / FOLDER) == {"train", "test", "meta"}
 
 
-def test_missing_data_says_where_it_was_looked_for_and_how_to_bring_it(tmp_path):
-    message = refusal(FileNotFoundError, HERE, tmp_path / "new", download=False)
-    for part in ("TINY is missing", f"{FOLDER}/", "tiny.tar.gz", str(tmp_path / "new"), HERE.archive.url):
+def test_missing_data(tmp_path):
+    message = refusal(FileNotFoundError, SOURCE, tmp_path / "new", download=False)
+    for part in ("TINY is missing", f"{FOLDER}/", "tiny.tar.gz", str(tmp_path / "new"), SOURCE.archive.url):
         assert part in message
     assert not (tmp_path / "new").exists()
-    assert "cannot be reached" in refusal(FileNotFoundError, HERE, tmp_path / "new")
+    assert "cannot be reached" in refusal(FileNotFoundError, SOURCE, tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="CIFAR-10 is missing"):
         load_dataset("cifar10", tmp_path, download=False)
 
 
-def test_a_data_dir_that_is_a_file_is_refused(tmp_path):
+def test_data_dir_is_a_file(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    assert "name another --data_dir" in refusal(OSError, HERE, tmp_path / "file")
-    assert "name another --data_dir" in refusal(OSError, HERE, tmp_path / "file" / "below")
+    assert "use another --data_dir" in refusal(OSError, SOURCE, tmp_path / "file")
+    assert "use another --data_dir" in refusal(OSError, SOURCE, tmp_path / "file" / "below")
 
 
 # Downloading
@@ -203,30 +203,30 @@ def test_download(tmp_path, server, capsys):
     assert server.ranges == [None]
 
 
-def test_a_download_that_broke_off_goes_on_from_there(tmp_path, server):
-    server.breaks_after = 1000
-    assert f"1000 of {len(TARBALL)} bytes" in refusal(ConnectionError, server.source, tmp_path)
+def test_interrupted_download_resumes(tmp_path, server):
+    server.stop_after = 1000
+    assert f"1000 of {len(TARBALL)} bytes arrived" in refusal(ConnectionError, server.source, tmp_path)
     assert (tmp_path / "tiny.tar.gz.part").read_bytes() == TARBALL[:1000]
     refusal(ConnectionError, server.source, tmp_path)
-    server.breaks_after = None
+    server.stop_after = None
     check(load_source(server.source, tmp_path))
     assert server.ranges == [None, "bytes=1000-", "bytes=2000-"]
     assert (tmp_path / "tiny.tar.gz").read_bytes() == TARBALL
 
 
-def test_a_server_without_ranges_is_read_from_the_start(tmp_path, server):
+def test_server_without_ranges(tmp_path, server):
     (tmp_path / "tiny.tar.gz.part").write_bytes(TARBALL[:1000])
-    server.takes_ranges = False
+    server.supports_ranges = False
     check(load_source(server.source, tmp_path))
     assert (tmp_path / "tiny.tar.gz").read_bytes() == TARBALL
 
 
-def test_a_part_that_is_whole_is_used(tmp_path, server):
+def test_complete_part_is_used(tmp_path, server):
     (tmp_path / "tiny.tar.gz.part").write_bytes(TARBALL)
     check(load_source(server.source, tmp_path))
 
 
-def test_a_download_with_the_wrong_md5_is_deleted(tmp_path, server):
+def test_download_with_wrong_md5_is_deleted(tmp_path, server):
     server.content = TARBALL[:-1] + b"?"
     message = refusal(ValueError, server.source, tmp_path)
     assert server.source.archive.md5 in message
@@ -235,9 +235,9 @@ def test_a_download_with_the_wrong_md5_is_deleted(tmp_path, server):
     check(load_source(server.source, tmp_path))
 
 
-def test_a_servers_refusal_is_told(tmp_path, server):
+def test_server_error(tmp_path, server):
     server.status = 503
-    assert "answers 503" in refusal(FileNotFoundError, server.source, tmp_path)
+    assert "the server answered 503" in refusal(FileNotFoundError, server.source, tmp_path)
 
 
 def test_two_processes_download_once(tmp_path, server):
@@ -245,7 +245,8 @@ def test_two_processes_download_once(tmp_path, server):
     (tmp_path / "source").write_bytes(pickle.dumps(server.source))
     code = (
         "import pickle, sys; from pathlib import Path; from effnet_fast.data.cifar import load_source; "
-        "here = Path(sys.argv[1]); dataset = load_source(pickle.loads((here / 'source').read_bytes()), here / 'data'); "
+        "folder = Path(sys.argv[1]); source = pickle.loads((folder / 'source').read_bytes()); "
+        "dataset = load_source(source, folder / 'data'); "
         "print(len(dataset.train))"
     )
     processes = []
@@ -262,43 +263,43 @@ def test_two_processes_download_once(tmp_path, server):
     assert server.ranges == [None]
 
 
-# What is truncated, altered or hostile
+# Truncated, modified and hostile archives
 
 
-def test_a_truncated_archive_is_refused(tmp_path):
+def test_truncated_archive(tmp_path):
     (tmp_path / "tiny.tar.gz").write_bytes(TARBALL[:-100])
-    message = refusal(ValueError, HERE, tmp_path)
-    assert "tiny.tar.gz is truncated or altered" in message
+    message = refusal(ValueError, SOURCE, tmp_path)
+    assert "tiny.tar.gz is truncated or modified" in message
     assert "delete it" in message
     assert visible(tmp_path) == {"tiny.tar.gz"}
 
 
 @pytest.mark.parametrize("content", [TARBALL[:-100], b"not a tar.gz", b""])
-def test_an_archive_that_cannot_be_unpacked_leaves_nothing(tmp_path, content):
+def test_unreadable_archive_leaves_nothing(tmp_path, content):
     (tmp_path / "tiny.tar.gz").write_bytes(content)
     assert "is not a readable tar.gz" in refusal(ValueError, source_of(content), tmp_path)
     assert visible(tmp_path) == {"tiny.tar.gz"}
 
 
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
-@pytest.mark.parametrize("change", ["truncated", "altered", "missing"])
-def test_an_unpacked_file_that_is_not_whole_is_refused(tmp_path, name, change):
+@pytest.mark.parametrize("change", ["truncated", "modified", "missing"])
+def test_damaged_unpacked_file(tmp_path, name, change):
     path = unpacked(tmp_path / FOLDER) / name
     content = path.read_bytes()
     if change == "missing":
         path.unlink()
     else:
         path.write_bytes(content[:-1] + (b"" if change == "truncated" else b"?"))
-    message = refusal(OSError if change == "missing" else ValueError, HERE, tmp_path)
+    message = refusal(OSError if change == "missing" else ValueError, SOURCE, tmp_path)
     assert str(path) in message
     assert f"delete {tmp_path / FOLDER} and run again" in message
 
 
-def test_what_an_unpacking_left_when_killed_is_cleared(tmp_path):
+def test_leftovers_of_a_killed_unpacking_are_removed(tmp_path):
     (tmp_path / "tiny.tar.gz").write_bytes(TARBALL)
     (tmp_path / f".{FOLDER}.part").mkdir()
     (tmp_path / f".{FOLDER}.part" / "train").write_bytes(b"half")
-    check(load_source(HERE, tmp_path))
+    check(load_source(SOURCE, tmp_path))
     assert visible(tmp_path) == {"tiny.tar.gz", FOLDER}
 
 
@@ -322,7 +323,7 @@ def link(kind: bytes, name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
     ],
     ids=lambda member: f"{member[0].type.decode()} {member[0].name}",
 )
-def test_an_archive_that_reaches_elsewhere_is_refused(tmp_path, member):
+def test_archive_with_links_or_outside_paths(tmp_path, member):
     tarball = pack(member)
     data_dir = tmp_path / "inner"
     data_dir.mkdir()
@@ -339,13 +340,13 @@ def test_an_archive_that_reaches_elsewhere_is_refused(tmp_path, member):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_disk_that_is_full_while_downloading(tmp_path, server):
+def test_full_disk_while_downloading(tmp_path, server):
     (tmp_path / "tiny.tar.gz.part").symlink_to("/dev/full")
     assert f"the disk of {tmp_path} is full" in refusal(OSError, server.source, tmp_path)
     assert visible(tmp_path) == {"tiny.tar.gz.part"}
 
 
-def test_a_disk_that_is_full_while_unpacking(tmp_path, monkeypatch):
+def test_full_disk_while_unpacking(tmp_path, monkeypatch):
     (tmp_path / "tiny.tar.gz").write_bytes(TARBALL)
 
     def full(source, target):
@@ -354,9 +355,9 @@ def test_a_disk_that_is_full_while_unpacking(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfileobj", full)
-        assert f"the disk of {tmp_path} is full" in refusal(OSError, HERE, tmp_path)
+        assert f"the disk of {tmp_path} is full" in refusal(OSError, SOURCE, tmp_path)
     assert visible(tmp_path) == {"tiny.tar.gz"}
-    check(load_source(HERE, tmp_path))
+    check(load_source(SOURCE, tmp_path))
 
 
 # Pickles
@@ -378,7 +379,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
         unpickle(blob, Path("some/file"))
     assert not (tmp_path / "ran").exists()
     pickle.loads(blob)
-    assert (tmp_path / "ran").exists()  # the bomb was a live one
+    assert (tmp_path / "ran").exists()  # the pickle does run the code where it is allowed to
 
 
 @pytest.mark.parametrize(
@@ -399,7 +400,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_everything_but_arrays_of_bytes_is_refused(value, named):
+def test_pickles_with_other_objects_are_refused(value, named):
     with pytest.raises(ValueError, match="some/file is refused") as caught:
         unpickle(pickle.dumps({b"data": value}, protocol=4), Path("some/file"))
     assert named in str(caught.value)
@@ -430,7 +431,7 @@ def test_crafted_pickles_are_refused(opcodes):
         unpickle(opcodes, Path("some/file"))
 
 
-def test_a_truncated_pickle_is_refused():
+def test_truncated_pickle():
     blob = batch(2, 0)
     for end in range(0, len(blob), 97):
         with pytest.raises(ValueError, match="some/file is refused"):
@@ -439,7 +440,7 @@ def test_a_truncated_pickle_is_refused():
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("protocol", [3, 4])
-def test_arrays_of_bytes_are_read(protocol, order):
+def test_arrays_of_bytes(protocol, order):
     array = np.arange(24, dtype=np.uint8).reshape(4, 6).copy(order)
     loaded = unpickle(pickle.dumps({"data": array, b"n": [1, "x", b"y", {}]}, protocol=protocol), Path("f"))
     assert np.array_equal(loaded["data"].array(), array)
@@ -449,24 +450,24 @@ def test_arrays_of_bytes_are_read(protocol, order):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("meta", {"coarse": []}, "holds no class names"),
-        ("train", {"fine_labels": [0]}, "does not hold 1 images"),
-        ("train", {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0]}, "does not hold 1 images"),
+        ("meta", {"coarse": []}, "contains no class names"),
+        ("train", {"fine_labels": [0]}, "does not contain 1 images"),
+        ("train", {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0]}, "does not contain 1 images"),
         ("test", {"data": np.zeros((1, 3072), np.uint8), "fine_labels": [3]}, "no fine_labels from 0 to 2"),
         ("test", {"data": np.zeros((1, 3072), np.uint8), "fine_labels": ["x"]}, "no fine_labels from 0 to 2"),
     ],
 )
-def test_files_that_are_not_of_cifar_are_refused(tmp_path, file, content, message):
+def test_files_with_other_contents_are_refused(tmp_path, file, content, message):
     blob = pickle.dumps(content, protocol=4)
     (unpacked(tmp_path / FOLDER) / file).write_bytes(blob)
-    archive = dataclasses.replace(HERE.archive, files={**HERE.archive.files, file: hashlib.md5(blob).hexdigest()})
-    assert message in refusal(ValueError, dataclasses.replace(HERE, archive=archive), tmp_path)
+    archive = dataclasses.replace(SOURCE.archive, files={**SOURCE.archive.files, file: hashlib.md5(blob).hexdigest()})
+    assert message in refusal(ValueError, dataclasses.replace(SOURCE, archive=archive), tmp_path)
 
 
-# The real ones
+# The real data
 
 
-def test_cifar100_is_what_its_authors_published(cifar100_dir):
+def test_cifar100_as_published(cifar100_dir):
     dataset = load_cifar("cifar100", cifar100_dir, download=False)
     assert dataset.train.images.shape == (50000, 32, 32, 3)
     assert dataset.test.images.shape == (10000, 32, 32, 3)
@@ -476,14 +477,14 @@ def test_cifar100_is_what_its_authors_published(cifar100_dir):
     mean, std = channel_statistics(dataset.train.images)
     assert dataset.mean == pytest.approx(mean, abs=5e-5)
     assert dataset.std == pytest.approx(std, abs=1e-4)
-    # The first test image, a mountain, as its bytes lie in the file: red rows first.
+    # The first test image, a mountain, as stored in the file: red rows first.
     content = (cifar100_dir / "cifar-100-python" / "test").read_bytes()
     pixels = dataset.test.images[0].transpose(2, 0, 1).tobytes()
     assert content.count(pixels) == 1
     assert dataset.classes[dataset.test.labels[0]] == "mountain"
 
 
-def test_cifar10_is_described_as_its_archive_is_laid_out(tmp_path):
+def test_cifar10_layout(tmp_path):
     rng = np.random.default_rng(0)
     files = {
         name: {b"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), b"labels": [0, 9, 2, 1]}

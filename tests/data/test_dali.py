@@ -1,4 +1,4 @@
-"""What is DALI's own: memory, the running pipeline, checkpoints, the graph for a GPU."""
+"""DALI in particular: memory, the running pipeline, checkpoints, the graph for a GPU."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def spec_with(auto_augment: str) -> LoaderSpec:
     return dataclasses.replace(SPEC, augment=Augment(auto_augment=auto_augment))  # type: ignore[arg-type]
 
 
-def test_a_batch_that_is_kept_is_not_overwritten() -> None:
-    """Batches share DALI's memory; DALI must leave it alone for as long as we hold them."""
+def test_a_kept_batch_is_not_overwritten() -> None:
+    """Batches share DALI's memory, which DALI must not reuse while they are referenced."""
     loader = DaliLoader(SPLIT, SPEC)
     kept, copies = [], []
     for epoch in range(3):
@@ -63,23 +63,23 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def test_memory_that_is_let_go_is_used_again() -> None:
+def test_released_memory_is_reused() -> None:
     loader = DaliLoader(SPLIT, SPEC)
     list(loader.epoch(0))
-    before, handed_on = resident_bytes(), 0
+    before, delivered = resident_bytes(), 0
     for epoch in range(1, 101):
         for images, _ in loader.epoch(epoch):
-            handed_on += images.nbytes
-    assert resident_bytes() - before < handed_on / 4  # of 59 MB
+            delivered += images.nbytes
+    assert resident_bytes() - before < delivered / 4  # of 59 MB
 
 
-def test_the_pipeline_runs_on_across_epochs() -> None:
+def test_the_pipeline_continues_across_epochs() -> None:
     loader = DaliLoader(SPLIT, SPEC)
     fresh = [DaliLoader(SPLIT, SPEC) for _ in range(3)]
     list(loader.epoch(0))
     pipeline = loader._pipeline
     for epoch, other in enumerate(fresh):
-        start = 2 if epoch == 2 else 0  # neither the epoch that was prefetched nor its start
+        start = 2 if epoch == 2 else 0  # not the batch that was prefetched
         for (images, labels), (expected, marks) in zip(
             loader.epoch(epoch, start), other.epoch(epoch, start), strict=True
         ):
@@ -88,7 +88,7 @@ def test_the_pipeline_runs_on_across_epochs() -> None:
     assert loader._pipeline is pipeline
 
 
-def test_an_epoch_may_be_left_and_another_begun() -> None:
+def test_leaving_an_epoch_early() -> None:
     loader = DaliLoader(SPLIT, SPEC)
     next(loader.epoch(0))
     images, labels = next(loader.epoch(3, 4))
@@ -98,8 +98,8 @@ def test_an_epoch_may_be_left_and_another_begun() -> None:
 
 
 @pytest.mark.parametrize("auto_augment", ["rand", "trivial"])
-def test_auto_augment_goes_on_bit_for_bit(auto_augment: str) -> None:
-    """Stopped in mid-epoch, written as checkpoints are, and resumed: the same images, prefetched batches or not."""
+def test_auto_augment_resumes_bit_for_bit(auto_augment: str) -> None:
+    """Save in mid-epoch with torch.save and resume: the same images, whatever was prefetched."""
     spec = spec_with(auto_augment)
     loader, seen, file = DaliLoader(SPLIT, spec), [], io.BytesIO()
     for epoch in (0, 1, 2):
@@ -115,13 +115,13 @@ def test_auto_augment_goes_on_bit_for_bit(auto_augment: str) -> None:
     for (images, labels), (expected, marks) in zip(rest, seen[-9:], strict=True):
         assert torch.equal(labels, marks)
         assert torch.equal(images, expected)
-    # Without the state the images are others: the test above is about something.
+    # Without the state the images differ, so the test above can fail.
     unrestored = next(DaliLoader(SPLIT, spec).epoch(1, 3))[0]
     assert not torch.equal(unrestored, rest[0][0])
 
 
-def test_auto_augment_goes_on_after_an_epoch_that_was_left() -> None:
-    """Leaving an epoch wastes what was prefetched; a resumed run never prefetched it."""
+def test_auto_augment_after_leaving_an_epoch_early() -> None:
+    """Leaving an epoch discards prefetched batches; a resumed run never prefetched them."""
     loader, resumed = (DaliLoader(SPLIT, spec_with("trivial")) for _ in range(2))
     batches = loader.epoch(0)
     next(batches), next(batches)
@@ -147,11 +147,11 @@ def test_only_auto_augment_has_state() -> None:
     assert loader.state_dict() == {}
     fresh = DaliLoader(SPLIT, spec_with("rand"))
     assert fresh.state_dict() == {}
-    fresh.load_state_dict({"dali": b"kept"})  # asked again before a batch was made
+    fresh.load_state_dict({"dali": b"kept"})  # saved again before the first batch
     assert fresh.state_dict() == {"dali": b"kept"}
 
 
-def test_building_warns_of_nothing() -> None:
+def test_building_gives_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for augment in (None, Augment(), Augment(rotation=15, random_erasing=0.5), Augment(auto_augment="rand")):
@@ -160,8 +160,8 @@ def test_building_warns_of_nothing() -> None:
 
 @pytest.mark.parametrize("augment", [None, Augment(), Augment(rotation=15, color_jitter=0.3, random_erasing=0.5)])
 @pytest.mark.parametrize("size", [32, 40])
-def test_the_graph_for_a_gpu_ends_on_it(augment: Augment | None, size: int) -> None:
-    """Definition only: building it needs a GPU."""
+def test_the_gpu_graph_delivers_on_the_gpu(augment: Augment | None, size: int) -> None:
+    """Only defines the graph; building it needs a GPU."""
     spec = dataclasses.replace(SPEC, augment=augment, image_size=size, device=torch.device("cuda", 0))
     loader = DaliLoader(SPLIT, spec)
     with dali.Pipeline(batch_size=8, num_threads=1, device_id=0):
@@ -171,7 +171,7 @@ def test_the_graph_for_a_gpu_ends_on_it(augment: Augment | None, size: int) -> N
 
 @on_gpu
 @pytest.mark.parametrize("augment", [None, Augment(), Augment(rotation=15, color_jitter=0.3, random_erasing=0.5)])
-def test_the_gpu_makes_the_cpus_batches(augment: Augment | None) -> None:
+def test_gpu_batches_equal_cpu_batches(augment: Augment | None) -> None:
     spec = dataclasses.replace(SPEC, augment=augment)
     on_gpu = dataclasses.replace(spec, device=torch.device("cuda", 0))
     for (images, labels), (expected, marks) in zip(

@@ -1,4 +1,4 @@
-"""Splits: stratified, seeded, refused where impossible."""
+"""Holding out and limiting: stratified, seeded; impossible counts are refused."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def tiny(labels, classes=3, **fields):
 
 @given(st.lists(st.integers(0, 6), max_size=80), st.floats(0, 1), st.integers(0, 2**40))
 @settings(deadline=None, max_examples=60)
-def test_stratified_takes_the_nearest_whole_share_of_every_class(labels, share, seed):
+def test_stratified_rounds_the_share_of_each_class(labels, share, seed):
     labels = np.array(labels, np.int64)
     count = int(share * len(labels))
     chosen = stratified(labels, count, seed)
@@ -45,11 +45,11 @@ def test_stratified_takes_the_nearest_whole_share_of_every_class(labels, share, 
         assert np.floor(exact) <= (labels[chosen] == label).sum() <= np.ceil(exact)
 
 
-def test_stratified_is_the_seeds_choice():
+def test_stratified_depends_on_the_seed():
     labels = np.arange(1000) % 10
     assert np.array_equal(stratified(labels, 100, 7), stratified(labels, 100, 7))
     assert not np.array_equal(stratified(labels, 100, 7), stratified(labels, 100, 8))
-    # Fewer than the classes: the seed says which of them, not their numbers.
+    # With fewer images than classes, the seed selects the classes.
     assert len({int(label) for seed in range(20) for label in labels[stratified(labels, 3, seed)]}) > 5
 
 
@@ -77,7 +77,7 @@ def test_limit_keeps_images_and_labels_together():
     assert [int(path.parent.name) for path in split.paths] == split.labels.tolist()
 
 
-def test_hold_out_parts_the_training_images():
+def test_hold_out_partitions_the_training_images():
     dataset = tiny(np.arange(60) % 3)
     held = hold_out(dataset, 0.2, seed=1)
     assert np.bincount(held.val.labels).tolist() == [4, 4, 4]
@@ -99,13 +99,13 @@ def test_hold_out_refuses_impossible_fractions(fraction, message):
         hold_out(tiny([0, 1, 1, 1, 1, 2, 2, 2, 2]), fraction, 0)
 
 
-def test_hold_out_leaves_a_published_validation_split_alone():
+def test_hold_out_refuses_a_second_validation_split():
     dataset = tiny([0, 1, 2], val=tiny([0]).train)
-    with pytest.raises(ValueError, match="its own validation images"):
+    with pytest.raises(ValueError, match="its own validation split"):
         hold_out(dataset, 0.5, 0)
 
 
-def test_channel_statistics_are_those_of_the_pixels():
+def test_channel_statistics():
     images = tiny(np.zeros(50)).train.images
     mean, std = channel_statistics(images)
     assert mean == pytest.approx((images / 255).mean((0, 1, 2)))
@@ -122,14 +122,14 @@ def test_load_dataset_holds_out_then_limits():
     assert whole.val is None
 
 
-def test_load_dataset_refuses_what_does_not_fit():
+def test_load_dataset_refuses_impossible_limits():
     with pytest.raises(ValueError, match="a limit of 20000 does not fit a split of 10000 images"):
         load_dataset("synthetic", "nowhere", limit_train=20000)
     with pytest.raises(ValueError, match="unknown data set 'mnist'"):
         load_dataset("mnist", "nowhere")
 
 
-def test_the_room_imports_neither_torch_nor_dali():
+def test_data_sets_load_without_torch_and_dali():
     check = (
         "import sys, effnet_fast.data, effnet_fast.data.cifar, effnet_fast.data.folder, effnet_fast.data.synthetic, "
     )
@@ -137,7 +137,7 @@ def test_the_room_imports_neither_torch_nor_dali():
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
-def test_a_sheet_shows_one_image_of_each_class(tmp_path):
+def test_sample_sheet(tmp_path):
     from PIL import Image
 
     dataset = tiny([2, 0, 1, 0])
@@ -148,7 +148,7 @@ def test_a_sheet_shows_one_image_of_each_class(tmp_path):
     assert np.array_equal(sheet[4 + 12 : 100 : 24, 104 + 12 : 200 : 24], dataset.train.images[2])
 
 
-def test_summarize_tells_the_splits():
+def test_summarize():
     text = summarize(hold_out(tiny([0] * 10 + [1] * 10 + [2] * 20), 0.1, 0))
     assert "train        36 images, 4 x 4 px, 9 to 18 of each class" in text
     assert "val          4 images" in text

@@ -1,4 +1,4 @@
-"""What every loader must do: the right images, in the right order, on any number of ranks, laid out as promised."""
+"""The contract of all loaders: which images, in which order, on how many ranks, in which layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ N, SEED = 50, 7
 CPU = torch.device("cpu")
 MEAN, STD = (0.51, 0.49, 0.44), (0.26, 0.25, 0.27)
 PIXELS = np.random.default_rng(1).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
-SPLIT = ArraySplit(PIXELS, np.arange(N))  # an image's label is its index, so labels tell which images came
+SPLIT = ArraySplit(PIXELS, np.arange(N))  # labels are indices, so they identify the images of a batch
 SPEC = LoaderSpec(
     batch_size=8,
     image_size=32,
@@ -78,7 +78,7 @@ def normalised(pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_follows_the_order_and_drops_the_tail(kind: str) -> None:
+def test_training_follows_the_order_and_drops_the_incomplete_batch(kind: str) -> None:
     loader = make(kind, SPEC)
     assert (loader.steps, loader.dropped) == (6, 2)
     for epoch in (0, 1, 5):
@@ -109,14 +109,14 @@ def test_evaluation_sees_every_image_once(kind: str, world: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_is_in_order_and_untouched(kind: str) -> None:
+def test_evaluation_is_in_order_and_not_augmented(kind: str) -> None:
     images = torch.cat([images[labels >= 0] for images, labels in batches(kind, EVAL)])
     np.testing.assert_allclose(images.numpy(), normalised(PIXELS), atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", [1, 4, 6])
-def test_a_start_is_the_same_as_skipping(kind: str, start: int) -> None:
+def test_start_equals_skipping(kind: str, start: int) -> None:
     whole, rest = batches(kind, SPEC, epoch=2), batches(kind, SPEC, epoch=2, start=start)
     assert len(rest) == 6 - start
     for (image, label), (other_image, other_label) in zip(whole[start:], rest, strict=True):
@@ -124,7 +124,7 @@ def test_a_start_is_the_same_as_skipping(kind: str, start: int) -> None:
         assert torch.equal(image, other_image)
 
 
-def test_shards_too_small_are_refused_in_one_line() -> None:
+def test_too_few_images() -> None:
     with pytest.raises(ValueError, match=r"^--batch_size 64 is larger than the 50 training images") as caught:
         make("resident", dataclasses.replace(SPEC, batch_size=16, world=4))
     assert "\n" not in str(caught.value)
@@ -132,7 +132,7 @@ def test_shards_too_small_are_refused_in_one_line() -> None:
         make("resident", EVAL, SPLIT.take(np.empty(0, np.int64)))
 
 
-# ------------------------------------------------------------------------------------------- what is done to them
+# ------------------------------------------------------------------------------------------- how they are processed
 
 
 def cropped_and_flipped(epoch: int, indices: np.ndarray) -> np.ndarray:
@@ -177,7 +177,7 @@ def test_torch_does_not_depend_on_its_workers(augment: Augment | None) -> None:
 
 
 class _Kernels(TorchDispatchMode):
-    """Records the operators that are run, views left out."""
+    """Records the operators that run, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,9 +193,9 @@ class _Kernels(TorchDispatchMode):
     ("augment", "most"),
     [(None, 4), (Augment(), 6), (Augment(rotation=15, color_jitter=0.3, random_erasing=0.5), 24)],
 )
-def test_a_resident_batch_is_a_few_kernels_and_waits_for_none(augment: Augment | None, most: int) -> None:
+def test_a_resident_batch_is_a_few_kernels_without_synchronisation(augment: Augment | None, most: int) -> None:
     loader = make("resident", dataclasses.replace(SPEC, augment=augment)).epoch(0)
-    next(loader)  # the epoch's draws are sent with its first batch
+    next(loader)  # parameters of the epoch are uploaded with its first batch
     with _Kernels() as kernels:
         next(loader)
     waits = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
@@ -205,7 +205,7 @@ def test_a_resident_batch_is_a_few_kernels_and_waits_for_none(augment: Augment |
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("augment", [None, Augment()])
-def test_read_only_arrays_serve(kind: str, augment: Augment | None, recwarn: pytest.WarningsRecorder) -> None:
+def test_read_only_arrays(kind: str, augment: Augment | None, recwarn: pytest.WarningsRecorder) -> None:
     frozen = PIXELS.copy()
     frozen.flags.writeable = False
     next(make(kind, dataclasses.replace(SPEC, augment=augment), ArraySplit(frozen, np.arange(N))).epoch(0))
@@ -217,7 +217,7 @@ def test_read_only_arrays_serve(kind: str, augment: Augment | None, recwarn: pyt
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> FileSplit:
-    """PNG and JPEG files, some not square, grey, transparent, or turned by their EXIF tag."""
+    """PNG and JPEG files: some not square, grey, transparent, or turned by their Exif orientation."""
     folder = tmp_path_factory.mktemp("files")
     rng = np.random.default_rng(2)
     paths = []
@@ -235,7 +235,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> FileSplit:
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("size", [32, 48])
-def test_files_are_decoded_cut_and_resized(kind: str, size: int, files: FileSplit) -> None:
+def test_files_are_decoded_cropped_and_resized(kind: str, size: int, files: FileSplit) -> None:
     spec = dataclasses.replace(EVAL, batch_size=4, image_size=size, dtype=torch.uint8)
     out = list(make(kind, spec, files).epoch(0))
     assert torch.cat([label for _, label in out]).tolist() == [*range(7), -1]
@@ -267,12 +267,12 @@ def test_an_unreadable_file_is_named(kind: str, workers: int, damage: str, files
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------- which loader serves
+# ---------------------------------------------------------------------------------------------- choosing the loader
 
 
 @pytest.fixture
 def speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A record of speeds to be written by the test; nothing is in it."""
+    """An empty record of speeds, for the test to write."""
     path = tmp_path / "speeds.json"
     path.write_text("{}")
     monkeypatch.setattr("effnet_fast.data.choose_loader.SPEEDS", path)
@@ -282,7 +282,7 @@ def speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_auto_takes_dali_where_nothing_is_recorded(speeds: Path, files: FileSplit) -> None:
     dali = pytest.importorskip("nvidia.dali")
     said = f"DALI {dali.__version__} is installed"
-    assert choose_loader("auto", SPLIT, CPU) == ("dali", f"{said}; no speeds are recorded here")
+    assert choose_loader("auto", SPLIT, CPU) == ("dali", f"{said}; no speeds are recorded for this device")
     assert choose_loader("auto", files, CPU) == ("dali", said)
 
 
@@ -290,9 +290,7 @@ RECORD = {"torch": 4000, "commit": "0123456789ab", "date": "2026-01-31"}
 
 
 @pytest.mark.parametrize(("dali", "resident", "faster"), [(1000, 2000, "resident"), (30000, 2000, "dali")])
-def test_auto_follows_the_record_and_says_so(
-    speeds: Path, files: FileSplit, dali: int, resident: int, faster: str
-) -> None:
+def test_auto_follows_the_record(speeds: Path, files: FileSplit, dali: int, resident: int, faster: str) -> None:
     pytest.importorskip("nvidia.dali")
     speeds.write_text(json.dumps({"cpu": {"dali": dali, "resident": resident, **RECORD}}))
     kind, reason = choose_loader("auto", SPLIT, CPU)
@@ -303,37 +301,37 @@ def test_auto_follows_the_record_and_says_so(
     assert choose_loader("auto", SPLIT, CPU, Augment(auto_augment="rand"))[0] == "dali"
 
 
-def test_half_a_record_is_none(speeds: Path) -> None:
+def test_auto_needs_both_speeds(speeds: Path) -> None:
     pytest.importorskip("nvidia.dali")
     speeds.write_text(json.dumps({"cpu": {"resident": 9000, **RECORD}, "NVIDIA H100": {"dali": 1, "resident": 2}}))
     assert choose_loader("auto", SPLIT, CPU)[0] == "dali"
 
 
-def test_what_is_recorded_tells_where_it_is_from() -> None:
+def test_records_state_their_origin() -> None:
     for device, entry in json.loads(SPEEDS.read_text()).items():
         assert {"dali", "resident", "commit", "date", "torch_version", "dali_version"} <= entry.keys(), device
 
 
-def test_auto_does_without_dali(monkeypatch: pytest.MonkeyPatch, files: FileSplit) -> None:
+def test_auto_without_dali(monkeypatch: pytest.MonkeyPatch, files: FileSplit) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert choose_loader("auto", SPLIT, CPU)[0] == "resident"
     assert choose_loader("auto", files, CPU)[0] == "torch"
     assert "pip install nvidia-dali-cuda120" in choose_loader("auto", SPLIT, CPU)[1]
     with pytest.raises(ValueError, match=r"^--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda120$"):
         choose_loader("dali", SPLIT, CPU)
-    with pytest.raises(ValueError, match=r"^--auto_augment rand is done by DALI"):
+    with pytest.raises(ValueError, match=r"^--auto_augment rand needs DALI"):
         make_loader("auto", SPLIT, dataclasses.replace(SPEC, augment=Augment(auto_augment="rand")))
 
 
-def test_what_was_asked_for_is_taken(files: FileSplit) -> None:
+def test_explicit_loaders(files: FileSplit) -> None:
     assert choose_loader("resident", SPLIT, CPU) == ("resident", "--loader resident")
     assert choose_loader("torch", files, CPU) == ("torch", "--loader torch")
-    with pytest.raises(ValueError, match=r"^--loader resident keeps the images in memory"):
+    with pytest.raises(ValueError, match=r"^--loader resident needs images in memory"):
         choose_loader("resident", files, CPU)
 
 
-def test_rotation_by_nothing_is_the_plain_crop() -> None:
-    """The resampling of rotated images agrees with the whole-pixel crop where the angle is zero."""
+def test_rotation_by_zero_equals_the_crop() -> None:
+    """At angle zero, resampling gives the same pixels as the whole-pixel crop."""
     augmentation = Augmentation(dataclasses.replace(SPEC, augment=Augment(rotation=1e-30)))
     indices = np.arange(10)
     canvas = augmentation.canvas(torch.from_numpy(PIXELS))

@@ -1,7 +1,7 @@
-"""DALI against the resident loader, image by image: same conventions, so only rounding may differ.
+"""DALI against the resident loader, image by image: only rounding may differ.
 
-Tolerances are in steps of 1/255. The augmentations hand on whole values, so where the two arithmetics land on either
-side of a half, a pixel differs by one; `most` bounds how far later steps may carry that, `share` how often it happens.
+Tolerances are in steps of 1/255. Each augmentation rounds to whole values, so pixels near a half can differ by one;
+`most` bounds how far later augmentations amplify that, `share` bounds how many pixels differ.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def pixels(kind: str, spec: LoaderSpec) -> torch.Tensor:
         ("rotation", Augment(rotation=15), 32, 1.001, 0.001),
         ("rotation alone", Augment(crop=False, flip=False, rotation=180), 32, 1.001, 0.001),
         ("colour", Augment(color_jitter=0.4), 32, 1.001, 0.001),
-        ("growing", None, 37, 1.001, 0.002),
+        ("enlarging", None, 37, 1.001, 0.002),
         ("shrinking", None, 25, 1.001, 0.002),
         ("all", ALL, 32, 3.001, 0.002),
-        ("all, growing", ALL, 37, 4.001, 0.003),
+        ("all, enlarging", ALL, 37, 4.001, 0.003),
     ],
 )
 def test_dali_and_resident_agree(
@@ -76,20 +76,20 @@ def test_dali_and_resident_agree(
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3.3), (torch.uint8, 3.0)])
-def test_they_agree_in_every_output_type(dtype: torch.dtype, most: float) -> None:
+def test_dali_and_resident_agree_in_every_dtype(dtype: torch.dtype, most: float) -> None:
     spec = dataclasses.replace(SPEC, augment=ALL, dtype=dtype)
     error = (pixels("dali", spec) - pixels("resident", spec)).abs()
     assert error.max() <= most
     assert (error > 0.5).float().mean() <= 0.002
 
 
-def test_torch_and_resident_are_the_same_arithmetic() -> None:
+def test_torch_equals_resident() -> None:
     spec = dataclasses.replace(SPEC, augment=ALL, image_size=37)
     assert torch.equal(pixels("torch", spec), pixels("resident", spec))
 
 
-def test_the_comparison_would_notice() -> None:
-    """Another seed, or half a pixel, is far outside of the tolerances."""
+def test_the_comparison_detects_other_parameters() -> None:
+    """Another seed is far outside the tolerances."""
     plain = pixels("resident", dataclasses.replace(SPEC, augment=ALL))
     other = pixels("resident", dataclasses.replace(SPEC, augment=ALL, seed=12))
     assert (plain - other).abs().mean() > 20

@@ -17,7 +17,7 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def test_the_own_size_is_returned_as_it_is() -> None:
+def test_same_size_returns_the_input() -> None:
     images = noise(2, 32, 32, 3)
     assert resize(images, 32) is images
 
@@ -28,22 +28,22 @@ def test_a_flat_image_stays_flat(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [34, 37, 86])
-def test_growing_agrees_with_torch(size: int) -> None:
+def test_enlarging_agrees_with_torch(size: int) -> None:
     images = noise(70, 32, 32, 3)  # more than a chunk
     theirs = F.interpolate(torch.from_numpy(images).permute(0, 3, 1, 2).float(), size, mode="bilinear")
     error = np.abs(resize(images, size) - theirs.permute(0, 2, 3, 1).numpy())
     assert error.max() < 0.501  # rounding alone
 
 
-def test_shrinking_averages_what_it_covers() -> None:
-    """To a half, away from the border: weights 1/8, 3/8, 3/8, 1/8 along each axis."""
+def test_shrinking_weights() -> None:
+    """Halving, away from the border: weights 1/8, 3/8, 3/8, 1/8 along each axis."""
     image = noise(1, 16, 16, 1)
     kernel = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
     expected = (image[0, 5:9, 7:11, 0] * kernel).sum()
     assert abs(resize(image, 8)[0, 3, 4, 0] - expected) <= 0.501
 
 
-def test_a_file_is_cut_to_its_central_square(tmp_path: Path) -> None:
+def test_central_square_of_a_file(tmp_path: Path) -> None:
     pixels = noise(20, 33, 3)
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     assert np.array_equal(read_image(tmp_path / "wide.png", 20), pixels[:, 6:26])

@@ -1,4 +1,4 @@
-"""Procedural images: the same for the same (seed, index), balanced, and more than their mean colour."""
+"""Procedural images: keyed by (seed, index), balanced, not separable by mean colour."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ def dataset():
     return load_synthetic(train_size=4000, test_size=1000)
 
 
-def test_a_hundred_classes_in_turn(dataset):
+def test_a_hundred_balanced_classes(dataset):
     assert len(CLASSES) == len(set(CLASSES)) == len(SHAPES) * len(TEXTURES) == 100
     assert dataset.classes == CLASSES
     assert dataset.train.images.shape == (4000, 32, 32, 3)
@@ -21,7 +21,7 @@ def test_a_hundred_classes_in_turn(dataset):
     assert np.bincount(dataset.test.labels).tolist() == [10] * 100
 
 
-def test_an_image_depends_on_seed_and_index_alone(dataset):
+def test_an_image_depends_on_seed_and_index_only(dataset):
     fewer = load_synthetic(train_size=333, test_size=1)
     assert np.array_equal(fewer.train.images, dataset.train.images[:333])
     assert np.array_equal(fewer.test.images, dataset.test.images[:1])
@@ -33,16 +33,16 @@ def test_an_image_depends_on_seed_and_index_alone(dataset):
 
 
 def test_images_are_the_same_on_every_machine():
-    """Change the digest only together with the images' definition: recipes and figures refer to it."""
+    """Recipes and results refer to these images: change the digest only with their definition."""
     assert load_synthetic(train_size=200, test_size=100).fingerprint.startswith("91681b0d72a41907")
 
 
-def test_no_image_comes_twice(dataset):
+def test_images_are_distinct(dataset):
     images = np.concatenate([dataset.train.images, dataset.test.images])
     assert len({image.tobytes() for image in images}) == 5000
 
 
-def test_mean_and_std_are_those_of_the_training_images(dataset):
+def test_mean_and_std(dataset):
     pixels = dataset.train.images / 255
     assert dataset.mean == pytest.approx(pixels.mean((0, 1, 2)))
     assert dataset.std == pytest.approx(pixels.std((0, 1, 2)))
@@ -53,11 +53,11 @@ def nearest_class(train, test, labels):
     return np.argmin(((test[:, None] - centres) ** 2).sum(2), axis=1)
 
 
-def test_mean_colours_do_not_tell_the_class(dataset):
+def test_mean_colours_do_not_predict_the_class(dataset):
     train, test = (split.images.mean((1, 2)) / 255 for split in (dataset.train, dataset.test))
     assert (nearest_class(train, test, dataset.train.labels) == dataset.test.labels).mean() < 0.03
 
-    # Nor do curved boundaries in the space of mean colours: least squares on all products of two.
+    # Nor do quadratic features of the mean colours.
     def features(x):
         x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
         return (x[:, :, None] * x[:, None, :]).reshape(len(x), -1)
@@ -66,8 +66,8 @@ def test_mean_colours_do_not_tell_the_class(dataset):
     assert ((features(test) @ weights).argmax(1) == dataset.test.labels).mean() < 0.05
 
 
-def test_textures_and_shapes_can_be_told_apart(dataset):
-    """A linear look at frequencies already finds textures: there is something to learn."""
+def test_spectra_predict_textures_and_shapes(dataset):
+    """Nearest centroids of power spectra beat chance: the classes can be learnt."""
 
     def spectrum(images):
         grey = images.mean(3) - images.mean((1, 2, 3))[:, None, None]

@@ -137,5 +137,5 @@ def test_damaged_data_are_refused(tmp_path, archive, damaged, truncated):
         changed = bytearray(whole)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(whole[: bit // 8] if truncated else changed)
-        with pytest.raises(ValueError, match="truncated or altered"):
+        with pytest.raises(ValueError, match="truncated or modified"):
             read(archive, fetch(archive, tmp_path, download=False), "train")

@@ -1,1 +1,1 @@
-
+"""Curves, Pareto fronts, confusion matrices, tables and pages of results."""

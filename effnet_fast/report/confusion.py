@@ -1,4 +1,4 @@
-"""What a classifier confuses: accuracy by class as CSV, the confusion matrix as a picture."""
+"""Accuracy by class as CSV, and the confusion matrix as a picture."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from effnet_fast.report import picture
 
-MOST_NAMES = 120  # beyond this many classes their names cannot be read beside the matrix
-LISTED = 20
+MOST_NAMES = 120  # with more classes, their names beside the matrix would be too small to read
+LISTED = 20  # pairs and classes listed beside the matrix
 
 
 def write_per_class(path: str | Path, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
-    """Write one CSV row a class: class, images, correct, top1 (percent, empty where there are no images).
+    """Write one CSV row per class: class, images, correct, top1 (percent; empty if the class has no images).
 
     Args:
         classes: K names.
-        confusion: int64 [K, K], images by true class (row) and predicted class (column).
+        confusion: int64 [K, K], number of images by true class (row) and predicted class (column).
 
     Raises:
         ValueError: the path cannot be written.
@@ -43,26 +43,26 @@ def write_per_class(path: str | Path, classes: Sequence[str], confusion: NDArray
         raise ValueError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
 
-@rc_context({"text.parse_math": False})  # a class name may hold dollar signs
+@rc_context({"text.parse_math": False})  # class names may contain dollar signs
 def plot_confusion(path: str | Path, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
-    """Draw the confusion matrix, each row as shares of its true class, the worst pairs and classes listed beside it.
+    """Draw the confusion matrix, each row divided by its sum, with the most confused pairs and classes beside it.
 
-    The scale is logarithmic: on a linear one the diagonal hides every confusion of a few percent.
+    The colour scale is logarithmic, because on a linear one the diagonal hides confusions of a few percent.
 
     Args:
-        path: picture to write; .png, .svg or .pdf says its format.
+        path: picture to write, .png, .svg or .pdf.
         classes: K names.
-        confusion: int64 [K, K], images by true class (row) and predicted class (column).
+        confusion: int64 [K, K], number of images by true class (row) and predicted class (column).
 
     Raises:
-        ValueError: another suffix, no images at all, or a path that cannot be written.
+        ValueError: there are no images, or the path has another suffix or cannot be written.
     """
     _check(classes, confusion)
     path = Path(path)
     picture.check_suffix(path)
     images = confusion.sum()
     if images == 0:
-        raise ValueError("no images to draw a confusion matrix of: evaluate on at least one")
+        raise ValueError("a confusion matrix needs at least one image: evaluate on more")
     figure = Figure(figsize=(16, 12), dpi=140, layout="constrained")
     matrix, listing = figure.subplots(1, 2, width_ratios=(3.4, 1))
     _draw_matrix(figure, matrix, classes, confusion)
@@ -73,9 +73,9 @@ def plot_confusion(path: str | Path, classes: Sequence[str], confusion: NDArray[
 
 
 def most_confused(confusion: NDArray[np.int64], count: int) -> list[tuple[int, int]]:
-    """The pairs (true, predicted) of different classes with the largest share of the true class, largest first.
+    """Return the pairs (true, predicted) of different classes with the largest shares of the true class, largest first.
 
-    Pairs that never occur are left out, so there may be fewer than `count`.
+    Pairs that never occur are omitted, so there may be fewer than `count`.
     """
     wrong = _shares(confusion)
     np.fill_diagonal(wrong, 0)
@@ -89,16 +89,16 @@ def _check(classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
 
 
 def _shares(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64 [K, K]: each row divided by its sum; a class without images stays zero."""
+    """Divide each row by its sum: float64 [K, K]. A class without images stays zero."""
     return confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
 
 
 def _draw_matrix(figure: Figure, axes: Axes, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
     percent = 100 * _shares(confusion)
     smallest = percent[percent > 0].min()
-    colours = colormaps["magma_r"].with_extremes(bad="white")
-    shown = axes.imshow(
-        np.ma.masked_equal(percent, 0), cmap=colours, norm=LogNorm(min(smallest, 1), 100), interpolation="nearest"
+    colormap = colormaps["magma_r"].with_extremes(bad="white")
+    image = axes.imshow(
+        np.ma.masked_equal(percent, 0), cmap=colormap, norm=LogNorm(min(smallest, 1), 100), interpolation="nearest"
     )
     axes.set(xlabel="predicted class", ylabel="true class")
     if len(classes) <= MOST_NAMES:
@@ -108,21 +108,21 @@ def _draw_matrix(figure: Figure, axes: Axes, classes: Sequence[str], confusion: 
         axes.tick_params(length=0, pad=2)
     ticks = LogLocator(subs=(1, 2, 5))
     scale = figure.colorbar(
-        shown, ax=axes, location="bottom", shrink=0.5, aspect=50, pad=0.01, ticks=ticks, format="%g"
+        image, ax=axes, location="bottom", shrink=0.5, aspect=50, pad=0.01, ticks=ticks, format="%g"
     )
     scale.minorticks_off()
     scale.set_label("share of the true class's images (%); white: none")
 
 
 def _list_worst(axes: Axes, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
-    """The most confused pairs and the classes of lowest accuracy, as text."""
+    """List the most confused pairs and the classes with the lowest accuracy."""
     percent = 100 * _shares(confusion)
     pairs = [
         f"{percent[truth, predicted]:5.1f} %  {classes[truth]} → {classes[predicted]}"
         for truth, predicted in most_confused(confusion, LISTED)
     ]
-    seen = np.flatnonzero(confusion.sum(1))
-    lowest = seen[np.argsort(percent.diagonal()[seen], kind="stable")][:LISTED]
+    evaluated = np.flatnonzero(confusion.sum(1))
+    lowest = evaluated[np.argsort(percent.diagonal()[evaluated], kind="stable")][:LISTED]
     accuracies = [f"{percent[k, k]:5.1f} %  {classes[k]}" for k in lowest]
     for top, title, lines in ((1, "Most confused: true → predicted", pairs), (0.5, "Lowest top-1", accuracies)):
         axes.text(0, top, title, va="top", fontsize=12)

@@ -1,6 +1,6 @@
-"""Curves of one or several runs over each other, read from their metrics.jsonl.
+"""Curves of one or several runs in one picture, read from their metrics.jsonl.
 
-A run is told by its colour and marker, a series by its line style, so that the picture also reads in greyscale.
+Each run has a colour and a marker, each series a line style, so the picture also works in greyscale.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from matplotlib.ticker import EngFormatter
 from effnet_fast.report import picture
 
 Row = dict[str, Any]
-Look = dict[str, Any]
+Style = dict[str, Any]  # keyword arguments of matplotlib
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, dark and light by turns. Seven colours against
-# eight markers repeat only after 56 runs.
-COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")
+# Okabe and Ito's palette, which colour-blind readers can distinguish, dark and light in turn. With eight markers the
+# combinations repeat after 56 runs.
+COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MARKS_PER_LINE = 12
 
 TRAINING, EVALUATION, EMA = "training", "evaluation", "evaluation, EMA weights"
-SERIES: dict[str, Look] = {
+SERIES: dict[str, Style] = {
     TRAINING: {"linestyle": "-", "linewidth": 0.8, "markersize": 3.5, "fillstyle": "none", "zorder": 2},
     EVALUATION: {"linestyle": "-", "linewidth": 2.0, "markersize": 5.5, "zorder": 3},
     EMA: {"linestyle": "--", "linewidth": 1.6, "markersize": 5.5, "fillstyle": "none", "zorder": 4},
@@ -39,12 +39,12 @@ SERIES: dict[str, Look] = {
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a run wrote down, by rising step.
+    """The rows of a metrics.jsonl, in order of steps.
 
     Attributes:
         name: the run's folder name.
-        train: one row a logging period: step, epoch, loss (nats), top1 (percent), learning_rate, img_per_s, ...
-        eval: one row an evaluation: step, epoch, split, loss, top1, top5, and ema_loss, ... where there is an EMA.
+        train: one row per logging period: step, epoch, loss (nats), top1 (percent), learning_rate, img_per_s, ...
+        eval: one row per evaluation: step, epoch, split, loss, top1, top5, and ema_loss, ... if the run keeps an EMA.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Metrics:
 
     @property
     def split(self) -> str | None:
-        """The images it was evaluated on: test or val."""
+        """The images of the evaluation: test or val; None before the first."""
         return self.eval[-1].get("split") if self.eval else None
 
     def series(self, label: str, key: str) -> tuple[list[float], list[float]]:
-        """Epochs and values of one quantity, from the rows that have it; `label` is one of SERIES."""
+        """Return epochs and values of one quantity; `label` is one of SERIES. Rows without it are omitted."""
         rows = [row for row in (self.train if label == TRAINING else self.eval) if row.get(key) is not None]
         return [row["epoch"] for row in rows], [row[key] for row in rows]
 
@@ -65,36 +65,36 @@ class Metrics:
 def read_metrics(run_dir: str | Path) -> Metrics:
     """Read the metrics.jsonl of a run.
 
-    A last line that a kill tore off is ignored. Where a resumed run wrote a step again, the later row stands.
+    An incomplete last line, left by a killed run, is ignored. If a resumed run repeats a step, the later row counts.
 
     Raises:
-        FileNotFoundError: no such folder, or no metrics.jsonl in it.
-        ValueError: no row in it, or a line that is not one.
+        FileNotFoundError: the folder does not exist or has no metrics.jsonl.
+        ValueError: the file has no row, or an invalid line.
     """
     run_dir = Path(run_dir)
     path = run_dir / "metrics.jsonl"
     if not run_dir.is_dir():
         raise FileNotFoundError(f"no run at {run_dir}: give the folder of a run, e.g. results/RUN")
     if not path.is_file():
-        raise FileNotFoundError(f"no metrics.jsonl in {run_dir}: give the folder that `effnet-fast train` wrote")
+        raise FileNotFoundError(f"no metrics.jsonl in {run_dir}: give a folder that `effnet-fast train` wrote")
     rows = {(row["kind"], row["step"]): row for row in _rows(path)}
     if not rows:
-        raise ValueError(f"{path} holds no metrics yet: train until the first row is logged")
+        raise ValueError(f"{path} has no metrics yet: train until the first row is logged")
     by_kind = {kind: [rows[key] for key in sorted(rows) if key[0] == kind] for kind in ("train", "eval")}
     return Metrics(name=run_dir.resolve().name, **by_kind)
 
 
-@rc_context({"text.parse_math": False})  # a run's name may hold dollar signs
+@rc_context({"text.parse_math": False})  # run names may contain dollar signs
 def plot_curves(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
-    """Draw loss, top-1, learning rate and throughput of runs against their epochs, and return the picture's path.
+    """Draw loss, top-1, learning rate and throughput of runs against epochs, and return the picture's path.
 
     Args:
-        run_dirs: folders of runs, drawn over each other.
-        output: picture to write; .png, .svg or .pdf says its format.
+        run_dirs: folders of runs.
+        output: picture to write, .png, .svg or .pdf.
 
     Raises:
         FileNotFoundError: a run or its metrics.jsonl is missing.
-        ValueError: no run, no metrics, another suffix, or an output that cannot be written.
+        ValueError: there are no runs or no metrics, or the output has another suffix or cannot be written.
     """
     output = Path(output)
     picture.check_suffix(output)
@@ -129,16 +129,16 @@ def _rows(path: Path) -> Iterator[Row]:
             valid = row is None or {"kind", "step", "epoch"} <= row.keys()
         except (ValueError, AttributeError):
             valid = False
-        if not valid and number == len(lines):  # what follows the last line break was torn off by a kill
+        if not valid and number == len(lines):  # a killed run leaves an incomplete last line
             return
         if not valid:
-            raise ValueError(f"line {number} of {path} is not a row of metrics: the file was altered")
+            raise ValueError(f"line {number} of {path} is not a row of metrics: restore the file or remove the line")
         if row is not None:
             yield row
 
 
-def _look(run: int) -> Look:
-    return {"color": COLOURS[run % len(COLOURS)], "marker": MARKERS[run % len(MARKERS)]}
+def _run_style(run: int) -> Style:
+    return {"color": COLORS[run % len(COLORS)], "marker": MARKERS[run % len(MARKERS)]}
 
 
 def _draw(axes: Axes, runs: Sequence[Metrics], keys: dict[str, str]) -> None:
@@ -146,23 +146,23 @@ def _draw(axes: Axes, runs: Sequence[Metrics], keys: dict[str, str]) -> None:
         for label, key in keys.items():
             epochs, values = run.series(label, key)
             every = max(1, len(values) // MARKS_PER_LINE)
-            first = number * every // len(runs)  # runs that coincide still show each its own markers
-            axes.plot(epochs, values, **_look(number), **SERIES[label], markevery=(first, every))
+            first = number * every // len(runs)  # coinciding curves keep visible markers of each run
+            axes.plot(epochs, values, **_run_style(number), **SERIES[label], markevery=(first, every))
     axes.set_xlabel("epoch")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
 
 
 def _labels(runs: Sequence[Metrics], run_dirs: Sequence[str | Path]) -> list[str]:
-    """The runs' names, or their whole paths where two share a name, with the images they are evaluated on."""
-    shared = Counter(run.name for run in runs)
-    names = [run.name if shared[run.name] == 1 else str(run_dir) for run, run_dir in zip(runs, run_dirs, strict=True)]
+    """Return the runs' names, or paths where two share a name, with the split they are evaluated on."""
+    counts = Counter(run.name for run in runs)
+    names = [run.name if counts[run.name] == 1 else str(run_dir) for run, run_dir in zip(runs, run_dirs, strict=True)]
     return [f"{name} (evaluated on {run.split})" if run.split else name for name, run in zip(names, runs, strict=True)]
 
 
 def _legend(figure: Figure, runs: Sequence[Metrics], labels: Sequence[str]) -> None:
-    shown = [label for label in SERIES if label != EMA or any(run.series(EMA, "ema_loss")[0] for run in runs)]
-    lines = [Line2D([], [], color="0.3", marker="o", **SERIES[label]) for label in shown]
-    figure.legend(lines, shown, loc="outside upper center", ncols=len(shown), frameon=False)
-    looks = [Line2D([], [], linewidth=2, **_look(number)) for number in range(len(runs))]
-    figure.legend(looks, labels, loc="outside lower center", ncols=min(3, len(runs)), title="Runs", frameon=False)
+    series = [label for label in SERIES if label != EMA or any(run.series(EMA, "ema_loss")[0] for run in runs)]
+    lines = [Line2D([], [], color="0.3", marker="o", **SERIES[label]) for label in series]
+    figure.legend(lines, series, loc="outside upper center", ncols=len(series), frameon=False)
+    run_lines = [Line2D([], [], linewidth=2, **_run_style(number)) for number in range(len(runs))]
+    figure.legend(run_lines, labels, loc="outside lower center", ncols=min(3, len(runs)), title="Runs", frameon=False)

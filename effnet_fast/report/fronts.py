@@ -1,4 +1,4 @@
-"""Pictures of a search and of a study: what was tried, its cost, its accuracy. They also read in greyscale."""
+"""Pictures of a search and of a study: candidates, costs and accuracies. They also work in greyscale."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from effnet_fast.report import picture
-from effnet_fast.report.curves import COLOURS, MARKERS, Look
+from effnet_fast.report.curves import COLORS, MARKERS, Style
 
 Row = dict[str, Any]
 COSTS = {
-    "pareto_macs": ("macs", "multiply-accumulates of one image"),
+    "pareto_macs": ("macs", "multiply-accumulates per image"),
     "pareto_parameters": ("parameters", "parameters"),
-    "pareto_latency": ("latency_ms", "latency of one image, measured (ms)"),
+    "pareto_latency": ("latency_ms", "measured latency of one image (ms)"),
 }
 LINES = ("-", "--", "-.", ":")
 REFERENCE_MARKERS = ("P", "X", "*", "h", "p")
@@ -38,27 +38,27 @@ def save_both(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def feasible_set(candidates: Sequence[Row], dropped: Sequence[Row], chosen: str | None = None) -> Figure:
-    """Candidates in the plane of beta and gamma, each with its alpha beside it.
+    """Plot candidates by beta and gamma, each labelled with its alpha.
 
     Args:
-        candidates: name, alpha, beta, gamma, same_as of each.
-        dropped: alpha, beta, gamma of what no phi fits.
-        chosen: name of the best candidate, once it is known.
+        candidates: name, alpha, beta, gamma and same_as of each.
+        dropped: alpha, beta and gamma of scales that exceed a limit.
+        chosen: name of the best candidate, if known.
     """
     figure = Figure(figsize=(9, 6.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     merged = [{"alpha": a, "beta": b, "gamma": g} for row in candidates for a, b, g in row["same_as"]]
     best = [row for row in candidates if row["name"] == chosen]
-    groups: tuple[tuple[str, Sequence[Row], Look], ...] = (
-        ("candidate", candidates, {"marker": "o", "color": COLOURS[0], "s": 60, "zorder": 3}),
+    groups: tuple[tuple[str, Sequence[Row], Style], ...] = (
+        ("candidate", candidates, {"marker": "o", "color": COLORS[0], "s": 60, "zorder": 3}),
         ("rounds to a candidate", merged, {"marker": "o", "facecolors": "none", "edgecolors": "0.35", "s": 110}),
-        ("over a limit", dropped, {"marker": "x", "color": COLOURS[4], "s": 60, "zorder": 3}),
-        (f"chosen: {chosen}", best, {"marker": "*", "color": COLOURS[2], "s": 260, "zorder": 4}),
+        ("over a limit", dropped, {"marker": "x", "color": COLORS[4], "s": 60, "zorder": 3}),
+        (f"chosen: {chosen}", best, {"marker": "*", "color": COLORS[2], "s": 260, "zorder": 4}),
     )
-    for label, rows, look in groups:
+    for label, rows, style in groups:
         if rows:
-            axes.scatter([row["beta"] for row in rows], [row["gamma"] for row in rows], label=label, **look)
-    _alphas_beside(axes, [*candidates, *merged, *dropped])
+            axes.scatter([row["beta"] for row in rows], [row["gamma"] for row in rows], label=label, **style)
+    _label_alphas(axes, [*candidates, *merged, *dropped])
     _contours_of_alpha(axes)
     axes.set(
         xlabel=r"$\beta$ (width)",
@@ -70,7 +70,7 @@ def feasible_set(candidates: Sequence[Row], dropped: Sequence[Row], chosen: str 
     return figure
 
 
-def _alphas_beside(axes: Axes, rows: Sequence[Row]) -> None:
+def _label_alphas(axes: Axes, rows: Sequence[Row]) -> None:
     places: dict[tuple[float, float], set[float]] = {}
     for row in rows:
         places.setdefault((row["beta"], row["gamma"]), set()).add(row["alpha"])
@@ -80,7 +80,7 @@ def _alphas_beside(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _contours_of_alpha(axes: Axes) -> None:
-    """Where alpha must be 1, 1.1, ... for a product of 2."""
+    """Draw lines where alpha must be 1, 1.1, ... for a product of 2."""
     axes.margins(0.12)
     axes.autoscale_view()
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -93,22 +93,22 @@ def _contours_of_alpha(axes: Axes) -> None:
 
 
 def pareto_fronts(rows: Sequence[Row], chosen: str | None = None) -> Figure:
-    """Validation accuracy against MACs, parameters and latency; a line joins what no candidate beats at both.
+    """Plot validation accuracy against MACs, parameters and latency; a line joins the Pareto front.
 
     Args:
         rows: of `search.collect`.
-        chosen: name of the best candidate, once it is known.
+        chosen: name of the best candidate, if known.
     """
     figure = Figure(figsize=(15, 5), dpi=120, layout="constrained")
     for axes, (flag, (cost, label)) in zip(figure.subplots(1, 3, sharey=True), COSTS.items(), strict=True):
-        shown = [row for row in rows if row[cost] is not None and row["top1_mean"] is not None]
-        front = sorted((row for row in shown if row[flag]), key=lambda row: row[cost])
-        others = [row for row in shown if not row[flag]]
+        known = [row for row in rows if row[cost] is not None and row["top1_mean"] is not None]
+        front = sorted((row for row in known if row[flag]), key=lambda row: row[cost])
+        others = [row for row in known if not row[flag]]
         axes.plot(*_points(front, cost), color="0.2", linewidth=1.2, zorder=1, label="Pareto front")
-        _error_bars(axes, others, cost, color="0.55", fillstyle="none", label="beaten")
-        _error_bars(axes, front, cost, color=COLOURS[0], label="on the front")
-        best = [row for row in shown if row["name"] == chosen]
-        axes.plot(*_points(best, cost), "*", color=COLOURS[2], markersize=17, zorder=4, label="chosen")
+        _error_bars(axes, others, cost, color="0.55", fillstyle="none", label="dominated")
+        _error_bars(axes, front, cost, color=COLORS[0], label="on the front")
+        best = [row for row in known if row["name"] == chosen]
+        axes.plot(*_points(best, cost), "*", color=COLORS[2], markersize=17, zorder=4, label="chosen")
         for row in front:
             place = (row[cost], row["top1_mean"])
             axes.annotate(row["name"], place, xytext=(6, -12), textcoords="offset points", fontsize=8)
@@ -125,18 +125,18 @@ def _points(rows: Sequence[Row], cost: str) -> tuple[list[float], list[float]]:
     return [row[cost] for row in rows], [row["top1_mean"] for row in rows]
 
 
-def _error_bars(axes: Axes, rows: Sequence[Row], cost: str, **look: Any) -> None:
+def _error_bars(axes: Axes, rows: Sequence[Row], cost: str, **style: Any) -> None:
     spreads = [row["top1_std"] or 0 for row in rows]
-    axes.errorbar(*_points(rows, cost), yerr=spreads, fmt="o", capsize=3, elinewidth=0.9, markersize=8, **look)
+    axes.errorbar(*_points(rows, cost), yerr=spreads, fmt="o", capsize=3, elinewidth=0.9, markersize=8, **style)
 
 
 def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
-    """Accuracy against MACs of each way to scale, from the baseline on (figure 8 of the EfficientNet paper).
+    """Plot accuracy against MACs for each way to scale the baseline (figure 8 of the EfficientNet paper).
 
     Args:
-        rows: model, depth, macs, top1_mean, top1_std of the baseline, of each scaled model, and of reference models,
-            which have no depth and stand for themselves.
-        split: the images the accuracy is of: val or test.
+        rows: model, depth, macs, top1_mean and top1_std of the baseline, the scaled models and reference models, which
+            have no depth and are not joined to the baseline.
+        split: images of the evaluation, val or test.
     """
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -146,7 +146,7 @@ def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
     for number, way in enumerate(ways):
         line = sorted((row for row in known if row["model"] == way), key=lambda row: row["macs"])
         points = [*baseline, *line]
-        look: Look = {"color": COLOURS[number], "linestyle": LINES[number % len(LINES)]}
+        style: Style = {"color": COLORS[number], "linestyle": LINES[number % len(LINES)]}
         axes.errorbar(
             *_points(points, "macs"),
             yerr=[row["top1_std"] or 0 for row in points],
@@ -154,13 +154,13 @@ def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
             markersize=8,
             capsize=3,
             label=way,
-            **look,
+            **style,
         )
     references = (row for row in known if row["depth"] is None)
     for marker, row in zip(itertools.cycle(REFERENCE_MARKERS), references):
         axes.plot(*_points([row], "macs"), marker, color="0.35", markersize=9, label=row["model"])
-    axes.plot(*_points(baseline, "macs"), "o", color=COLOURS[2], markersize=11, zorder=4, label="baseline (B0)")
-    axes.set(xlabel="multiply-accumulates of one image", ylabel=f"{split} top-1 (%)", title="Ways to scale B0")
+    axes.plot(*_points(baseline, "macs"), "o", color=COLORS[2], markersize=11, zorder=4, label="baseline (B0)")
+    axes.set(xlabel="multiply-accumulates per image", ylabel=f"{split} top-1 (%)", title="Ways to scale B0")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""Saving a figure: whole or not at all, and with one clear line when it cannot be."""
+"""Save figures, with a one-line error if that fails."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_suffix(path: Path) -> None:
-    """Raise ValueError unless the path ends in .png, .svg or .pdf: worth knowing before anything is drawn."""
+    """Raise ValueError unless the path ends in .png, .svg or .pdf. Call it before drawing."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"cannot tell the picture's format from {path}: end its name in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path} is not a picture's name: end it in {', '.join(SUFFIXES)}")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format its suffix names, making the folder.
+    """Write a figure in the format of the path's suffix, and create the folder if necessary.
 
     Raises:
-        ValueError: another suffix than .png, .svg or .pdf, or a path that cannot be written.
+        ValueError: the suffix is not .png, .svg or .pdf, or the path cannot be written.
     """
     check_suffix(path)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.lower()[1:])
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.lower()[1:])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture.getvalue())
+        path.write_bytes(content.getvalue())
     except OSError as error:
         raise ValueError(f"cannot write the picture {path}: {error.strerror}; choose another output") from error

@@ -1,4 +1,4 @@
-"""What the workers of a search are doing: a live table on a terminal, plain lines elsewhere."""
+"""Progress of a search's workers: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-SHOWN = 24  # rows: what runs, then the best
+MAX_ROWS = 24  # of the live table
 
 
 class TrialState(Protocol):
-    """A trial as a table shows it; see `search.trials.State`."""
+    """The fields of `search.trials.State` that the table shows."""
 
     @property
     def run(self) -> str: ...
@@ -34,17 +34,17 @@ class TrialState(Protocol):
 
 
 class Board:
-    """A context manager that shows the trials of a search, of all its workers.
+    """A context manager that shows the trials of all workers of a search.
 
     Args:
-        states: asked now and then, from another thread too.
-        epochs: of a whole trial.
+        states: returns the trials; called repeatedly, also from another thread.
+        epochs: epochs of a complete trial.
     """
 
     def __init__(self, states: Callable[[], Sequence[TrialState]], epochs: int) -> None:
         self.states = states
         self.epochs = epochs
-        # The file is named: while a run trains, sys.stdout is its log.
+        # Bind the terminal now: sys.stdout is redirected to a log while a run trains.
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         if self.console.is_terminal:
@@ -66,7 +66,7 @@ class Board:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line, where there is no table to read it from."""
+        """Print a line with the summary, unless the live table shows it."""
         if self._live is None:
             self.console.print(f"{text}  ({summary(self.states(), self.epochs)})")
 
@@ -76,12 +76,12 @@ class Board:
 
 
 def trial_table(states: Sequence[TrialState], epochs: int) -> Table:
-    """The trials that run, then the others by accuracy, best first."""
+    """Return a table of the running trials, then the others by accuracy, best first."""
     table = Table("trial", "state", "epoch", "val top-1 %", "time", "")
     for column in table.columns[2:5]:
         column.justify = "right"
-    begun = [state for state in states if state.state != "WAITING"]
-    for state in sorted(begun, key=lambda s: (s.state != "RUNNING", -(s.top1 or 0)))[:SHOWN]:
+    started = [state for state in states if state.state != "WAITING"]
+    for state in sorted(started, key=lambda s: (s.state != "RUNNING", -(s.top1 or 0)))[:MAX_ROWS]:
         table.add_row(
             state.run,
             state.state.lower(),
@@ -94,7 +94,10 @@ def trial_table(states: Sequence[TrialState], epochs: int) -> Table:
 
 
 def summary(states: Sequence[TrialState], epochs: int) -> str:
-    """`3 of 12 done, 2 running, ETA 0:04:10`: by the pace of the trials that ended, at as many workers as now."""
+    """Return e.g. `3 of 12 done, 2 running, ETA 0:04:10`.
+
+    The ETA assumes the mean pace of the completed trials and the present number of workers.
+    """
     counts = Counter(state.state for state in states)
     done = len(states) - counts["WAITING"] - counts["RUNNING"]
     parts = [
@@ -109,12 +112,12 @@ def _seconds_left(states: Sequence[TrialState], epochs: int, workers: int) -> fl
     paces = [s.seconds / s.epochs for s in states if s.state == "COMPLETE" and s.seconds and s.epochs]
     if not paces:
         return None
-    left = sum(epochs - s.epochs for s in states if s.state in ("WAITING", "RUNNING"))
-    return statistics.fmean(paces) * left / workers
+    remaining = sum(epochs - s.epochs for s in states if s.state in ("WAITING", "RUNNING"))
+    return statistics.fmean(paces) * remaining / workers
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss."""
+    """Format seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

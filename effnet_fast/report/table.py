@@ -1,4 +1,4 @@
-"""Tables: for the terminal, and as CSV."""
+"""Tables as CSV and as text for the terminal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Row = dict[str, Any]
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Rows under their common columns, in the order of the first row; None is empty, lists are joined by spaces."""
+    """Return rows as CSV, columns in the order of the first row; None is empty, and lists are joined by spaces."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
+    writer.writerows({name: _join(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """Rows in columns as wide as they need to be: words to the left, numbers to the right."""
-    cells = [list(rows[0]), *([shown(value) for value in row.values()] for row in rows)]
+    """Return rows in aligned columns: text to the left, numbers to the right."""
+    cells = [list(rows[0]), *([format_value(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [not isinstance(value, str) for value in rows[0].values()]
     return "\n".join(
@@ -33,8 +33,8 @@ def as_text(rows: Sequence[Row]) -> str:
     )
 
 
-def shown(value: Any) -> str:
-    """A value for people: 4 digits of a fraction, thousands apart, a dash for what is not known."""
+def format_value(value: Any) -> str:
+    """Format a value for people: floats with 4 digits, integers with thousands separators, None as a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -43,8 +43,8 @@ def shown(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return str(_join(value))
 
 
-def _plain(value: Any) -> Any:
+def _join(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else value

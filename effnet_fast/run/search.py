@@ -320,7 +320,7 @@ def _collect(job: _Search) -> int:
 def _draw(job: _Search, rows: list[dict[str, Any]], choice: Choice | None = None) -> None:
     """The pictures (PNG, SVG) and the page that holds them, with the choice in them once it is made."""
     from effnet_fast.report.fronts import feasible_set, pareto_fronts, save_both
-    from effnet_fast.report.page import page
+    from effnet_fast.report.page import render_page
 
     plan = claim_folder(job.folder / "plan.json", job.config, job.dataset)
     assert plan is not None
@@ -328,7 +328,7 @@ def _draw(job: _Search, rows: list[dict[str, Any]], choice: Choice | None = None
     _, feasible = save_both(feasible_set(plan["candidates"], plan["dropped"], chosen), job.folder, "feasible")
     _, fronts = save_both(pareto_fronts(rows, chosen), job.folder, "pareto")
     note = f"Chosen: {choice.name}; {choice.confidence}." if choice else "Nothing is chosen yet."
-    text = page(
+    text = render_page(
         f"Search {job.config.name}: accuracy on held-out images",
         rows,
         {"Accuracy against cost": fronts, "Feasible factors": feasible},

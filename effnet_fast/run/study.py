@@ -174,7 +174,7 @@ def _draw(config: StudyConfig, rows: list[dict[str, Any]], runs: list[_Run], fol
     """Accuracy against MACs, the runs' curves, and the page that holds both with the table."""
     from effnet_fast.report.curves import plot_curves
     from effnet_fast.report.fronts import save_both, scaling_curves
-    from effnet_fast.report.page import page
+    from effnet_fast.report.page import render_page
 
     trained = [run for run in runs if "top1" in run.result]
     split = trained[0].result["split"]
@@ -183,7 +183,7 @@ def _draw(config: StudyConfig, rows: list[dict[str, Any]], runs: list[_Run], fol
         curves = plot_curves([folder / "runs" / run.name for run in trained], folder / f"curves.{suffix}")
     pictures = {"Accuracy against multiply-accumulates": against_macs, "Curves of the runs": curves}
     note = f"All trained alike for {config.num_epochs} epochs; accuracy on the {split} images after the last."
-    write_atomically(folder / "study.html", page(f"Study {config.name}", rows, pictures, note).encode())
+    write_atomically(folder / "study.html", render_page(f"Study {config.name}", rows, pictures, note).encode())
 
 
 def _result_row(family: Family, member: Member, runs: list[_Run]) -> dict[str, Any]:

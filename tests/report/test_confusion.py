@@ -1,4 +1,4 @@
-"""Accuracy by class and the picture of the confusion matrix."""
+"""Accuracy by class, and the picture of the confusion matrix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def drawn(monkeypatch) -> list[Figure]:
     return figures
 
 
-def test_per_class_counts_rows_and_diagonal(tmp_path):
+def test_per_class_table(tmp_path):
     path = tmp_path / "new" / "per_class.csv"
     write_per_class(path, CLASSES, CONFUSION)
     with path.open(newline="") as file:
@@ -38,19 +38,19 @@ def test_per_class_counts_rows_and_diagonal(tmp_path):
         ]
 
 
-def test_per_class_says_what_cannot_be_written(tmp_path):
+def test_unwritable_table(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"cannot write .*choose another folder"):
         write_per_class(tmp_path / "file" / "per_class.csv", CLASSES, CONFUSION)
 
 
-def test_most_confused_ranks_shares_of_the_true_class():
+def test_most_confused():
     assert most_confused(CONFUSION, 10) == [(3, 2), (1, 3), (0, 1), (0, 2)]
     assert most_confused(CONFUSION, 2) == [(3, 2), (1, 3)]
     assert most_confused(np.eye(3, dtype=np.int64), 5) == []
 
 
-def test_the_matrix_shows_shares_of_each_row(tmp_path, drawn):
+def test_matrix_shows_row_shares(tmp_path, drawn):
     plot_confusion(tmp_path / "confusion.png", CLASSES, CONFUSION)
     matrix = drawn[0].axes[0]
     shown = matrix.get_images()[0].get_array()
@@ -64,7 +64,7 @@ def test_the_matrix_shows_shares_of_each_row(tmp_path, drawn):
     assert "top-1 58.82 %" in drawn[0].get_suptitle()
 
 
-def test_a_hundred_classes_keep_their_names_and_their_order(tmp_path, drawn):
+def test_hundred_class_names_in_order(tmp_path, drawn):
     names = [f"class_{k}" for k in range(100)]
     confusion = np.diag(np.full(100, 90, dtype=np.int64))
     confusion[:, 99] += 10
@@ -73,20 +73,20 @@ def test_a_hundred_classes_keep_their_names_and_their_order(tmp_path, drawn):
     shown = drawn[0].axes[0].get_images()[0].get_array()
     np.testing.assert_allclose(shown.diagonal(), [90] * 99 + [100])
     with Image.open(tmp_path / "confusion.png") as image:
-        assert min(image.size) >= 1500  # ten pixels and more a class, or the names run together
+        assert min(image.size) >= 1500  # at least ten pixels per class, or the names overlap
         dark = (np.asarray(image.convert("L")) < 60).sum()
-    assert dark > 100 * 10 * 10  # the diagonal's cells
+    assert dark > 100 * 10 * 10  # the cells of the diagonal
 
 
-def test_names_that_could_not_be_read_are_left_out(tmp_path, drawn):
+def test_unreadable_names_are_omitted(tmp_path, drawn):
     plot_confusion(tmp_path / "confusion.png", [f"class_{k}" for k in range(200)], np.eye(200, dtype=np.int64))
     assert "class_0" not in [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
 
 
-def test_bad_input_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"end its name in \.png"):
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match=r"end it in \.png"):
         plot_confusion(tmp_path / "confusion.gif", CLASSES, CONFUSION)
-    with pytest.raises(ValueError, match="no images to draw"):
+    with pytest.raises(ValueError, match="needs at least one image"):
         plot_confusion(tmp_path / "confusion.png", CLASSES, np.zeros((4, 4), dtype=np.int64))
     with pytest.raises(AssertionError):
         plot_confusion(tmp_path / "confusion.png", CLASSES[:3], CONFUSION)

@@ -1,4 +1,4 @@
-"""Reading metrics.jsonl and drawing it."""
+"""Reading and drawing metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def lines(figure: Figure, panel: int) -> list[tuple[list[float], list[float]]]:
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[panel].get_lines()]
 
 
-def test_read_metrics_tells_the_kinds_apart(run):
+def test_read_metrics(run):
     metrics = read_metrics(run)
     assert (metrics.name, metrics.split) == ("b0", "test")
     assert [row["step"] for row in metrics.train] == [5, 10, 15]
@@ -59,17 +59,17 @@ def test_read_metrics_tells_the_kinds_apart(run):
 
 
 @pytest.mark.parametrize("tail", ['{"kind": "train", "st', "{", "\x00\x00\x00", '{"kind": "eval"}'])
-def test_a_torn_last_line_is_ignored(tmp_path, tail):
+def test_incomplete_last_line_is_ignored(tmp_path, tail):
     metrics = read_metrics(write_run(tmp_path / "killed", [train_row(5), eval_row(10)], tail))
     assert [len(metrics.train), len(metrics.eval)] == [1, 1]
 
 
-def test_a_whole_last_line_without_a_line_break_is_read(tmp_path):
+def test_last_line_without_line_break(tmp_path):
     metrics = read_metrics(write_run(tmp_path / "killed", [train_row(5)], json.dumps(train_row(10))))
     assert [row["step"] for row in metrics.train] == [5, 10]
 
 
-def test_steps_done_again_after_a_resume_count_once(tmp_path):
+def test_repeated_steps_count_once(tmp_path):
     rows = [train_row(5), train_row(10), train_row(15, loss=9.0), train_row(15, loss=1.0), train_row(20)]
     metrics = read_metrics(write_run(tmp_path / "resumed", rows))
     assert [row["step"] for row in metrics.train] == [5, 10, 15, 20]
@@ -77,13 +77,13 @@ def test_steps_done_again_after_a_resume_count_once(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["not json", "[1, 2]", "3", '{"kind": "train"}'])
-def test_an_altered_line_is_refused_by_its_number(tmp_path, line):
+def test_invalid_line_is_reported_by_number(tmp_path, line):
     run = write_run(tmp_path / "altered", [train_row(5)], f"{line}\n{json.dumps(train_row(10))}\n")
     with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl is not a row of metrics"):
         read_metrics(run)
 
 
-def test_missing_runs_and_metrics_are_refused_in_one_line(tmp_path):
+def test_missing_run_or_metrics(tmp_path):
     (tmp_path / "bare").mkdir()
     for path, message in ((tmp_path / "none", "no run at"), (tmp_path / "bare", r"no metrics\.jsonl in")):
         with pytest.raises(FileNotFoundError, match=message) as refused:
@@ -92,12 +92,12 @@ def test_missing_runs_and_metrics_are_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("tail", ["", '{"kind": "tr'])
-def test_empty_metrics_are_refused(tmp_path, tail):
-    with pytest.raises(ValueError, match="holds no metrics yet"):
+def test_empty_metrics(tmp_path, tail):
+    with pytest.raises(ValueError, match="has no metrics yet"):
         read_metrics(write_run(tmp_path / "young", [], tail))
 
 
-def test_every_series_is_drawn_where_it_belongs(run, tmp_path, drawn):
+def test_every_series_is_in_its_panel(run, tmp_path, drawn):
     plot_curves([run], tmp_path / "curves.png")
     train_epochs, eval_epochs = [0.5, 1.0, 1.5], [1.0]
     assert lines(drawn[0], 0) == [
@@ -117,7 +117,7 @@ def test_every_series_is_drawn_where_it_belongs(run, tmp_path, drawn):
     assert [panel.get_xlabel() for panel in drawn[0].axes] == ["epoch"] * 4
 
 
-def test_runs_differ_in_colour_and_marker_series_in_line(run, tmp_path, drawn):
+def test_runs_and_series_are_distinguishable(run, tmp_path, drawn):
     other = write_run(tmp_path / "b1", [train_row(5), eval_row(10, split="val"), train_row(15)])
     plot_curves([run, other], tmp_path / "curves.png")
     loss_lines = list(drawn[0].axes[0].get_lines())
@@ -132,7 +132,7 @@ def test_runs_differ_in_colour_and_marker_series_in_line(run, tmp_path, drawn):
     ]
 
 
-def test_runs_of_one_name_are_told_by_their_paths(tmp_path, drawn):
+def test_runs_with_equal_names_show_paths(tmp_path, drawn):
     runs = [write_run(tmp_path / folder / "b0", [train_row(5)]) for folder in ("here", "there")]
     plot_curves(runs, tmp_path / "curves.png")
     assert [text.get_text() for text in drawn[0].legends[1].get_texts()] == [str(run) for run in runs]
@@ -141,13 +141,13 @@ def test_runs_of_one_name_are_told_by_their_paths(tmp_path, drawn):
 @pytest.mark.parametrize(
     ("suffix", "magic"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")]
 )
-def test_the_suffix_says_the_format(run, tmp_path, suffix, magic):
+def test_suffix_selects_format(run, tmp_path, suffix, magic):
     output = tmp_path / "new" / f"curves{suffix}"
     assert plot_curves([run], output) == output
     assert output.read_bytes().startswith(magic)
 
 
-def test_the_picture_is_not_blank(run, tmp_path):
+def test_picture_is_not_blank(run, tmp_path):
     with Image.open(plot_curves([run], tmp_path / "curves.png")) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape == (1020, 1440, 3)
@@ -156,29 +156,29 @@ def test_the_picture_is_not_blank(run, tmp_path):
     assert (halves > 20).all(), halves
 
 
-def test_a_name_of_dollar_signs_is_no_formula(tmp_path):
+def test_dollar_signs_in_run_name(tmp_path):
     run = write_run(tmp_path / r"$\frac$", [train_row(5)])
     assert plot_curves([run], tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_values_that_are_not_finite_do_not_stop_the_picture(tmp_path):
+def test_non_finite_values(tmp_path):
     run = write_run(tmp_path / "diverged", [train_row(5), train_row(10, loss=float("nan"), img_per_s=float("inf"))])
     assert plot_curves([run], tmp_path / "curves.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["curves.jpeg", "curves", "curves.png.txt"])
-def test_other_suffixes_are_refused_before_anything_is_drawn(run, tmp_path, name, drawn):
-    with pytest.raises(ValueError, match=r"end its name in \.png, \.svg, \.pdf"):
+def test_other_suffixes(run, tmp_path, name, drawn):
+    with pytest.raises(ValueError, match=r"end it in \.png, \.svg, \.pdf"):
         plot_curves([run], tmp_path / name)
     assert not drawn
 
 
-def test_no_runs_are_refused(tmp_path):
+def test_no_runs(tmp_path):
     with pytest.raises(ValueError, match="give at least one run's folder"):
         plot_curves([], tmp_path / "curves.png")
 
 
-def test_an_unwritable_output_is_refused_in_one_line(run, tmp_path):
+def test_unwritable_output(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"cannot write the picture .*curves\.png: .*choose another output") as refused:
         plot_curves([run], tmp_path / "file" / "curves.png")
@@ -186,7 +186,7 @@ def test_an_unwritable_output_is_refused_in_one_line(run, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_disk_is_told_in_one_line(run, tmp_path):
+def test_full_disk(run, tmp_path):
     (tmp_path / "curves.png").symlink_to("/dev/full")
     with pytest.raises(ValueError, match="No space left on device"):
         plot_curves([run], tmp_path / "curves.png")

@@ -1,4 +1,4 @@
-"""Pictures of searches and studies, their page and their tables."""
+"""Pictures, page and tables of searches and studies."""
 
 import base64
 import re
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from effnet_fast.report.fronts import feasible_set, pareto_fronts, save_both, scaling_curves
-from effnet_fast.report.page import page
+from effnet_fast.report.page import render_page
 from effnet_fast.report.progress import summary, trial_table
 from effnet_fast.report.table import as_csv, as_text
 from effnet_fast.search.trials import State
@@ -53,23 +53,23 @@ REFERENCES = [
     ],
     ids=["feasible", "one-point", "pareto", "no-latency", "study", "baseline-alone"],
 )
-def test_pictures_are_png_and_svg(tmp_path, figure):
+def test_png_and_svg(tmp_path, figure):
     png, svg = save_both(figure, tmp_path, "picture")
     assert min(Image.open(png).size) > 400
     assert svg.read_text().startswith("<?xml")
 
 
-def test_reference_models_stand_for_themselves():
+def test_reference_models_are_single_points():
     axes = scaling_curves([*MODELS, *REFERENCES], "test").axes[0]
     points = {line.get_label(): (line.get_xdata(), line.get_marker()) for line in axes.get_lines()}
     assert [len(points[name][0]) for name in ("resnet50", "other")] == [1, 1]
     assert points["resnet50"][1] != points["other"][1]
 
 
-def test_ways_to_scale_are_told_apart_without_colour():
+def test_lines_are_distinguishable_without_color():
     lines = [line for line in scaling_curves(MODELS, "test").axes[0].get_lines() if len(line.get_xdata()) == 2]
-    looks = {(line.get_linestyle(), line.get_marker()) for line in lines if line.get_linestyle() != "None"}
-    assert len(looks) == 4
+    styles = {(line.get_linestyle(), line.get_marker()) for line in lines if line.get_linestyle() != "None"}
+    assert len(styles) == 4
 
 
 class Links(HTMLParser):
@@ -82,9 +82,9 @@ class Links(HTMLParser):
         self.targets += [value for name, value in attrs if name in ("src", "href")]
 
 
-def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path):
+def test_page_is_self_contained(tmp_path):
     _, svg = save_both(scaling_curves(MODELS, "test"), tmp_path, "study")
-    text = page("A <title>", MODELS, {"Study": svg}, "a note", marked="deeper")
+    text = render_page("A <title>", MODELS, {"Study": svg}, "a note", marked="deeper")
     read = Links()
     read.feed(text)
     (picture,) = read.targets
@@ -92,7 +92,7 @@ def test_the_page_is_one_file_that_asks_nothing_of_the_network(tmp_path):
     assert not re.search(r"https?://|@import|fetch\(", text)
     assert read.rows == 1 + len(MODELS)
     assert "A &lt;title&gt;" in text
-    assert '<tr class=marked><td data-key="deeper">' in text
+    assert '<tr class="marked"><td data-key="deeper">' in text
     assert '<td data-key="20000000.0">2e+07</td>' in text
 
 
@@ -105,7 +105,7 @@ def test_tables():
     assert as_text(rows).splitlines()[1:] == ["a     1,234,567   1 2     -", "bc            1     3   2.5"]
 
 
-def test_the_live_table_tells_states_and_time_left():
+def test_live_table_and_time_left():
     states = [
         State("a", "COMPLETE", 4, 30.0, 40.0, {}),
         State("b", "RUNNING", 2, 20.0, 20.0, {}),

@@ -27,12 +27,14 @@ from torch import Tensor
 
 from effnet_fast import create_model
 from effnet_fast.model.blocks import MBConv
-from effnet_kernels.batch_norm import BatchNorm, batch_norm
+from effnet_kernels.batch_norm import batch_norm
 from effnet_kernels.bn_silu_squeeze import bn_silu_squeeze
 from effnet_kernels.depthwise_conv import depthwise_conv
+from effnet_kernels.gate_mlp import SqueezeExcite
 from effnet_kernels.mbconv import mbconv
-from effnet_kernels.se_gate import SqueezeExcite, se_gate
+from effnet_kernels.se_gate import se_gate
 from effnet_kernels.silu import silu
+from effnet_kernels.statistics import BatchNorm
 
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-5}
 

@@ -26,10 +26,8 @@ import torch
 from harness import DEVICE, Call, Quantiles, copy_bandwidth, parser, replayed, result, rotations, run, write
 from torch import Tensor
 
-from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, launch, se_gate
-from effnet_kernels.se_gate import SqueezeExcite
-
-MODULES = (batch_norm, bn_silu_squeeze, depthwise_conv, se_gate)
+from effnet_kernels import batch_norm, depthwise_conv, gate_mlp, launch, se_gate, statistics
+from effnet_kernels.gate_mlp import SqueezeExcite
 
 
 def _out(s: Shape) -> int:
@@ -92,22 +90,22 @@ class Target:
     passes: tuple[int, int]
 
 
-def _rows(make: Callable[[Maps], Call], passes: int) -> Target:
+def _rows(make: Callable[[Maps], Call], passes: int, module: ModuleType = batch_norm) -> Target:
     def space(s: Shape) -> list[Any]:
         return launch.row_launch_space(s.n * s.size**2, s.c)
 
-    return Target(batch_norm, "row_launch", space, make, (passes, 0))
+    return Target(module, "row_launch", space, make, (passes, 0))
 
 
 def _images(make: Callable[[Maps], Call], passes: int) -> Target:
     def space(s: Shape) -> list[Any]:
-        return bn_silu_squeeze.image_launch_space(_out(s) ** 2, s.c)
+        return se_gate.image_launch_space(_out(s) ** 2, s.c)
 
-    return Target(bn_silu_squeeze, "image_launch", space, make, (0, passes))
+    return Target(se_gate, "image_launch", space, make, (0, passes))
 
 
 def _gate(make: Callable[[Maps], Call]) -> Target:
-    return Target(se_gate, "gate_launch", lambda s: se_gate.gate_launch_space(s.hidden), make, (0, 0))
+    return Target(gate_mlp, "gate_launch", lambda s: gate_mlp.gate_launch_space(s.hidden), make, (0, 0))
 
 
 def _bind(function: Callable[..., object], *args: Any, **options: Any) -> Call:
@@ -128,7 +126,7 @@ def _gate_backward(m: Maps) -> Call:
     n, c, r = m.shape.n, m.shape.c, m.shape.hidden
     gate = m.per_image() - 0.5
     return _bind(
-        se_gate.gate_backward, m.vector(5, n, c), gate, m.per_image(), m.vector(n, r), m.se(), _out(m.shape) ** 2
+        gate_mlp.gate_backward, m.vector(5, n, c), gate, m.per_image(), m.vector(n, r), m.se(), _out(m.shape) ** 2
     )
 
 
@@ -147,7 +145,7 @@ TARGETS = {
         _depthwise_backward,
         (2, 1),
     ),
-    "statistics": _rows(lambda m: _bind(batch_norm.batch_statistics, m.x(), 1e-3, False), 1),
+    "statistics": _rows(lambda m: _bind(statistics.batch_statistics, m.x(), 1e-3, False), 1, statistics),
     "normalize": _rows(lambda m: _bind(batch_norm.normalize, m.x(), m.stats(), m.affine(), None, None, True), 2),
     "grad sums": _rows(lambda m: _bind(batch_norm.grad_sums, m.x(), m.x(), m.stats(), m.affine(), None, True), 2),
     "grad apply": _rows(
@@ -156,17 +154,17 @@ TARGETS = {
         ),
         3,
     ),
-    "squeeze": _images(lambda m: _bind(bn_silu_squeeze.squeeze, m.d(), m.stats(), m.affine()), 1),
-    "excite": _images(lambda m: _bind(bn_silu_squeeze.excite, m.d(), m.stats(), m.affine(), m.per_image()), 2),
-    "five sums": _images(lambda m: _bind(bn_silu_squeeze.five_sums, m.d(), m.d(), m.stats(), m.affine()), 2),
+    "squeeze": _images(lambda m: _bind(se_gate.squeeze, m.d(), m.stats(), m.affine()), 1),
+    "excite": _images(lambda m: _bind(se_gate.excite, m.d(), m.stats(), m.affine(), m.per_image()), 2),
+    "five sums": _images(lambda m: _bind(se_gate.five_sums, m.d(), m.d(), m.stats(), m.affine()), 2),
     "apply sums": _images(
         lambda m: _bind(
-            bn_silu_squeeze.apply_sums,
+            se_gate.apply_sums,
             *(m.d(), m.d(), m.stats(), m.affine(), m.per_image(), m.per_image(), m.vector(2, m.shape.c)),
         ),
         3,
     ),
-    "gate": _gate(lambda m: _bind(se_gate.gate_forward, m.per_image(), m.se())),
+    "gate": _gate(lambda m: _bind(gate_mlp.gate_forward, m.per_image(), m.se())),
     "gate backward": _gate(_gate_backward),
 }
 
@@ -201,9 +199,7 @@ def candidates(name: str, shape: Shape) -> tuple[Any, list[Candidate]]:
 @contextlib.contextmanager
 def quiet(door: Callable[..., None] = lambda *_, **__: None) -> Iterator[None]:
     """Within, another function stands for the package's door to the device; by default nothing is started."""
-    with contextlib.ExitStack() as stack:
-        for module in MODULES:
-            stack.enter_context(mock.patch.object(module, "launch", door))
+    with launch.launches_go_to(door):
         yield
 
 

@@ -1,25 +1,26 @@
-"""Depthwise convolution, k = 3 or 5, stride 1 or 2, any padding; with the BatchNorms around it in the same passes.
+"""Depthwise convolution, k = 3 or 5, stride 1 or 2, any padding, fused with the BatchNorms before and after it.
 
-    a = silu(gamma (x - mean) rstd + beta)    prologue: the BatchNorm and Swish before it, else a = x
-    y[ho, wo] = sum over dy, dx of w[dy, dx] a[ho s + dy - top, wo s + dx - left],  a = 0 outside
+    a = silu(gamma (x - mean) rstd + beta)    prologue: the BatchNorm and Swish before it; without one, a = x
+    y[ho, wo] = sum over dy, dx of w[dy, dx] a[ho s + dy - top, wo s + dx - left],  a = 0 outside the map
 
-Forward   reads x, writes y. Epilogue: count, mean and M2 of each tile of y, so the next BatchNorm needs no pass.
+Forward   Reads x, writes y. Epilogue: count, mean and M2 of each tile of y, so the next BatchNorm needs no pass.
 Backward  da[hi, wi] = sum of w[dy, dx] g[(hi + top - dy) / s, (wi + left - dx) / s] and
-          dw[dy, dx] = sum of a[hi, wi] g[the same place]: both meet the same g, so one pass reads g and x, and writes
-          dx, or with the prologue dz = da silu'(z), with the sums of dz and dz * xhat that BatchNorm's backward needs.
+          dw[dy, dx] = sum of a[hi, wi] g[same indices]. Both use the same g, so one pass reads g and x and writes dx;
+          with the prologue it writes dz = da silu'(z) and the sums of dz and dz * xhat for BatchNorm's backward.
 
-A lane of a tile is a strip of adjacent columns of one image for one channel, and a program walks down the rows: the
-columns of a strip are a tuple of tiles, so that columns and rows meet in registers. What limits a depthwise convolution
-in bf16 is not memory alone: while an H100 moves 4 bytes it issues 35 instructions (calculated from its data sheet), and
-k * k = 25 of them are the products. So each input is loaded and passed through Swish once, and once more where two
-strips meet, and no product is computed to be masked away: taps that meet only padding, or that the stride passes by,
-are left out when compiling. Shapes are compile-time constants for that.
+A thread holds a strip of adjacent columns of one image for one or two channels, and a program walks down the rows. The
+columns of a strip are a tuple of tiles, so all arithmetic between rows and columns happens in registers.
 
-Forward, ceil(k/s) rows of running sums are kept; an input row is added to all that it reaches. Backward, k rows of
-activations and of dx are kept, all of which a row of g meets, for dx and dw at once.
+The kernels are bound by instructions as much as by memory: an H100 issues 35 instructions in the time of 4 bytes
+(calculated from its data sheet), and k * k = 25 of them are the products. So each input is loaded and activated once
+(twice where two strips overlap), and products that only meet padding or that the stride skips are left out at compile
+time. Channels, width, strides and padding are compile-time constants for that reason.
+
+The forward kernel keeps ceil(k / s) rows of running sums and adds each input row to every sum it contributes to. The
+backward kernel keeps k rows of activations and of dx: a row of g contributes to all of them, for dx and dw at once.
 """
 
-# Triton knows tuple + tuple, which grows a tuple in a kernel, but not (*tuple, value); mypy reads kernels as Python.
+# A kernel grows a tuple by tuple + tuple, since Triton does not support (*tuple, value). mypy reads kernels as Python.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment, misc, var-annotated"
 
@@ -32,7 +33,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effnet_kernels.batch_norm import Affine, chan_merge, load_norm, store_moments
 from effnet_kernels.launch import (
     PROGRAMS,
     Kernels,
@@ -46,8 +46,9 @@ from effnet_kernels.launch import (
     use_triton,
 )
 from effnet_kernels.silu import sigmoid, silu_slope
+from effnet_kernels.statistics import Affine, chan_merge, load_norm, store_moments
 
-Padding = tuple[int, int, int, int]  # left, right, top, bottom, as torch.nn.functional.pad
+Padding = tuple[int, int, int, int]  # left, right, top, bottom, as in torch.nn.functional.pad
 
 
 def depthwise_conv_reference(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
@@ -61,7 +62,7 @@ def depthwise_conv_reference(x: Tensor, weight: Tensor, stride: int, padding: Pa
 
 @dataclass(frozen=True)
 class ForwardLaunch:
-    """A program computes `band` rows of `block_p` strips of `strip` columns, of `block_c` channels."""
+    """Each program computes `band` rows of y for `block_p` strips of `strip` columns and `block_c` channels."""
 
     strip: int
     block_p: int
@@ -72,7 +73,10 @@ class ForwardLaunch:
 
 @dataclass(frozen=True)
 class BackwardLaunch:
-    """A program takes `tasks` times `band` rows of `block_p` strips of `strip` columns of x, of `block_c` channels."""
+    """Each program handles `tasks` tasks in sequence.
+
+    A task is `band` rows of x for `block_p` strips of `strip` columns and `block_c` channels.
+    """
 
     strip: int
     block_p: int
@@ -83,23 +87,23 @@ class BackwardLaunch:
 
 
 def _strip(columns: int, widest: int, multiple: int = 1) -> int:
-    """Columns a strip: as few strips as `widest` allows, as narrow as they can be; several begin at a `multiple`."""
+    """Columns per strip: as few strips as `widest` allows, as narrow as possible; strips start at a `multiple`."""
     strips = cdiv(columns, widest)
     return columns if strips == 1 else cdiv(cdiv(columns, strips), multiple) * multiple
 
 
 def _band(rows: int, programs: int, k: int) -> int:
-    """Rows a program: all, or fewer where that gives too few programs; the rows around a band are read twice."""
+    """Rows per program: all, or fewer if there were too few programs. Rows at the edge of a band are read twice."""
     return cdiv(rows, max(min(cdiv(2 * PROGRAMS, programs), rows // (4 * k)), 1))
 
 
 def forward_launch(
     n: int, c: int, ho: int, wo: int, k: int, elements: int | None = None, widest: int | None = None, num_warps: int = 4
 ) -> ForwardLaunch:
-    """`elements` channels to a thread, in strips of at most `widest` columns.
+    """`elements` channels per thread, in strips of at most `widest` columns.
 
-    A thread keeps k * k taps and ceil(k / stride) sums a column for each of its channels in registers. What leaves
-    room for 12 warps and more on a processor is 2 channels and 8 columns at k = 3, 1 channel and 16 at k = 5.
+    A thread keeps k * k taps and ceil(k / stride) sums per column in registers, for each of its channels. To leave
+    room for 12 warps or more per multiprocessor, it gets 2 channels and 8 columns at k = 3, 1 channel and 16 at k = 5.
     """
     elements, widest = elements or (2 if k == 3 else 1), widest or (8 if k == 3 else 16)
     strip = _strip(wo, widest)
@@ -112,9 +116,9 @@ def forward_launch(
 def backward_launch(
     n: int, c: int, h: int, w: int, k: int, stride: int, elements: int = 2, widest: int = 4, num_warps: int = 4
 ) -> BackwardLaunch:
-    """As `forward_launch`; the k * k sums of dw, and k rows of x beside k rows of dx, need more registers.
+    """As `forward_launch`, with narrower strips: dw's k * k sums and k rows of x and of dx need more registers.
 
-    At least 256 pixels a program, so that writing dw's sums out stays small beside the maps.
+    A program handles at least 256 pixels, so that writing its sums for dw costs little beside the maps.
     """
     strip = _strip(w, widest, stride)
     block_c = channel_block(c, widest=64)
@@ -127,13 +131,13 @@ def backward_launch(
 
 
 def forward_space(n: int, c: int, ho: int, wo: int, k: int) -> list[ForwardLaunch]:
-    """What an autotuner may try in place of `forward_launch`'s choice."""
+    """Launches an autotuner may try in place of `forward_launch`'s choice."""
     choices = itertools.product((1, 2), (4, 8, 16), (2, 4, 8))
     return list(dict.fromkeys(forward_launch(n, c, ho, wo, k, *choice) for choice in choices))
 
 
 def backward_space(n: int, c: int, h: int, w: int, k: int, stride: int) -> list[BackwardLaunch]:
-    """What an autotuner may try in place of `backward_launch`'s choice."""
+    """Launches an autotuner may try in place of `backward_launch`'s choice."""
     choices = itertools.product((1, 2), (4, 8), (2, 4, 8))
     return list(dict.fromkeys(backward_launch(n, c, h, w, k, stride, *choice) for choice in choices))
 
@@ -155,7 +159,7 @@ def _taps(
     C: tl.constexpr,
     K: tl.constexpr,
 ):
-    """The K * K taps, [1, C] each."""
+    """The K * K taps, each [1, C]."""
     taps = ()
     for tap in tl.static_range(K * K):
         taps = taps + (tl.load(w_ptr + tap * C + c, mask=c_ok, other=0.0)[None, :],)
@@ -164,7 +168,10 @@ def _taps(
 
 @triton.jit
 def _column_ok(ok, first, INDEX: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr):
-    """`ok` [P, C] where column first + INDEX is one of SIZE; `first` [P] is at most LAST. Computes what may fail."""
+    """`ok` [P, C] restricted to strips whose column first + INDEX is inside [0, SIZE).
+
+    `first` [P] is at most LAST; a comparison that is always true is left out.
+    """
     if INDEX < 0:
         ok = ok & (first + INDEX >= 0)[:, None]
     if LAST + INDEX >= SIZE:
@@ -177,31 +184,51 @@ def _load_row(
     row_ptr,  # [P, C]: column `first` of a row, [SIZE, C], of each strip
     ok,
     first,
-    norm,
     C: tl.constexpr,
     BEGIN: tl.constexpr,
     LENGTH: tl.constexpr,
     LAST: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Columns first + BEGIN and on, as tiles in float32: silu((x - mean) gain + beta) if `norm` has those three.
-
-    0 outside of the map.
-    """
+    """Columns first + BEGIN to first + BEGIN + LENGTH - 1 as tiles of the storage type, 0 outside the map."""
     tiles = ()
     for i in tl.static_range(LENGTH):
         if LAST == 0 and (BEGIN + i < 0 or BEGIN + i >= SIZE):
-            tiles = tiles + (0.0,)  # there is only one strip: never read
+            tiles = tiles + (0.0,)  # a single strip: this column is always padding
         else:
-            here = _column_ok(ok, first, BEGIN + i, LAST, SIZE)
-            tile = tl.load(row_ptr + (BEGIN + i) * C, mask=here, other=0.0).to(tl.float32)
-            if len(norm) > 0:
-                z = (tile - norm[0]) * norm[1] + norm[2]
-                tile = z * sigmoid(z)
-                if BEGIN + i < 0 or LAST + BEGIN + i >= SIZE:
-                    tile = tl.where(here, tile, 0.0)
-            tiles = tiles + (tile,)
+            valid = _column_ok(ok, first, BEGIN + i, LAST, SIZE)
+            tiles = tiles + (tl.load(row_ptr + (BEGIN + i) * C, mask=valid, other=0.0),)
     return tiles
+
+
+@triton.jit
+def _activate_row(
+    tiles,
+    ok,
+    first,
+    norm,
+    BEGIN: tl.constexpr,
+    LENGTH: tl.constexpr,
+    LAST: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The tiles of `_load_row` in float32; silu((x - mean) gain + beta) if `norm` holds mean, gain and beta.
+
+    Columns outside the map stay 0.
+    """
+    acts = ()
+    for i in tl.static_range(LENGTH):
+        if LAST == 0 and (BEGIN + i < 0 or BEGIN + i >= SIZE):
+            acts = acts + (0.0,)
+        else:
+            act = tiles[i].to(tl.float32)
+            if len(norm) > 0:
+                z = (act - norm[0]) * norm[1] + norm[2]
+                act = z * sigmoid(z)
+                if BEGIN + i < 0 or LAST + BEGIN + i >= SIZE:
+                    act = tl.where(_column_ok(ok, first, BEGIN + i, LAST, SIZE), act, 0.0)
+            acts = acts + (act,)
+    return acts
 
 
 @triton.jit
@@ -218,7 +245,7 @@ def _add_row(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """The sums of SUMS rows of y, after an input row that they meet in the rows ROW, ROW + STRIDE, ... of the taps."""
+    """Add an input row to the sums of SUMS rows of y, which it meets in rows ROW, ROW + STRIDE, ... of the taps."""
     out = ()
     for j in tl.static_range(SUMS):
         for t in tl.static_range(STRIP):
@@ -233,30 +260,30 @@ def _add_row(
 
 @triton.jit
 def _add_moments(mean, m2, row, oks, columns, rows, STRIP: tl.constexpr, LAST: tl.constexpr, SIZE: tl.constexpr):
-    """Mean and M2 of `rows` earlier rows and one more of STRIP columns, of which [P, 1] `columns` are `oks`."""
+    """Merge a row of STRIP columns into the mean and M2 of `rows` earlier rows; `columns` [P, 1] are valid (`oks`)."""
     total = tl.zeros_like(mean)
     for t in tl.static_range(STRIP):
         total += tl.where(oks[t], row[t], 0.0) if LAST + t >= SIZE else row[t]
     row_mean = total / columns
     for t in tl.static_range(STRIP):
-        away = row[t] - row_mean
+        centered = row[t] - row_mean
         if LAST + t >= SIZE:
-            away = tl.where(oks[t], away, 0.0)
-        m2 += away * away
-    away = row_mean - mean
+            centered = tl.where(oks[t], centered, 0.0)
+        m2 += centered * centered
+    difference = row_mean - mean
     share = 1.0 / (rows + 1).to(tl.float32)
-    return mean + away * share, m2 + away * away * (columns * (rows.to(tl.float32) * share))
+    return mean + difference * share, m2 + difference * difference * (columns * (rows.to(tl.float32) * share))
 
 
 @kernel
 def _forward_kernel(
     x_ptr,  # [N, H, W, C]
     w_ptr,  # [K*K, C] float32
-    stats_ptr,  # [4, C] of x, if PROLOGUE
-    gamma_ptr,  # [C], if PROLOGUE
-    beta_ptr,  # [C], if PROLOGUE
+    stats_ptr,  # [4, C] of x if PROLOGUE
+    gamma_ptr,  # [C] if PROLOGUE
+    beta_ptr,  # [C] if PROLOGUE
     y_ptr,  # [N, HO, WO, C]
-    moments_ptr,  # [programs, 3, C], if MOMENTS
+    moments_ptr,  # [programs, 3, C] if MOMENTS
     N,
     H,
     HO,
@@ -277,7 +304,8 @@ def _forward_kernel(
 ):
     STRIPS: tl.constexpr = (WO + STRIP - 1) // STRIP
     LAST: tl.constexpr = (STRIPS - 1) * STRIP
-    SUMS: tl.constexpr = (K + STRIDE - 1) // STRIDE  # output rows that one input row reaches
+    SUMS: tl.constexpr = (K + STRIDE - 1) // STRIDE  # output rows that one input row contributes to
+    COLUMNS: tl.constexpr = (STRIP - 1) * STRIDE + K  # columns of x that a strip of y needs
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
     begin = tl.program_id(1) % bands * band
@@ -292,7 +320,7 @@ def _forward_kernel(
     norm = ()
     if PROLOGUE:
         mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
-        norm = (mean[None, :], (rstd * gamma)[None, :], beta[None, :])
+        norm = (mean, rstd * gamma, beta)
     taps = _taps(w_ptr, c, c_ok, C, K)
     oks = ()
     for t in tl.static_range(STRIP):
@@ -301,16 +329,23 @@ def _forward_kernel(
     y_mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     y_m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sums = _zeros(SUMS * STRIP, BLOCK_P, BLOCK_C)
-    below = tl.minimum((end - 1) * STRIDE + K - top, H)  # the rows of x that the band meets
+    below = tl.minimum((end - 1) * STRIDE + K - top, H)  # end of the rows of x that the band needs
     for step in range(begin, end + SUMS - 1):
+        # All loads of the turn come first: a load cannot move above a store that it may alias.
+        rows = ()
+        for q in tl.static_range(STRIDE):
+            hi = step * STRIDE + q - top
+            row_ok = ok & ((hi >= 0) & (hi < below))
+            rows = rows + _load_row(x_at + hi * W * C, row_ok, wo * STRIDE, C, -LEFT, COLUMNS, LAST * STRIDE, W)
+        # Add the rows of x to the sums of the rows of y they contribute to.
         for q in tl.static_range(STRIDE):
             hi = step * STRIDE + q - top
             if (hi >= 0) & (hi < below):
-                acts = _load_row(
-                    x_at + hi * W * C, ok, wo * STRIDE, norm, C, -LEFT, (STRIP - 1) * STRIDE + K, LAST * STRIDE, W
+                acts = _activate_row(
+                    rows[q * COLUMNS : (q + 1) * COLUMNS], ok, wo * STRIDE, norm, -LEFT, COLUMNS, LAST * STRIDE, W
                 )
                 sums = _add_row(sums, acts, taps, q, SUMS, -LEFT, STRIP, LAST, W, K, STRIDE)
-        # The oldest sums have met their last input row: row `step - SUMS + 1` of the output is done.
+        # Row step - SUMS + 1 of y is complete.
         ho = step - (SUMS - 1)
         if ho >= begin:
             row = ()
@@ -342,10 +377,10 @@ def _add_row_of_g(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """da of K rows of x, and the K * K sums of dw, after a row of g that meets all these rows.
+    """Add a row of g to da of the K rows of x that it meets, and to the K * K sums of dw.
 
-    Column t of the strip and column `dx` of the taps meet column (t + LEFT - dx) / STRIDE of g, whose tiles begin at
-    BEGIN, if that is a whole number and, where there is only one strip, one of SIZE.
+    Column t of the strip and column `dx` of the taps meet column (t + LEFT - dx) / STRIDE of g, whose tiles start at
+    BEGIN. Non-integral columns are skipped and, with a single strip, columns outside [0, SIZE).
     """
     more_grads = ()
     for dy in tl.static_range(K):
@@ -373,12 +408,12 @@ def _backward_kernel(
     g_ptr,  # [N, HO, WO, C], gradient at y
     x_ptr,  # [N, H, W, C]
     w_ptr,  # [K*K, C] float32
-    stats_ptr,  # [4, C] of x, if PROLOGUE
-    gamma_ptr,  # [C], if PROLOGUE
-    beta_ptr,  # [C], if PROLOGUE
-    dx_ptr,  # [N, H, W, C]: dz if PROLOGUE
+    stats_ptr,  # [4, C] of x if PROLOGUE
+    gamma_ptr,  # [C] if PROLOGUE
+    beta_ptr,  # [C] if PROLOGUE
+    dx_ptr,  # [N, H, W, C], dz if PROLOGUE
     dw_ptr,  # [programs, K*K, C]
-    sums_ptr,  # [programs, 2, C], sums of dz and dz * xhat, if PROLOGUE
+    sums_ptr,  # [programs, 2, C], sums of dz and dz * xhat if PROLOGUE
     N,
     H,
     HO,
@@ -399,17 +434,17 @@ def _backward_kernel(
 ):
     STRIPS: tl.constexpr = (W + STRIP - 1) // STRIP
     LAST: tl.constexpr = (STRIPS - 1) * STRIP
-    BEGIN: tl.constexpr = -((K - 1 - LEFT) // STRIDE)  # of the columns of g that a strip meets, from its own
+    BEGIN: tl.constexpr = -((K - 1 - LEFT) // STRIDE)  # first column of g that a strip meets, from its own
     COLUMNS: tl.constexpr = (STRIP - 1 + LEFT) // STRIDE - BEGIN + 1
-    KEPT: tl.constexpr = (K - STRIDE) * STRIP  # tiles of the rows that the next row of g meets too
+    KEPT: tl.constexpr = (K - STRIDE) * STRIP  # tiles of the rows that the next row of g meets as well
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
     norm = ()
     if PROLOGUE:
         mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
-        norm = (mean[None, :], (rstd * gamma)[None, :], beta[None, :])
+        norm = (mean, rstd * gamma, beta)
         sum_dz = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        sum_dz_away = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        sum_dz_centered = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     taps = _taps(w_ptr, c, c_ok, C, K)
     dw = _zeros(K * K, BLOCK_P, BLOCK_C)
     task = tl.program_id(1) * tasks
@@ -420,83 +455,112 @@ def _backward_kernel(
         ok = (p < N * STRIPS)[:, None] & c_ok[None, :]
         wi = p % STRIPS * STRIP
         image = (p // STRIPS).to(tl.int64)[:, None] * C
-        at = image * (H * W) + (wi * C)[:, None] + c[None, :]
+        place = image * (H * W) + (wi * C)[:, None] + c[None, :]
+        x_at = x_ptr + place
+        dx_at = dx_ptr + place
         g_at = g_ptr + image * (HO * WO) + (wi // STRIDE * C)[:, None] + c[None, :]
         acts = _zeros(KEPT, BLOCK_P, BLOCK_C)
         grads = _zeros(KEPT, BLOCK_P, BLOCK_C)
-        # The first row of g after which a row of the band enters; shifted by K so that it is rounded down.
+        # The first row of g with which a row of the band enters; shifted by K so that the division rounds down.
         start = (begin + top - K + STRIDE + K * STRIDE) // STRIDE - K
         for ho in range(start, (end - 1 + top) // STRIDE + 1):
+            # All loads of the turn come first: a load cannot move above a store that it may alias.
+            first_in, first_out = ho * STRIDE - top + K - STRIDE, ho * STRIDE - top
+            rows_in = ()
             for q in tl.static_range(STRIDE):
-                hi = ho * STRIDE - top + K - STRIDE + q
+                row_ok = ok & ((first_in + q >= begin) & (first_in + q < end))
+                rows_in = rows_in + _load_row(x_at + (first_in + q) * W * C, row_ok, wi, C, 0, STRIP, LAST, W)
+            g_ok = ok & ((ho >= 0) & (ho < HO))
+            g_row = _load_row(g_at + ho * WO * C, g_ok, wi // STRIDE, C, BEGIN, COLUMNS, LAST // STRIDE, WO)
+            rows_out = ()
+            if PROLOGUE:  # x again, for the slope of Swish: from cache, and cheaper than the registers to keep it
+                for q in tl.static_range(STRIDE):
+                    row_ok = ok & ((first_out + q >= begin) & (first_out + q < end))
+                    rows_out = rows_out + _load_row(x_at + (first_out + q) * W * C, row_ok, wi, C, 0, STRIP, LAST, W)
+            # STRIDE rows of x enter.
+            for q in tl.static_range(STRIDE):
                 entering = _zeros(STRIP, BLOCK_P, BLOCK_C)
-                if (hi >= begin) & (hi < end):
-                    entering = _load_row(x_ptr + at + hi * W * C, ok, wi, norm, C, 0, STRIP, LAST, W)
+                if (first_in + q >= begin) & (first_in + q < end):
+                    entering = _activate_row(rows_in[q * STRIP : (q + 1) * STRIP], ok, wi, norm, 0, STRIP, LAST, W)
                 acts = acts + entering
             grads = grads + _zeros(STRIDE * STRIP, BLOCK_P, BLOCK_C)
+            # The row of g contributes to K rows of da, and to dw.
             if (ho >= 0) & (ho < HO):
-                g = _load_row(g_at + ho * WO * C, ok, wi // STRIDE, (), C, BEGIN, COLUMNS, LAST // STRIDE, WO)
+                g = _activate_row(g_row, g_ok, wi // STRIDE, (), BEGIN, COLUMNS, LAST // STRIDE, WO)
                 grads, dw = _add_row_of_g(grads, dw, g, acts, taps, BEGIN, STRIP, LAST // STRIDE, WO, LEFT, K, STRIDE)
-            # The first rows have met their last row of g.
+            # The first STRIDE rows of da are complete and leave.
             for q in tl.static_range(STRIDE):
-                hi = ho * STRIDE - top + q
-                if (hi >= begin) & (hi < end):
+                if (first_out + q >= begin) & (first_out + q < end):
                     for i in tl.static_range(STRIP):
-                        here = _column_ok(ok, wi, i, LAST, W)
-                        place = at + (hi * W + i) * C
+                        valid = _column_ok(ok, wi, i, LAST, W)
                         da = grads[q * STRIP + i]
                         if PROLOGUE:
-                            away = tl.load(x_ptr + place, mask=here, other=0.0).to(tl.float32) - norm[0]
-                            z = away * norm[1] + norm[2]
-                            da = tl.where(here, da * silu_slope(z, sigmoid(z)), 0.0)
+                            centered = rows_out[q * STRIP + i].to(tl.float32) - norm[0]
+                            z = centered * norm[1] + norm[2]
+                            da = tl.where(valid, da * silu_slope(z, sigmoid(z)), 0.0)
                             sum_dz += da
-                            sum_dz_away += da * away
-                        tl.store(dx_ptr + place, da.to(dx_ptr.dtype.element_ty), mask=here)
+                            sum_dz_centered += da * centered
+                        tl.store(dx_at + ((first_out + q) * W + i) * C, da.to(dx_ptr.dtype.element_ty), mask=valid)
             acts = acts[STRIDE * STRIP :]
             grads = grads[STRIDE * STRIP :]
+    # Sums over the program's pixels.
     for tap in tl.static_range(K * K):
         tap_ptr = dw_ptr + (tl.program_id(1) * (K * K) + tap) * C
         tl.store(tap_ptr + c, tl.sum(dw[tap], axis=0), mask=c_ok)
     if PROLOGUE:
         sums_ptr += tl.program_id(1) * 2 * C
         tl.store(sums_ptr + c, tl.sum(sum_dz, axis=0), mask=c_ok)
-        tl.store(sums_ptr + C + c, tl.sum(sum_dz_away, axis=0) * rstd, mask=c_ok)
+        tl.store(sums_ptr + C + c, tl.sum(sum_dz_centered * rstd, axis=0), mask=c_ok)
 
 
 def output_size(size: int, k: int, stride: int, before: int, after: int) -> int:
-    """Pixels along one side after the convolution."""
+    """Output pixels along one side."""
     return (size + before + after - k) // stride + 1
 
 
 def empty_channels_last(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+    """An uninitialised channels-last tensor of `like`'s device and dtype."""
     return torch.empty((n, c, h, w), device=like.device, dtype=like.dtype, memory_format=torch.channels_last)
 
 
 def taps_first(weight: Tensor) -> Tensor:
-    """[C, 1, k, k] as [k*k, C] float32, so that a program reads the channels of a tap side by side."""
+    """[C, 1, k, k] as [k*k, C] float32: the channels of a tap are contiguous."""
     return weight.detach().flatten(1).t().to(torch.float32).contiguous()
 
 
 def forward(
     x: Tensor, taps: Tensor, stride: int, padding: Padding, norm: tuple[Tensor, Affine] | None, *, moments: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and the moments [programs, 3, C] of its tiles if asked for. `norm`: statistics and affine of x's BatchNorm."""
+    """y, and the moments [programs, 3, C] of its tiles if `moments`.
+
+    `norm`: statistics [4, C] and affine parameters of x's BatchNorm, for the prologue.
+    """
     left, right, top, bottom = padding
     n, c, h, w = x.shape
     k = math.isqrt(taps.shape[0])
     ho, wo = output_size(h, k, stride, top, bottom), output_size(w, k, stride, left, right)
     y = empty_channels_last(x, n, c, ho, wo)
-    cut = forward_launch(n, c, ho, wo, k)
-    bands = cdiv(ho, cut.band)
-    programs = cdiv(n * cdiv(wo, cut.strip), cut.block_p) * bands
+    config = forward_launch(n, c, ho, wo, k)
+    bands = cdiv(ho, config.band)
+    programs = cdiv(n * cdiv(wo, config.strip), config.block_p) * bands
     out = torch.empty(programs, 3, c, device=x.device, dtype=torch.float32) if moments else None
     stats, affine = norm or (taps, (taps, taps))
     launch(
         "depthwise_conv",
         _forward_kernel,
-        (cdiv(c, cut.block_c), programs),
-        *(x, taps, stats, *affine, y, taps if out is None else out),
-        *(n, h, ho, top, cut.band, bands),
+        (cdiv(c, config.block_c), programs),
+        x,
+        taps,
+        stats,
+        *affine,
+        y,
+        taps if out is None else out,
+        n,
+        h,
+        ho,
+        top,
+        config.band,
+        bands,
         C=c,
         W=w,
         WO=wo,
@@ -505,10 +569,10 @@ def forward(
         STRIDE=stride,
         PROLOGUE=norm is not None,
         MOMENTS=moments,
-        STRIP=cut.strip,
-        BLOCK_P=cut.block_p,
-        BLOCK_C=cut.block_c,
-        num_warps=cut.num_warps,
+        STRIP=config.strip,
+        BLOCK_P=config.block_p,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
     )
     return y, out
 
@@ -516,14 +580,14 @@ def forward(
 def backward(
     g: Tensor, x: Tensor, taps: Tensor, stride: int, padding: Padding, norm: tuple[Tensor, Affine] | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dx and dw [k*k, C]; with `norm`, dz in place of dx, and the sums [2, C] of dz and dz * xhat over this rank."""
+    """dx and dw [k*k, C]; with `norm`, dz instead of dx, and the sums [2, C] of dz and dz * xhat over this rank."""
     left, _, top, _ = padding
     n, c, h, w = x.shape
     ho, wo = g.shape[2:]
     k = math.isqrt(taps.shape[0])
-    cut = backward_launch(n, c, h, w, k, stride)
-    bands = cdiv(h, cut.band)
-    programs = cdiv(cdiv(n * cdiv(w, cut.strip), cut.block_p) * bands, cut.tasks)
+    config = backward_launch(n, c, h, w, k, stride)
+    bands = cdiv(h, config.band)
+    programs = cdiv(cdiv(n * cdiv(w, config.strip), config.block_p) * bands, config.tasks)
     dx = torch.empty_like(x)
     dw = torch.empty(programs, k * k, c, device=x.device, dtype=torch.float32)
     sums = None if norm is None else dw.new_empty(programs, 2, c)
@@ -531,9 +595,22 @@ def backward(
     launch(
         "depthwise_conv",
         _backward_kernel,
-        (cdiv(c, cut.block_c), programs),
-        *(g, x, taps, stats, *affine, dx, dw, taps if sums is None else sums),
-        *(n, h, ho, top, cut.band, bands, cut.tasks),
+        (cdiv(c, config.block_c), programs),
+        g,
+        x,
+        taps,
+        stats,
+        *affine,
+        dx,
+        dw,
+        taps if sums is None else sums,
+        n,
+        h,
+        ho,
+        top,
+        config.band,
+        bands,
+        config.tasks,
         C=c,
         W=w,
         WO=wo,
@@ -541,10 +618,10 @@ def backward(
         K=k,
         STRIDE=stride,
         PROLOGUE=norm is not None,
-        STRIP=cut.strip,
-        BLOCK_P=cut.block_p,
-        BLOCK_C=cut.block_c,
-        num_warps=cut.num_warps,
+        STRIP=config.strip,
+        BLOCK_P=config.block_p,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
     )
     return dx, dw.sum(0), None if sums is None else sums.sum(0)
 
@@ -578,7 +655,7 @@ def _(g, x, weight, stride, padding):
 
 
 def weight_gradient(dw: Tensor, weight: Tensor) -> Tensor:
-    """dw [k*k, C] float32 in the shape and type of the weight."""
+    """dw [k*k, C] float32 in the weight's shape and dtype."""
     return torch.empty_like(weight).copy_(dw.t().view(weight.shape))
 
 
@@ -600,7 +677,10 @@ def depthwise_conv(
 ) -> Tensor:
     """Depthwise convolution of `x` [N, C, H, W] with `weight` [C, 1, k, k], zero-padded by (left, right, top, bottom).
 
-    Returns [N, C, HO, WO] of x's type, channels last; the weight may be of another type and enters as float32.
+    The weight may have another dtype and is used as float32.
+
+    Returns:
+        [N, C, HO, WO] of x's dtype, channels last.
     """
     if not use_triton(kernels, x):
         return depthwise_conv_reference(x, weight, stride, padding)

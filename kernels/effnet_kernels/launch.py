@@ -1,11 +1,12 @@
-"""What every op file shares: Triton where it is installed, the choice of a path, and the one door to the device."""
+"""Shared by every op: Triton where it is installed, the choice between Triton and PyTorch, and the launch itself."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import os
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,10 +18,10 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:  # the references serve alone; a kernel's source stays plain text that nobody calls
+except ImportError:  # the kernels are never called; only the references run
 
     class triton:  # type: ignore[no-redef]
-        """Stands in for the decorator only."""
+        """Stands in for the decorator."""
 
         @staticmethod
         def jit(function: Any, **_: Any) -> Any:
@@ -35,30 +36,31 @@ STORAGE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ENVIRONMENT = os.environ.get("EFFNET_KERNELS", "auto")
 
-# A few waves over the 108 to 132 processors of an A100 or H100, with several resident programs on each. A constant
-# rather than a query of the device, so that sums are split alike, and have the same bits, on all of them.
+# A few waves over the 108 to 132 multiprocessors of an A100 or H100, with several programs resident on each. It is a
+# constant rather than a query of the device, so that every GPU splits sums alike and returns the same bits.
 PROGRAMS = 1024
 
 
 def kernel(function: Any) -> Any:
-    """`triton.jit` for what is launched, without variants by the integers' values: one serves every batch size."""
+    """`triton.jit` for a kernel whose integer arguments are not specialised: one variant serves every batch size."""
     parameters = inspect.signature(function).parameters.values()
     numbers = [p.name for p in parameters if p.annotation is p.empty and not p.name.endswith("_ptr")]
     return triton.jit(function, do_not_specialize=numbers)
 
 
 def use_triton(kernels: Kernels, x: Tensor) -> bool:
-    """Whether `x` goes through Triton. `auto` is Triton for CUDA tensors; EFFNET_KERNELS=torch overrules everything.
+    """Return whether Triton handles `x`. `auto` means CUDA tensors; EFFNET_KERNELS=torch overrides every choice.
 
-    Raises ValueError for an unknown choice, or `triton` asked for where it cannot run.
+    Raises:
+        ValueError: the choice is unknown, or it is `triton` and Triton cannot handle `x`.
     """
     choice = _ENVIRONMENT if kernels == "auto" or _ENVIRONMENT == "torch" else kernels
     if choice not in ("auto", "triton", "torch"):
         raise ValueError(f"kernels (or EFFNET_KERNELS) must be auto, triton or torch, not {choice!r}")
-    able = HAS_TRITON and (x.is_cuda or INTERPRETED) and x.dtype in STORAGE_TYPES
-    if choice == "triton" and not able:
+    supported = HAS_TRITON and (x.is_cuda or INTERPRETED) and x.dtype in STORAGE_TYPES
+    if choice == "triton" and not supported:
         raise ValueError(f"kernels='triton' cannot serve a {x.dtype} tensor on {x.device}; use kernels='auto'")
-    return choice == "triton" or (choice == "auto" and x.is_cuda and able)
+    return choice == "triton" or (choice == "auto" and x.is_cuda and supported)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -72,15 +74,15 @@ def power_of_2(n: int) -> int:
 
 
 def vector(channels: int) -> int:
-    """The power of two up to 16 that divides `channels`: what a kernel may assume of a row's alignment, in elements."""
+    """The largest power of two up to 16 that divides `channels`: the alignment of a row, in elements."""
     return math.gcd(channels, 16)
 
 
 def channel_block(channels: int, widest: int = 128, slack: float = 1.0) -> int:
-    """Channels per program: the largest power of two from 32 to `widest` that pads `channels` at most `slack` times as
-    far as the best of them does.
+    """Channels per program: a power of two from 32 to `widest`, fewer only if there are fewer channels.
 
-    Below 32 channels of 2 bytes a row of the tile would no longer fill whole 32-byte sectors evenly.
+    It is the largest one that pads `channels` to at most `slack` times the smallest padded size. Rows of fewer than
+    32 channels of 2 bytes would not fill whole 32-byte sectors evenly.
     """
     padded = {b: cdiv(channels, b) * b for b in (32, 64, 128, 256) if b <= widest}
     best = max(b for b, size in padded.items() if size <= slack * min(padded.values()))
@@ -89,7 +91,7 @@ def channel_block(channels: int, widest: int = 128, slack: float = 1.0) -> int:
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """How a pass over [rows, channels] is cut: each program walks over `rows` rows of one channel block."""
+    """Launch of a pass over [rows, channels]: each program walks over `rows` rows of one channel block."""
 
     block_m: int
     block_c: int
@@ -97,15 +99,16 @@ class RowLaunch:
     num_warps: int
 
     def constants(self, c: int) -> dict[str, int]:
-        """The kernel's compile-time arguments."""
+        """Compile-time arguments of the kernel."""
         return {"VEC": vector(c), "BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "num_warps": self.num_warps}
 
     def grid(self, m: int, c: int) -> tuple[int, int]:
+        """Programs over the channel blocks and over the rows."""
         return cdiv(c, self.block_c), cdiv(m, self.rows)
 
 
 def row_launch(m: int, c: int, elements: int = 2048) -> RowLaunch:
-    """Tiles of `elements` values, 16 to a thread (two 16-byte loads of bf16), and about PROGRAMS programs."""
+    """Tiles of `elements` values, 16 per thread (two 16-byte loads of bf16), and about PROGRAMS programs."""
     block_c = channel_block(c)
     block_m = max(elements // block_c, 1)
     chunks = max(PROGRAMS // cdiv(c, block_c), 1)
@@ -114,20 +117,42 @@ def row_launch(m: int, c: int, elements: int = 2048) -> RowLaunch:
 
 
 def row_launch_space(m: int, c: int) -> list[RowLaunch]:
-    """What an autotuner may try in place of `row_launch`'s choice."""
+    """Launches an autotuner may try in place of `row_launch`'s choice."""
     return [row_launch(m, c, elements) for elements in (512, 1024, 2048, 4096)]
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`x` [N, C, H, W] with its channels innermost in memory; copies only what is laid out otherwise."""
+    """`x` [N, C, H, W] with its channels innermost in memory; a copy only if `x` has another layout."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def launch(op: str, function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
-    """Start a kernel; every launch of the package passes here, so tests record and compile exactly what would run.
+Launcher = Callable[..., None]
+_replacement: Launcher | None = None
 
-    Raises RuntimeError that names the op, the kernel and the shapes when the compiler or the driver refuses.
+
+@contextmanager
+def launches_go_to(launcher: Launcher) -> Iterator[None]:
+    """Inside the block, `launcher` receives the arguments of every `launch` and no kernel starts.
+
+    With meta tensors it records or compiles what a step would launch, without a GPU.
     """
+    global _replacement
+    previous, _replacement = _replacement, launcher
+    try:
+        yield
+    finally:
+        _replacement = previous
+
+
+def launch(op: str, function: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
+    """Start a kernel. Every launch of the package goes through this function (see `launches_go_to`).
+
+    Raises:
+        RuntimeError: the compiler or the driver refused; the message gives the op, the kernel and the shapes.
+    """
+    if _replacement is not None:
+        _replacement(op, function, grid, *args, num_warps=num_warps, **constants)
+        return
     tensors = [a for a in args if isinstance(a, Tensor)]
     device = tensors[0].device
     try:
@@ -136,4 +161,6 @@ def launch(op: str, function: Any, grid: tuple[int, ...], *args: Any, num_warps:
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
         name = getattr(function, "__name__", "kernel")
-        raise RuntimeError(f"{op}: {name} failed on {shapes} (EFFNET_KERNELS=torch goes without): {error}") from error
+        raise RuntimeError(
+            f"{op}: {name} failed on {shapes} (set EFFNET_KERNELS=torch to run without Triton): {error}"
+        ) from error

@@ -1,17 +1,17 @@
-"""The inside of an MBConv block (Tan and Le, 2019): all that lies between its two 1x1 convolutions, as one op.
+"""The inside of an MBConv block (Tan and Le, 2019): everything between its two 1x1 convolutions, as one op.
 
     a = silu(bn1(x)) (a = x without expansion),  d = depthwise(a),  y = se_gate(bn2(d))
 
-It joins the launchers of the other files so that neither silu(bn1(x)) nor silu(bn2(d)) is ever written. In passes
-over the tensor before the depthwise convolution (E) and after it (D):
+It chains the launchers of the other files so that neither silu(bn1(x)) nor silu(bn2(d)) is ever written. In passes over
+the map before the depthwise convolution (E) and after it (D):
 
 Forward   E: read for statistics, read by the convolution.  D: written with its statistics, read for the mean, read
           and written as y.
 Backward  D: dy and d read for the five sums, read again and dd written, dd read by the convolution's backward.
           E: x read and dz written by the convolution's backward; dz and x read and dx written.
 
-With the 1x1 convolutions around it (E: written, dx read twice; D: y read twice, dy written) 10 E + 13 D; eager PyTorch
-makes about 23 E + 29 D. Saved: x, d, and [N, C] or [C] vectors.
+With the 1x1 convolutions around it (E: written, dx read twice; D: y read twice, dy written) that is 10 E + 13 D; eager
+PyTorch makes about 23 E + 29 D. Saved: x, d, and [N, C] or [C] vectors.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import depthwise_conv as depthwise
-from effnet_kernels.batch_norm import (
+from effnet_kernels.batch_norm import batch_norm_reference, grad_apply
+from effnet_kernels.depthwise_conv import Padding, depthwise_conv_reference
+from effnet_kernels.gate_mlp import SqueezeExcite
+from effnet_kernels.launch import Kernels, channels_last, use_triton
+from effnet_kernels.se_gate import se_backward, se_forward, se_gate_reference
+from effnet_kernels.statistics import (
     BatchNorm,
-    batch_norm_reference,
     batch_statistics,
-    grad_apply,
     merge_moments,
     needs_grad,
     require_values,
@@ -32,9 +35,6 @@ from effnet_kernels.batch_norm import (
     sum_over_ranks,
     update_running,
 )
-from effnet_kernels.depthwise_conv import Padding, depthwise_conv_reference
-from effnet_kernels.launch import Kernels, channels_last, use_triton
-from effnet_kernels.se_gate import SqueezeExcite, se_backward, se_forward, se_gate_reference
 
 
 def mbconv_reference(
@@ -48,7 +48,7 @@ def mbconv_reference(
     *,
     training: bool = True,
 ) -> Tensor:
-    """The maths of this file in plain PyTorch; arguments as in `mbconv`."""
+    """The equations above in plain PyTorch; arguments as in `mbconv`."""
     a = x if bn1 is None else batch_norm_reference(x, bn1, training=training, activation=True)
     d = depthwise_conv_reference(a, weight, stride, padding)
     return se_gate_reference(d, bn2, se, training=training)
@@ -140,8 +140,19 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor, *_: Tensor):
     x, d, weight1, bias1, weight, weight2, bias2, *rest = ctx.saved_tensors
     dx, sums1, dw, sums2, *se_grads = _mbconv_backward(
-        *(channels_last(dy), x, d, weight1, bias1, weight, weight2, bias2, rest[:4], rest[4:]),
-        *(ctx.stride, ctx.padding, ctx.sync),
+        channels_last(dy),
+        x,
+        d,
+        weight1,
+        bias1,
+        weight,
+        weight2,
+        bias2,
+        rest[:4],
+        rest[4:],
+        ctx.stride,
+        ctx.padding,
+        ctx.sync,
     )
     first = (None, None) if weight1 is None else (sums1[1].to(weight1.dtype), sums1[0].to(bias1.dtype))
     second = (sums2[1].to(weight2.dtype), sums2[0].to(bias2.dtype))
@@ -193,23 +204,26 @@ def mbconv(
     training: bool = True,
     kernels: Kernels = "auto",
 ) -> Tensor:
-    """From the expansion's raw output `x` [N, C, H, W] to the projection's input [N, C, HO, WO], of x's type.
+    """From the expansion's raw output to the projection's input.
 
     Args:
-        x: the expansion's output before its BatchNorm; the block's own input where there is no expansion.
+        x: [N, C, H, W], the expansion's output before its BatchNorm; the block's input if it has no expansion.
         bn1: the expansion's BatchNorm, or None.
         weight: [C, 1, k, k] of the depthwise convolution, k 3 or 5.
         stride, padding: of the depthwise convolution; padding as (left, right, top, bottom).
-        bn2: the depthwise convolution's BatchNorm; its eps and sync serve bn1 too.
+        bn2: the depthwise convolution's BatchNorm; bn1 must have the same eps and sync.
         se: the gate's weights.
-        training: False uses the running statistics, and takes the reference when a gradient is wanted.
+        training: False uses the running statistics; if a gradient is needed there, the reference runs.
+
+    Returns:
+        [N, C, HO, WO] of x's dtype, channels last.
 
     Raises:
-        ValueError: one value per channel in training.
+        ValueError: training on one value per channel.
     """
     norms = () if bn1 is None else (bn1.weight, bn1.bias)
-    wants_grad = needs_grad(x, *norms, weight, bn2.weight, bn2.bias, *se)
-    if not use_triton(kernels, x) or (not training and wants_grad):
+    differentiable = needs_grad(x, *norms, weight, bn2.weight, bn2.bias, *se)
+    if not use_triton(kernels, x) or (not training and differentiable):
         return mbconv_reference(x, bn1, weight, stride, padding, bn2, se, training=training)
     assert bn1 is None or (bn1.eps, bn1.sync) == (bn2.eps, bn2.sync)
     x = channels_last(x)
@@ -218,8 +232,17 @@ def mbconv(
     if not training:
         stats1 = None if bn1 is None else running_statistics(bn1)
         return _mbconv_eval(
-            *(x, stats1, weight1, bias1, weight, running_statistics(bn2), bn2.weight, bn2.bias, list(se)),
-            *(stride, list(padding)),
+            x,
+            stats1,
+            weight1,
+            bias1,
+            weight,
+            running_statistics(bn2),
+            bn2.weight,
+            bn2.bias,
+            list(se),
+            stride,
+            list(padding),
         )
     if bn1 is not None:
         require_values(x.shape, bn2.sync)
@@ -228,8 +251,7 @@ def mbconv(
     out = depthwise.output_size(h, k, stride, top, bottom) * depthwise.output_size(w, k, stride, left, right)
     require_values((n, weight.shape[0], out), bn2.sync)
     y, _, stats1, stats2, *_ = _mbconv(
-        *(x, weight1, bias1, weight, bn2.weight, bn2.bias, *se),
-        *(stride, list(padding), bn2.eps, bn2.sync),
+        x, weight1, bias1, weight, bn2.weight, bn2.bias, *se, stride, list(padding), bn2.eps, bn2.sync
     )
     if bn1 is not None:
         update_running(bn1, stats1)

@@ -1,41 +1,32 @@
 """Squeeze-and-excitation (Hu et al., 2018) on a raw convolution output: BatchNorm, Swish, squeeze, gate, multiply.
 
-    a = silu(gamma (x - mean) rstd + beta),  pool = mean over h, w of a
-    hidden = W1 pool + b1,  gate = sigmoid(W2 silu(hidden) + b2),  y = a gate
+    z = gamma (x - mean) rstd + beta,  a = silu(z),  pool = mean over h, w of a
+    gate = the two-layer perceptron of gate_mlp.py on pool,  y = a gate
 
-Forward   reads x (for the mean), reads x again and writes y: a is never written.
-Backward  the five sums of bn_silu_squeeze.py from dy and x; then back through the gate to dpool; then, per block of
-          channels, dW1, dW2, db1, db2 and BatchNorm's dgamma and dbeta, each summed over the images in order; then
-          one pass that reads dy and x and writes dx.
+Forward   Reads x for pool, then reads x again and writes y. a is never written.
+Backward  The gradient at a is dy gate + dpool / HW, where gate and dpool are constant over an image's channel. One pass
+          over dy and x keeps five sums per image and channel,
+              dy silu(z),  dy silu'(z),  dy silu'(z) xhat,  silu'(z),  silu'(z) xhat,
+          which give the gradient of the gate, dgamma, dbeta and both means of BatchNorm's backward. gate_mlp.py turns
+          them into dpool and the parameters' gradients. A second pass reads dy and x and writes dx.
 
-The matrices are small, so a program's time is that of waiting: each product over the channels is cut into spans of
-channels, whose sums the next launch adds up in order, and no program takes many turns. The products are float32 in
-three TF32 products (tf32x3), which keeps float32's accuracy.
+Programs of this file walk over all pixels of one image for a block of channels. bn_silu_squeeze.py runs them without
+dy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from effnet_kernels.batch_norm import (
-    Affine,
-    BatchNorm,
-    batch_norm_reference,
-    batch_statistics,
-    needs_grad,
-    require_values,
-    running_statistics,
-    sum_over_ranks,
-    update_running,
-)
-from effnet_kernels.bn_silu_squeeze import apply_sums, excite, five_sums, squeeze
+from effnet_kernels.batch_norm import batch_norm_reference
+from effnet_kernels.gate_mlp import SqueezeExcite, gate_backward, gate_forward
 from effnet_kernels.launch import (
     Kernels,
     cdiv,
+    channel_block,
     channels_last,
     kernel,
     launch,
@@ -46,19 +37,23 @@ from effnet_kernels.launch import (
     vector,
 )
 from effnet_kernels.silu import sigmoid, silu_slope
-
-
-class SqueezeExcite(NamedTuple):
-    """Weights of the two 1x1 convolutions: [R, C, 1, 1], [R], [C, R, 1, 1], [C]."""
-
-    reduce_weight: Tensor
-    reduce_bias: Tensor
-    expand_weight: Tensor
-    expand_bias: Tensor
+from effnet_kernels.statistics import (
+    Affine,
+    BatchNorm,
+    batch_statistics,
+    load,
+    load_mean_gradients,
+    load_norm,
+    needs_grad,
+    require_values,
+    running_statistics,
+    sum_over_ranks,
+    update_running,
+)
 
 
 def se_gate_reference(x: Tensor, bn: BatchNorm, se: SqueezeExcite, *, training: bool = True) -> Tensor:
-    """The maths of this file in plain PyTorch; arguments as in `se_gate`."""
+    """The equations above in plain PyTorch; arguments as in `se_gate`."""
     conv2d, silu = torch.nn.functional.conv2d, torch.nn.functional.silu
     a = batch_norm_reference(x, bn, training=training, activation=True)
     hidden = conv2d(a.mean((2, 3), keepdim=True), se.reduce_weight.to(a.dtype), se.reduce_bias.to(a.dtype))
@@ -66,270 +61,259 @@ def se_gate_reference(x: Tensor, bn: BatchNorm, se: SqueezeExcite, *, training: 
 
 
 @dataclass(frozen=True)
-class GateLaunch:
-    """`block_n` images (16 is the least a matrix product takes), `block_c` channels and `block_r` hidden values.
+class ImageLaunch:
+    """Each program handles `block_c` channels of one image, `block_m` pixels at a time."""
 
-    Sums over the channels are cut into spans of `turns` blocks.
-    """
-
-    block_n: int
+    block_m: int
     block_c: int
-    block_r: int
     num_warps: int
-    turns: int = 4
 
-    def spans(self, c: int) -> int:
-        return cdiv(c, self.block_c * self.turns)
+    def grid(self, n: int, c: int) -> tuple[int]:
+        """Programs over images and channel blocks."""
+        return (cdiv(c, self.block_c) * n,)
 
     def constants(self, c: int) -> dict[str, int]:
-        blocks = {"BLOCK_N": self.block_n, "BLOCK_C": self.block_c, "BLOCK_R": self.block_r}
-        return {"VEC": vector(c), "num_warps": self.num_warps, **blocks}
+        """Compile-time arguments of the kernels."""
+        return {"VEC": vector(c), "BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "num_warps": self.num_warps}
 
 
-def gate_launch(r: int) -> GateLaunch:
-    """All R hidden values at once; wide ones with fewer channels at a time, so that the tiles fit in registers."""
-    block_r = max(power_of_2(r), 16)
-    block_c = 64 if block_r <= 32 else 32
-    return GateLaunch(16, block_c, block_r, num_warps=4 if block_r <= 64 else 8, turns=256 // block_c)
+def image_launch(hw: int, c: int, elements: int = 2048) -> ImageLaunch:
+    """16 values per thread at a time, and at least 64 in all where the map has them: small maps use fewer warps.
+
+    Blocks are wide, so that few threads share a channel and the sum over them at the end is short.
+    """
+    block_c = channel_block(c, widest=256, slack=1.08)
+    warps = max(hw * block_c // (32 * 64), 1)
+    num_warps = min(1 << warps.bit_length() - 1, elements // 512)
+    return ImageLaunch(min(power_of_2(hw), max(num_warps * 512 // block_c, 1)), block_c, num_warps)
 
 
-def parameters_launch(r: int) -> GateLaunch:
-    """For the parameters' gradients, whose hidden values are independent of each other: at most 64 to a program."""
-    return GateLaunch(16, 32, min(max(power_of_2(r), 16), 64), num_warps=4)
-
-
-def gate_launch_space(r: int) -> list[GateLaunch]:
-    """What an autotuner may try in place of `gate_launch`'s choice."""
-    block_r = max(power_of_2(r), 16)
-    blocks = [(n, c, w) for n in (16, 32) for c in (32, 64) for w in (4, 8) if c * block_r <= 8192]
-    return [GateLaunch(n, c, block_r, w, turns) for n, c, w in blocks for turns in (2, 4, 8)]
+def image_launch_space(hw: int, c: int) -> list[ImageLaunch]:
+    """Launches an autotuner may try in place of `image_launch`'s choice."""
+    return [image_launch(hw, c, elements) for elements in (512, 1024, 2048, 4096)]
 
 
 @triton.jit
-def _tile(N, R, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A program's images and all hidden values: n [BLOCK_N], r [BLOCK_R], places in [N, R] and their mask."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.arange(0, BLOCK_R)
-    return n, r, n[:, None] * R + r[None, :], (n < N)[:, None] & (r < R)[None, :]
-
-
-@triton.jit
-def _added(
-    sums_ptr,  # [spans, N, R]
-    spans,
-    NR,
-    nr,
-    nr_ok,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """The spans' sums, added in order."""
-    total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for span in range(spans):
-        total += tl.load(sums_ptr + span * NR + nr, mask=nr_ok, other=0.0)
-    return total
+def _image_walk(C, HW, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels, their mask, their 64-bit offsets in [N, C], the base in [N, HW, C], pixels, and a 32-bit tile."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixel = tl.arange(0, BLOCK_M)
+    return c, c < C, n * C + c, n * HW * C, pixel, pixel[:, None] * C + c[None, :]
 
 
 @kernel
-def _spans_kernel(
-    x_ptr,  # [N, C]: pool, or the gradient at the gate if BACKWARD
-    gate_ptr,  # [N, C], if BACKWARD
-    w_ptr,  # [R, C], or [C, R] if BACKWARD
-    sums_ptr,  # [spans, N, R]: of the hidden values, or of the gradient at their Swish
-    N,
-    C,
-    R,
-    span,
-    BACKWARD: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    C = C // VEC * VEC
-    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
-    sums = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    start = tl.program_id(1) * span
-    for first in range(start, tl.minimum(start + span, C), BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        nc = n[:, None] * C + c[None, :]
-        nc_ok = (n < N)[:, None] & (c < C)[None, :]
-        x = tl.load(x_ptr + nc, mask=nc_ok, other=0.0)
-        if BACKWARD:
-            gate = tl.load(gate_ptr + nc, mask=nc_ok, other=0.0)
-            x = x * gate * (1.0 - gate)
-            at = w_ptr + c[:, None] * R + r[None, :]
-        else:
-            at = w_ptr + r[None, :] * C + c[:, None]
-        w = tl.load(at, mask=(c < C)[:, None] & (r < R)[None, :], other=0.0).to(tl.float32)
-        sums = tl.dot(x, w, sums, input_precision="tf32x3")
-    tl.store(sums_ptr + tl.program_id(1) * N * R + nr, sums, mask=nr_ok)
-
-
-@kernel
-def _gate_kernel(
-    sums_ptr,  # [spans, N, R]
-    b1_ptr,  # [R]
-    w2_ptr,  # [C, R]
-    b2_ptr,  # [C]
-    hidden_ptr,  # [N, R]
-    gate_ptr,  # [N, C]
-    N,
-    C,
-    R,
-    spans,
-    VEC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    C = C // VEC * VEC
-    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
-    hidden = _added(sums_ptr, spans, N * R, nr, nr_ok, BLOCK_N, BLOCK_R)
-    hidden += tl.load(b1_ptr + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
-    # Every program of these images has the same hidden values; the first one stores them.
-    tl.store(hidden_ptr + nr, hidden, mask=nr_ok & (tl.program_id(1) == 0))
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    rc_ok = (r < R)[:, None] & (c < C)[None, :]
-    w2 = tl.load(w2_ptr + c[None, :] * R + r[:, None], mask=rc_ok, other=0.0).to(tl.float32)
-    logit = tl.dot(hidden * sigmoid(hidden), w2, input_precision="tf32x3")
-    logit += tl.load(b2_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    tl.store(gate_ptr + n[:, None] * C + c[None, :], sigmoid(logit), mask=(n < N)[:, None] & (c < C)[None, :])
-
-
-@kernel
-def _dpool_kernel(
-    sums_ptr,  # [spans, N, R]
-    hidden_ptr,  # [N, R]
-    w1_ptr,  # [R, C]
-    dhidden_ptr,  # [N, R]
-    dpool_ptr,  # [N, C]
-    N,
-    C,
-    R,
-    spans,
-    VEC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    C = C // VEC * VEC
-    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
-    hidden = tl.load(hidden_ptr + nr, mask=nr_ok, other=0.0)
-    dhidden = _added(sums_ptr, spans, N * R, nr, nr_ok, BLOCK_N, BLOCK_R) * silu_slope(hidden, sigmoid(hidden))
-    tl.store(dhidden_ptr + nr, dhidden, mask=nr_ok & (tl.program_id(1) == 0))
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    rc_ok = (r < R)[:, None] & (c < C)[None, :]
-    w1 = tl.load(w1_ptr + r[:, None] * C + c[None, :], mask=rc_ok, other=0.0).to(tl.float32)
-    dpool = tl.dot(dhidden, w1, input_precision="tf32x3")
-    tl.store(dpool_ptr + n[:, None] * C + c[None, :], dpool, mask=(n < N)[:, None] & (c < C)[None, :])
-
-
-@kernel
-def _parameters_backward_kernel(
-    sums_ptr,  # [5, N, C], of bn_silu_squeeze.py; the first is dgate
-    gate_ptr,  # [N, C]
+def _squeeze_kernel(
+    x_ptr,  # [N, HW, C]
+    stats_ptr,  # [4, C]
+    gamma_ptr,  # [C]
+    beta_ptr,  # [C]
     pool_ptr,  # [N, C]
-    dpool_ptr,  # [N, C]
-    hidden_ptr,  # [N, R]
-    dhidden_ptr,  # [N, R]
-    dw1_ptr,  # [R, C]
-    db1_ptr,  # [R]
-    dw2_ptr,  # [C, R]
-    db2_ptr,  # [C]
-    bn_ptr,  # [2, C]: dbeta, dgamma
-    N,
-    C,
-    R,
-    NC,
     HW,
+    C,
     VEC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+):
+    C = C // VEC * VEC
+    c, c_ok, nc, base, pixel, tile = _image_walk(C, HW, BLOCK_M, BLOCK_C)
+    mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
+    gain = gamma * rstd
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for m in range(0, HW, BLOCK_M):
+        ok = ((m + pixel) < HW)[:, None] & c_ok[None, :]
+        z = (load(x_ptr + base + tile, ok) - mean) * gain + beta
+        total += tl.where(ok, z * sigmoid(z), 0.0)
+        base += BLOCK_M * C
+    tl.store(pool_ptr + nc, tl.sum(total, axis=0) / HW, mask=c_ok)
+
+
+@kernel
+def _excite_kernel(
+    x_ptr,  # [N, HW, C]
+    stats_ptr,  # [4, C]
+    gamma_ptr,  # [C]
+    beta_ptr,  # [C]
+    gate_ptr,  # [N, C]
+    y_ptr,  # [N, HW, C]
+    HW,
+    C,
+    VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C = C // VEC * VEC
+    c, c_ok, nc, base, pixel, tile = _image_walk(C, HW, BLOCK_M, BLOCK_C)
+    mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
+    gain = gamma * rstd
+    gate = load(gate_ptr + nc, c_ok)[None, :]
+    for m in range(0, HW, BLOCK_M):
+        ok = ((m + pixel) < HW)[:, None] & c_ok[None, :]
+        z = (load(x_ptr + base + tile, ok) - mean) * gain + beta
+        tl.store(y_ptr + base + tile, (z * sigmoid(z) * gate).to(y_ptr.dtype.element_ty), mask=ok)
+        base += BLOCK_M * C
+
+
+@kernel
+def _five_sums_kernel(
+    dy_ptr,  # [N, HW, C] if HAS_DY
+    x_ptr,  # [N, HW, C]
+    stats_ptr,  # [4, C]
+    gamma_ptr,  # [C]
+    beta_ptr,  # [C]
+    sums_ptr,  # [5, N, C] if HAS_DY, else [2, N, C], the last two
+    HW,
+    C,
+    NC,
+    HAS_DY: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     C, NC = C // VEC * VEC, NC // VEC * VEC
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    dw1 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    dw2 = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
-    db1 = tl.zeros([BLOCK_R], tl.float32)
-    db2 = tl.zeros([BLOCK_C], tl.float32)
-    dbeta = tl.zeros([BLOCK_C], tl.float32)
-    dgamma = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(0, N, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        nc = n[:, None] * C + c[None, :]
-        nc_ok = (n < N)[:, None] & (c < C)[None, :]
-        nr = n[:, None] * R + r[None, :]
-        nr_ok = (n < N)[:, None] & (r < R)[None, :]
-        gate = tl.load(gate_ptr + nc, mask=nc_ok, other=0.0)
-        dlogit = tl.load(sums_ptr + nc, mask=nc_ok, other=0.0) * gate * (1.0 - gate)
-        hidden = tl.load(hidden_ptr + nr, mask=nr_ok, other=0.0)
-        dw2 = tl.dot(tl.trans(dlogit), hidden * sigmoid(hidden), dw2, input_precision="tf32x3")
-        db2 += tl.sum(dlogit, axis=0)
-        dhidden = tl.load(dhidden_ptr + nr, mask=nr_ok, other=0.0)
-        pool = tl.load(pool_ptr + nc, mask=nc_ok, other=0.0)
-        dw1 = tl.dot(tl.trans(dhidden), pool, dw1, input_precision="tf32x3")
-        db1 += tl.sum(dhidden, axis=0)
-        from_pool = tl.load(dpool_ptr + nc, mask=nc_ok, other=0.0) / HW
-        dy_slope = tl.load(sums_ptr + NC + nc, mask=nc_ok, other=0.0)
-        dy_slope_xhat = tl.load(sums_ptr + 2 * NC + nc, mask=nc_ok, other=0.0)
-        slope = tl.load(sums_ptr + 3 * NC + nc, mask=nc_ok, other=0.0)
-        slope_xhat = tl.load(sums_ptr + 4 * NC + nc, mask=nc_ok, other=0.0)
-        dbeta += tl.sum(gate * dy_slope + from_pool * slope, axis=0)
-        dgamma += tl.sum(gate * dy_slope_xhat + from_pool * slope_xhat, axis=0)
-    c_ok = c < C
-    # Every program of a row or a column has the same sums; the first one stores them.
-    once = c_ok & (tl.program_id(1) == 0)
-    tl.store(dw1_ptr + r[:, None] * C + c[None, :], dw1, mask=(r < R)[:, None] & c_ok[None, :])
-    tl.store(dw2_ptr + c[:, None] * R + r[None, :], dw2, mask=c_ok[:, None] & (r < R)[None, :])
-    tl.store(db1_ptr + r, db1, mask=(r < R) & (tl.program_id(0) == 0))
-    tl.store(db2_ptr + c, db2, mask=once)
-    tl.store(bn_ptr + c, dbeta, mask=once)
-    tl.store(bn_ptr + C + c, dgamma, mask=once)
+    c, c_ok, nc, base, pixel, tile = _image_walk(C, HW, BLOCK_M, BLOCK_C)
+    mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
+    slope_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    slope_xhat_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    if HAS_DY:
+        dy_act_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        dy_slope_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        dy_slope_xhat_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for m in range(0, HW, BLOCK_M):
+        ok = ((m + pixel) < HW)[:, None] & c_ok[None, :]
+        xhat = (load(x_ptr + base + tile, ok) - mean) * rstd
+        z = xhat * gamma + beta
+        s = sigmoid(z)
+        slope = tl.where(ok, silu_slope(z, s), 0.0)
+        slope_sum += slope
+        slope_xhat_sum += slope * xhat
+        if HAS_DY:
+            dy = load(dy_ptr + base + tile, ok)
+            dy_act_sum += dy * z * s
+            dy_slope_sum += dy * slope
+            dy_slope_xhat_sum += dy * slope * xhat
+        base += BLOCK_M * C
+    if HAS_DY:
+        tl.store(sums_ptr + nc, tl.sum(dy_act_sum, axis=0), mask=c_ok)
+        tl.store(sums_ptr + NC + nc, tl.sum(dy_slope_sum, axis=0), mask=c_ok)
+        tl.store(sums_ptr + 2 * NC + nc, tl.sum(dy_slope_xhat_sum, axis=0), mask=c_ok)
+        sums_ptr += 3 * NC
+    tl.store(sums_ptr + nc, tl.sum(slope_sum, axis=0), mask=c_ok)
+    tl.store(sums_ptr + NC + nc, tl.sum(slope_xhat_sum, axis=0), mask=c_ok)
 
 
-def _over_channels(x: Tensor, gate: Tensor | None, w: Tensor, r: int, finish: Any, rest: tuple[Tensor, ...]) -> None:
-    """The sums over spans of the channels of x [N, C] (backward, where there is a gate), then the kernel `finish`."""
-    n, c = x.shape[-2:]
-    assert 5 * n * c < 2**31, "places in [5, N, C] are 32-bit"
-    cut = gate_launch(r)
-    sums = x.new_empty(cut.spans(c), n, r)
-    images, constants = cdiv(n, cut.block_n), cut.constants(c)
-    args = (x, x if gate is None else gate, w, sums, n, c, r, cut.block_c * cut.turns)
-    launch("se_gate", _spans_kernel, (images, len(sums)), *args, BACKWARD=gate is not None, **constants)
-    launch("se_gate", finish, (images, cdiv(c, cut.block_c)), sums, *rest, n, c, r, len(sums), **constants)
+@kernel
+def _apply_sums_kernel(
+    dy_ptr,  # [N, HW, C] if HAS_DY
+    x_ptr,  # [N, HW, C]
+    stats_ptr,  # [4, C]
+    gamma_ptr,  # [C]
+    beta_ptr,  # [C]
+    gate_ptr,  # [N, C] if HAS_DY
+    dpool_ptr,  # [N, C]
+    sums_ptr,  # [2, C]: dbeta, dgamma, over all ranks
+    dx_ptr,  # [N, HW, C]
+    HW,
+    C,
+    HAS_DY: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    C = C // VEC * VEC
+    c, c_ok, nc, base, pixel, tile = _image_walk(C, HW, BLOCK_M, BLOCK_C)
+    mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
+    mean_dz, mean_dz_xhat = load_mean_gradients(sums_ptr, stats_ptr, c, c_ok, C)
+    gain = gamma * rstd
+    from_pool = (load(dpool_ptr + nc, c_ok) / HW)[None, :]
+    if HAS_DY:
+        gate = load(gate_ptr + nc, c_ok)[None, :]
+    for m in range(0, HW, BLOCK_M):
+        ok = ((m + pixel) < HW)[:, None] & c_ok[None, :]
+        xhat = (load(x_ptr + base + tile, ok) - mean) * rstd
+        z = xhat * gamma + beta
+        dz = silu_slope(z, sigmoid(z))
+        if HAS_DY:
+            dy = load(dy_ptr + base + tile, ok)
+            dz = dz * (dy * gate + from_pool)
+        else:
+            dz = dz * from_pool
+        dx = gain * (dz - mean_dz - xhat * mean_dz_xhat)
+        tl.store(dx_ptr + base + tile, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+        base += BLOCK_M * C
 
 
-def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
-    """gate [N, C] and hidden [N, R] (before its Swish), float32."""
-    r = se.reduce_weight.shape[0]
-    hidden, gate = pool.new_empty(len(pool), r), torch.empty_like(pool)
-    rest = (se.reduce_bias, se.expand_weight, se.expand_bias, hidden, gate)
-    _over_channels(pool, None, se.reduce_weight, r, _gate_kernel, rest)
-    return gate, hidden
+def squeeze(x: Tensor, stats: Tensor, bn: Affine) -> Tensor:
+    """pool [N, C] float32."""
+    n, c, h, w = x.shape
+    config = image_launch(h * w, c)
+    pool = torch.empty(n, c, device=x.device, dtype=torch.float32)
+    launch("se_gate", _squeeze_kernel, config.grid(n, c), x, stats, *bn, pool, h * w, c, **config.constants(c))
+    return pool
 
 
-def gate_backward(
-    sums: Tensor, gate: Tensor, pool: Tensor, hidden: Tensor, se: SqueezeExcite, hw: int
-) -> tuple[Tensor, Tensor, SqueezeExcite]:
-    """dpool [N, C], BatchNorm's [dbeta, dgamma] over this rank, and the gradients of `se`, from the five sums."""
-    n, c = pool.shape
-    r = hidden.shape[1]
-    dhidden, dpool = torch.empty_like(hidden), torch.empty_like(pool)
-    _over_channels(sums, gate, se.expand_weight, r, _dpool_kernel, (hidden, se.reduce_weight, dhidden, dpool))
-    grads = SqueezeExcite(*(torch.empty_like(p) for p in se))
-    bn = pool.new_empty(2, c)
-    cut = parameters_launch(r)
-    tensors = (sums, gate, pool, dpool, hidden, dhidden, *grads, bn)
-    grid = (cdiv(c, cut.block_c), cdiv(r, cut.block_r))
-    launch("se_gate", _parameters_backward_kernel, grid, *tensors, n, c, r, n * c, hw, **cut.constants(c))
-    return dpool, bn, grads
+def excite(x: Tensor, stats: Tensor, bn: Affine, gate: Tensor) -> Tensor:
+    """silu(z) times gate [N, C], in x's shape and dtype."""
+    n, c, h, w = x.shape
+    config = image_launch(h * w, c)
+    y = torch.empty_like(x)
+    launch("se_gate", _excite_kernel, config.grid(n, c), x, stats, *bn, gate, y, h * w, c, **config.constants(c))
+    return y
+
+
+def five_sums(dy: Tensor | None, x: Tensor, stats: Tensor, bn: Affine) -> Tensor:
+    """The five sums above, [5, N, C] float32; without dy the last two, [2, N, C]."""
+    n, c, h, w = x.shape
+    config = image_launch(h * w, c)
+    sums = torch.empty(2 if dy is None else 5, n, c, device=x.device, dtype=torch.float32)
+    launch(
+        "se_gate",
+        _five_sums_kernel,
+        config.grid(n, c),
+        x if dy is None else dy,
+        x,
+        stats,
+        *bn,
+        sums,
+        h * w,
+        c,
+        n * c,
+        HAS_DY=dy is not None,
+        **config.constants(c),
+    )
+    return sums
+
+
+def apply_sums(
+    dy: Tensor | None, x: Tensor, stats: Tensor, bn: Affine, gate: Tensor | None, dpool: Tensor, sums: Tensor
+) -> Tensor:
+    """dx from the gradient dpool [N, C] at pool, and the sums [2, C] of dz and dz * xhat over all ranks."""
+    n, c, h, w = x.shape
+    config = image_launch(h * w, c)
+    dx = torch.empty_like(x)
+    launch(
+        "se_gate",
+        _apply_sums_kernel,
+        config.grid(n, c),
+        x if dy is None else dy,
+        x,
+        stats,
+        *bn,
+        dpool if gate is None else gate,
+        dpool,
+        sums,
+        dx,
+        h * w,
+        c,
+        HAS_DY=dy is not None,
+        **config.constants(c),
+    )
+    return dx
 
 
 def se_forward(x: Tensor, stats: Tensor, bn: Affine, se: SqueezeExcite) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, pool, gate and hidden, given x's statistics."""
+    """y, pool, gate and hidden from x and its statistics."""
     pool = squeeze(x, stats, bn)
     gate, hidden = gate_forward(pool, se)
     return excite(x, stats, bn, gate), pool, gate, hidden
@@ -417,10 +401,15 @@ def _(x, stats, weight, bias, w1, b1, w2, b2):
 
 
 def se_gate(x: Tensor, bn: BatchNorm, se: SqueezeExcite, *, training: bool = True, kernels: Kernels = "auto") -> Tensor:
-    """Squeeze-and-excitation of Swish of BatchNorm of `x` [N, C, H, W], a raw convolution output; same shape and type.
+    """Squeeze-and-excitation of Swish of BatchNorm of `x` [N, C, H, W], a raw convolution output.
 
-    Evaluation uses the running statistics, and takes the reference when a gradient is wanted. Raises ValueError for
-    one value per channel in training.
+    Evaluation uses the running statistics; if a gradient is needed there, the reference runs.
+
+    Returns:
+        x's shape and dtype, channels last.
+
+    Raises:
+        ValueError: training on one value per channel.
     """
     if not use_triton(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias, *se)):
         return se_gate_reference(x, bn, se, training=training)

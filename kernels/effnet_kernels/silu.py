@@ -1,9 +1,9 @@
 """Swish: y = x * s(x) with s the logistic function (Ramachandran et al., 2017; Elfwing et al., 2017).
 
 Forward   y = x s                      reads x, writes y
-Backward  dx = dy s (1 + x (1 - s))    reads dy and x, writes dx; s is recomputed, so only x is kept
+Backward  dx = dy s (1 + x (1 - s))    reads dy and x, writes dx; s is recomputed, so only x is saved
 
-This file also holds the two device functions that every other kernel of the package takes its Swish from.
+The other kernels of the package use `sigmoid` and `silu_slope` of this file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def silu_reference(x: Tensor) -> Tensor:
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) to 3e-7 in 5 instructions; written with exp and a division the compiler makes 12 of it."""
+    """1 / (1 + exp(-x)) to 3e-7 in 5 instructions; with exp and a division it takes 12."""
     r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))  # log2(e)
     return r * r
 
@@ -34,7 +34,7 @@ def silu_slope(x, s):
     return s * (1.0 + x * (1.0 - s))
 
 
-@triton.jit  # a variant for sizes that are multiples of 16, whose accesses are wide
+@triton.jit  # `size` is specialised: where 16 divides it, accesses are 16 bytes wide
 def _silu_forward_kernel(
     x_ptr,  # [size]
     y_ptr,  # [size]
@@ -86,25 +86,25 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    return _silu_backward(_laid_out_as(dy, x), x)
+    return _silu_backward(_with_strides_of(dy, x), x)
 
 
 _silu.register_autograd(_backward, setup_context=_setup)
 
 
 def _dense(x: Tensor) -> Tensor:
-    """`x` itself if its values fill one block of memory in either order of dimensions, else a contiguous copy."""
+    """`x` itself if it is dense, contiguous or channels last, else a contiguous copy."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     return x.contiguous()
 
 
-def _laid_out_as(dy: Tensor, x: Tensor) -> Tensor:
+def _with_strides_of(dy: Tensor, x: Tensor) -> Tensor:
     return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
 
 
 def silu(x: Tensor, *, kernels: Kernels = "auto") -> Tensor:
-    """Swish of `x`, any shape, contiguous or channels-last without a copy; same shape, type and layout back."""
+    """Swish of `x`, any shape; returns its shape and dtype. A dense `x` keeps its layout and is not copied."""
     if not use_triton(kernels, x) or x.numel() == 0:
         return silu_reference(x)
     return _silu(_dense(x))

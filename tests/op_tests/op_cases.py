@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effnet_kernels.batch_norm import BatchNorm, batch_norm
+from effnet_kernels.batch_norm import batch_norm
 from effnet_kernels.bn_silu_squeeze import bn_silu_squeeze
 from effnet_kernels.depthwise_conv import depthwise_conv
+from effnet_kernels.gate_mlp import SqueezeExcite
 from effnet_kernels.mbconv import mbconv
-from effnet_kernels.se_gate import SqueezeExcite, se_gate
+from effnet_kernels.se_gate import se_gate
 from effnet_kernels.silu import silu
+from effnet_kernels.statistics import BatchNorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from effnet_fast.model import scaling
-from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, launch, mbconv, se_gate, silu
+from effnet_kernels import batch_norm, bn_silu_squeeze, launch, mbconv, silu
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -76,12 +76,8 @@ def ends_step(n: int, model: int, size: int, dtype: torch.dtype) -> None:
 def record(function, *args) -> list[tuple]:
     """(kernel, grid, arguments, constants) of every launch that `function(*args)` makes."""
     launches = []
-    modules = (batch_norm, bn_silu_squeeze, depthwise_conv, se_gate, silu)
-    for module in modules:
-        module.launch = lambda op, kernel, grid, *a, **k: launches.append((kernel, grid, a, k))
-    function(*args)
-    for module in modules:
-        module.launch = launch.launch
+    with launch.launches_go_to(lambda op, kernel, grid, *a, **k: launches.append((kernel, grid, a, k))):
+        function(*args)
     return launches
 
 

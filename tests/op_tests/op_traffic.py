@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
-from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, launch, mbconv, se_gate, silu
+from effnet_kernels import batch_norm, depthwise_conv, launch, mbconv
 
 SECTOR = 32
 BATCH = 512  # whose share of work per program the audit keeps at its own small batch
@@ -89,9 +89,9 @@ def recorded(batch: int):
         close_program()
         return originals["set_grid_idx"](self, *index)
 
-    def counted_launch(op, kernel, *args, **constants):
+    def counted_launch(op, kernel, grid, *args, **constants):
         torch_ops.paused = True
-        launch.launch(op, kernel, *args, **constants)
+        kernel[grid](*args, **constants)
         torch_ops.paused = False
         close_program()
         for kind in ("load", "store"):
@@ -103,21 +103,16 @@ def recorded(batch: int):
         programs.clear()
 
     torch_ops = _TorchOps(traffic)
-    modules = (batch_norm, bn_silu_squeeze, depthwise_conv, se_gate, silu)
     share = launch.PROGRAMS
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
     InterpreterBuilder.set_grid_idx = begin
-    for module in modules:
-        module.launch = counted_launch
     launch.PROGRAMS = depthwise_conv.PROGRAMS = max(share * batch // BATCH, 1)
     try:
-        with torch_ops:
+        with launch.launches_go_to(counted_launch), torch_ops:
             yield traffic
     finally:
         for name, function in originals.items():
             setattr(InterpreterBuilder, name, function)
-        for module in modules:
-            module.launch = launch.launch
         launch.PROGRAMS = depthwise_conv.PROGRAMS = share
 
 

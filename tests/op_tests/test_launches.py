@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from op_launches import blocks, longest_loop, values_a_turn
 
-from effnet_kernels.bn_silu_squeeze import image_launch, image_launch_space
 from effnet_kernels.depthwise_conv import backward_launch, backward_space, forward_launch, forward_space
+from effnet_kernels.gate_mlp import gate_launch, gate_launch_space
 from effnet_kernels.launch import row_launch, row_launch_space
-from effnet_kernels.se_gate import gate_launch, gate_launch_space
+from effnet_kernels.se_gate import image_launch, image_launch_space
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 # Instructions a value in the loop, of the kernels with most to do: (kernel, k or None). An H100 issues about 35 in the

@@ -115,11 +115,12 @@ def test_serves_without_triton():
     script = """
 import sys; sys.modules["triton"] = None
 import torch
-from effnet_kernels.batch_norm import BatchNorm, bn_silu
+from effnet_kernels.batch_norm import bn_silu
 from effnet_kernels.bn_silu_squeeze import bn_silu_squeeze
 from effnet_kernels.mbconv import mbconv
-from effnet_kernels.se_gate import SqueezeExcite
+from effnet_kernels.gate_mlp import SqueezeExcite
 from effnet_kernels.silu import silu
+from effnet_kernels.statistics import BatchNorm
 x = torch.randn(2, 8, 4, 4)
 bn = BatchNorm(torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8))
 se = SqueezeExcite(torch.randn(2, 8, 1, 1), torch.zeros(2), torch.randn(8, 2, 1, 1), torch.zeros(8))

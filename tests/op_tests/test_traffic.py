@@ -11,7 +11,7 @@ if not launch.INTERPRETED:
 from op_launches import blocks
 from op_traffic import block_traffic, recorded, report
 
-from effnet_kernels import batch_norm
+from effnet_kernels.statistics import batch_statistics
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_counts_sectors_once_a_program():
     """Statistics of [4 * 64, 32] float32: 32 KiB read once, and a row of moments written by every program."""
     x = torch.randn(4, 32, 8, 8).contiguous(memory_format=torch.channels_last)
     with recorded(4) as traffic:
-        batch_norm.batch_statistics(x, 1e-3, False)
+        batch_statistics(x, 1e-3, False)
     assert 0 <= traffic.once["_moments_kernel"] - x.numel() * 4 <= 16 * 3 * 32 * 4
     assert traffic.again["_moments_kernel"] == 0
 

@@ -1,0 +1,387 @@
+"""The gate's two-layer perceptron in squeeze-and-excitation, on [N, C] pooled values (Hu et al., 2018).
+
+    hidden = W1 pool + b1,  gate = sigmoid(W2 silu(hidden) + b2)
+
+Forward   `_spans_kernel` multiplies by W1, `_gate_kernel` by W2.
+Backward  from the gradient at the gate: `_spans_kernel` multiplies by W2, `_dpool_kernel` by W1; then
+          `_parameters_backward_kernel` sums dW1, dW2, db1, db2 and BatchNorm's dgamma and dbeta over the images.
+
+The matrices are small, so latency dominates. Each product over the channels is split into spans of channels, each a
+program; the next launch adds the spans' sums in order. Products are float32 as three TF32 products (tf32x3), which
+keeps float32's accuracy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_kernels.launch import cdiv, kernel, launch, power_of_2, tl, triton, vector
+from effnet_kernels.silu import sigmoid, silu_slope
+from effnet_kernels.statistics import load
+
+
+class SqueezeExcite(NamedTuple):
+    """Weights of the two 1x1 convolutions: [R, C, 1, 1], [R], [C, R, 1, 1], [C]."""
+
+    reduce_weight: Tensor
+    reduce_bias: Tensor
+    expand_weight: Tensor
+    expand_bias: Tensor
+
+
+@dataclass(frozen=True)
+class GateLaunch:
+    """A program's tile: `block_n` images (at least 16, for `tl.dot`), `block_c` channels, `block_r` hidden values.
+
+    A product over the channels is split into spans of `turns` blocks of channels.
+    """
+
+    block_n: int
+    block_c: int
+    block_r: int
+    num_warps: int
+    turns: int = 4
+
+    def spans(self, c: int) -> int:
+        """Spans of the sum over `c` channels."""
+        return cdiv(c, self.block_c * self.turns)
+
+    def constants(self, c: int) -> dict[str, int]:
+        """Compile-time arguments of the kernels."""
+        blocks = {"BLOCK_N": self.block_n, "BLOCK_C": self.block_c, "BLOCK_R": self.block_r}
+        return {"VEC": vector(c), "num_warps": self.num_warps, **blocks}
+
+
+def gate_launch(r: int) -> GateLaunch:
+    """All R hidden values in one tile, with fewer channels where R is large, so that the tiles fit in registers."""
+    block_r = max(power_of_2(r), 16)
+    block_c = 64 if block_r <= 32 else 32
+    return GateLaunch(16, block_c, block_r, num_warps=4 if block_r <= 64 else 8, turns=256 // block_c)
+
+
+def parameters_launch(r: int) -> GateLaunch:
+    """Launch for the parameters' gradients. Their hidden values are independent: at most 64 per program."""
+    return GateLaunch(16, 32, min(max(power_of_2(r), 16), 64), num_warps=4)
+
+
+def gate_launch_space(r: int) -> list[GateLaunch]:
+    """Launches an autotuner may try in place of `gate_launch`'s choice."""
+    block_r = max(power_of_2(r), 16)
+    blocks = [(n, c, w) for n in (16, 32) for c in (32, 64) for w in (4, 8) if c * block_r <= 8192]
+    return [GateLaunch(n, c, block_r, w, turns) for n, c, w in blocks for turns in (2, 4, 8)]
+
+
+@triton.jit
+def _tile(N, R, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A program's images n [BLOCK_N], all hidden values r [BLOCK_R], their offsets in [N, R] and mask."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    return n, r, n[:, None] * R + r[None, :], (n < N)[:, None] & (r < R)[None, :]
+
+
+@triton.jit
+def _sum_of_spans(
+    sums_ptr,  # [spans, N, R]
+    spans,
+    NR,
+    nr,
+    nr_ok,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Add the spans' sums in order: [BLOCK_N, BLOCK_R]."""
+    total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for span in range(spans):
+        total += load(sums_ptr + span * NR + nr, nr_ok)
+    return total
+
+
+@kernel
+def _spans_kernel(
+    x_ptr,  # [N, C]: pool; the gradient at the gate if BACKWARD
+    gate_ptr,  # [N, C], if BACKWARD
+    w_ptr,  # [R, C]; [C, R] if BACKWARD
+    sums_ptr,  # [spans, N, R]: of the hidden values; of the gradient at their Swish if BACKWARD
+    N,
+    C,
+    R,
+    span,
+    BACKWARD: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    C = C // VEC * VEC
+    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
+    sums = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    start = tl.program_id(1) * span
+    for first in range(start, tl.minimum(start + span, C), BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        nc = n[:, None] * C + c[None, :]
+        nc_ok = (n < N)[:, None] & (c < C)[None, :]
+        x = load(x_ptr + nc, nc_ok)
+        cr_ok = (c < C)[:, None] & (r < R)[None, :]
+        if BACKWARD:
+            gate = load(gate_ptr + nc, nc_ok)
+            x = x * gate * (1.0 - gate)  # the gradient before the sigmoid
+            w = load(w_ptr + c[:, None] * R + r[None, :], cr_ok)
+        else:
+            w = load(w_ptr + r[None, :] * C + c[:, None], cr_ok)
+        sums = tl.dot(x, w, sums, input_precision="tf32x3")
+    tl.store(sums_ptr + tl.program_id(1) * N * R + nr, sums, mask=nr_ok)
+
+
+@kernel
+def _gate_kernel(
+    sums_ptr,  # [spans, N, R]
+    b1_ptr,  # [R]
+    w2_ptr,  # [C, R]
+    b2_ptr,  # [C]
+    hidden_ptr,  # [N, R]
+    gate_ptr,  # [N, C]
+    N,
+    C,
+    R,
+    spans,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    C = C // VEC * VEC
+    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
+    hidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, BLOCK_N, BLOCK_R)
+    hidden += load(b1_ptr + r, r < R)[None, :]
+    # All programs of these images compute the same hidden values; the first one stores them.
+    tl.store(hidden_ptr + nr, hidden, mask=nr_ok & (tl.program_id(1) == 0))
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rc_ok = (r < R)[:, None] & (c < C)[None, :]
+    w2 = load(w2_ptr + c[None, :] * R + r[:, None], rc_ok)
+    logit = tl.dot(hidden * sigmoid(hidden), w2, input_precision="tf32x3")
+    logit += load(b2_ptr + c, c < C)[None, :]
+    tl.store(gate_ptr + n[:, None] * C + c[None, :], sigmoid(logit), mask=(n < N)[:, None] & (c < C)[None, :])
+
+
+@kernel
+def _dpool_kernel(
+    sums_ptr,  # [spans, N, R]
+    hidden_ptr,  # [N, R]
+    w1_ptr,  # [R, C]
+    dhidden_ptr,  # [N, R]
+    dpool_ptr,  # [N, C]
+    N,
+    C,
+    R,
+    spans,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    C = C // VEC * VEC
+    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
+    hidden = load(hidden_ptr + nr, nr_ok)
+    dhidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, BLOCK_N, BLOCK_R) * silu_slope(hidden, sigmoid(hidden))
+    tl.store(dhidden_ptr + nr, dhidden, mask=nr_ok & (tl.program_id(1) == 0))
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    rc_ok = (r < R)[:, None] & (c < C)[None, :]
+    w1 = load(w1_ptr + r[:, None] * C + c[None, :], rc_ok)
+    dpool = tl.dot(dhidden, w1, input_precision="tf32x3")
+    tl.store(dpool_ptr + n[:, None] * C + c[None, :], dpool, mask=(n < N)[:, None] & (c < C)[None, :])
+
+
+@kernel
+def _parameters_backward_kernel(
+    sums_ptr,  # [5, N, C], of se_gate.five_sums; the first is the gradient at the gate
+    gate_ptr,  # [N, C]
+    pool_ptr,  # [N, C]
+    dpool_ptr,  # [N, C]
+    hidden_ptr,  # [N, R]
+    dhidden_ptr,  # [N, R]
+    dw1_ptr,  # [R, C]
+    db1_ptr,  # [R]
+    dw2_ptr,  # [C, R]
+    db2_ptr,  # [C]
+    bn_ptr,  # [2, C]: dbeta, dgamma
+    N,
+    C,
+    R,
+    NC,
+    HW,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    C, NC = C // VEC * VEC, NC // VEC * VEC
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    dw1 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    dw2 = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
+    db1 = tl.zeros([BLOCK_R], tl.float32)
+    db2 = tl.zeros([BLOCK_C], tl.float32)
+    dbeta = tl.zeros([BLOCK_C], tl.float32)
+    dgamma = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(0, N, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        nc = n[:, None] * C + c[None, :]
+        nc_ok = (n < N)[:, None] & (c < C)[None, :]
+        nr = n[:, None] * R + r[None, :]
+        nr_ok = (n < N)[:, None] & (r < R)[None, :]
+        # The second layer.
+        gate = load(gate_ptr + nc, nc_ok)
+        dlogit = load(sums_ptr + nc, nc_ok) * gate * (1.0 - gate)
+        hidden = load(hidden_ptr + nr, nr_ok)
+        dw2 = tl.dot(tl.trans(dlogit), hidden * sigmoid(hidden), dw2, input_precision="tf32x3")
+        db2 += tl.sum(dlogit, axis=0)
+        # The first layer.
+        dhidden = load(dhidden_ptr + nr, nr_ok)
+        pool = load(pool_ptr + nc, nc_ok)
+        dw1 = tl.dot(tl.trans(dhidden), pool, dw1, input_precision="tf32x3")
+        db1 += tl.sum(dhidden, axis=0)
+        # BatchNorm: dz is (dy gate + dpool / HW) silu'(z).
+        from_pool = load(dpool_ptr + nc, nc_ok) / HW
+        dy_slope = load(sums_ptr + NC + nc, nc_ok)
+        dy_slope_xhat = load(sums_ptr + 2 * NC + nc, nc_ok)
+        slope = load(sums_ptr + 3 * NC + nc, nc_ok)
+        slope_xhat = load(sums_ptr + 4 * NC + nc, nc_ok)
+        dbeta += tl.sum(gate * dy_slope + from_pool * slope, axis=0)
+        dgamma += tl.sum(gate * dy_slope_xhat + from_pool * slope_xhat, axis=0)
+    c_ok = c < C
+    # All programs of a grid row or column compute the same vectors; the first one stores them.
+    once = c_ok & (tl.program_id(1) == 0)
+    tl.store(dw1_ptr + r[:, None] * C + c[None, :], dw1, mask=(r < R)[:, None] & c_ok[None, :])
+    tl.store(dw2_ptr + c[:, None] * R + r[None, :], dw2, mask=c_ok[:, None] & (r < R)[None, :])
+    tl.store(db1_ptr + r, db1, mask=(r < R) & (tl.program_id(0) == 0))
+    tl.store(db2_ptr + c, db2, mask=once)
+    tl.store(bn_ptr + c, dbeta, mask=once)
+    tl.store(bn_ptr + C + c, dgamma, mask=once)
+
+
+def _span_sums(x: Tensor, gate: Tensor | None, w: Tensor, r: int) -> Tensor:
+    """Sums [spans, N, R] over spans of the channels of x [N, C] times `w`; with `gate`, of the backward pass."""
+    n, c = x.shape[-2:]
+    assert 5 * n * c < 2**31, "offsets in [5, N, C] are 32-bit"
+    config = gate_launch(r)
+    sums = x.new_empty(config.spans(c), n, r)
+    launch(
+        "se_gate",
+        _spans_kernel,
+        (cdiv(n, config.block_n), len(sums)),
+        x,
+        x if gate is None else gate,
+        w,
+        sums,
+        n,
+        c,
+        r,
+        config.block_c * config.turns,
+        BACKWARD=gate is not None,
+        **config.constants(c),
+    )
+    return sums
+
+
+def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
+    """gate [N, C] and hidden [N, R] (before its Swish) from pool [N, C], float32."""
+    n, c = pool.shape
+    r = se.reduce_weight.shape[0]
+    sums = _span_sums(pool, None, se.reduce_weight, r)
+    hidden, gate = pool.new_empty(n, r), torch.empty_like(pool)
+    config = gate_launch(r)
+    launch(
+        "se_gate",
+        _gate_kernel,
+        (cdiv(n, config.block_n), cdiv(c, config.block_c)),
+        sums,
+        se.reduce_bias,
+        se.expand_weight,
+        se.expand_bias,
+        hidden,
+        gate,
+        n,
+        c,
+        r,
+        len(sums),
+        **config.constants(c),
+    )
+    return gate, hidden
+
+
+def gate_backward(
+    sums: Tensor, gate: Tensor, pool: Tensor, hidden: Tensor, se: SqueezeExcite, hw: int
+) -> tuple[Tensor, Tensor, SqueezeExcite]:
+    """dpool [N, C], BatchNorm's [dbeta, dgamma] over this rank, and the gradients of `se`.
+
+    `sums` [5, N, C] are those of `se_gate.five_sums`; maps have `hw` pixels.
+    """
+    dpool, dhidden = _dpool(sums, gate, hidden, se)
+    return dpool, *_parameters_backward(sums, gate, pool, dpool, hidden, dhidden, se, hw)
+
+
+def _dpool(sums: Tensor, gate: Tensor, hidden: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
+    """Gradients at pool [N, C] and at hidden [N, R]."""
+    n, c = gate.shape
+    r = hidden.shape[1]
+    spans = _span_sums(sums, gate, se.expand_weight, r)
+    dhidden, dpool = torch.empty_like(hidden), torch.empty_like(gate)
+    config = gate_launch(r)
+    launch(
+        "se_gate",
+        _dpool_kernel,
+        (cdiv(n, config.block_n), cdiv(c, config.block_c)),
+        spans,
+        hidden,
+        se.reduce_weight,
+        dhidden,
+        dpool,
+        n,
+        c,
+        r,
+        len(spans),
+        **config.constants(c),
+    )
+    return dpool, dhidden
+
+
+def _parameters_backward(
+    sums: Tensor,
+    gate: Tensor,
+    pool: Tensor,
+    dpool: Tensor,
+    hidden: Tensor,
+    dhidden: Tensor,
+    se: SqueezeExcite,
+    hw: int,
+) -> tuple[Tensor, SqueezeExcite]:
+    """BatchNorm's [dbeta, dgamma] [2, C] over this rank, and the gradients of `se`."""
+    n, c = gate.shape
+    r = hidden.shape[1]
+    grads = SqueezeExcite(*(torch.empty_like(p) for p in se))
+    bn = pool.new_empty(2, c)
+    config = parameters_launch(r)
+    launch(
+        "se_gate",
+        _parameters_backward_kernel,
+        (cdiv(c, config.block_c), cdiv(r, config.block_r)),
+        sums,
+        gate,
+        pool,
+        dpool,
+        hidden,
+        dhidden,
+        *grads,
+        bn,
+        n,
+        c,
+        r,
+        n * c,
+        hw,
+        **config.constants(c),
+    )
+    return bn, grads

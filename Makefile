@@ -1,11 +1,11 @@
-# The two commands: `make train` and `make test`. Both create .venv and install everything they need.
+# `make train` and `make test` create .venv, install the package with all it needs, and run.
 PYTHON ?= python3
 VENV ?= .venv
 DATASET ?= synthetic
 SAVE_DIR ?= results
 RUN ?= $(if $(filter synthetic,$(DATASET)),quickstart,$(DATASET))
 ARGS ?=
-# Tests run side by side, a file to a process, with a core each.
+# Test processes: one a core, at most eight. Each takes whole files, so that fixtures of a file are built once.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 BIN := $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
@@ -20,11 +20,12 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-# The synthetic data has a recipe made for minutes on a CPU; other data sets get the defaults of `effnet-fast train`.
-RECIPE = $(if $(filter synthetic,$(DATASET)),--config effnet_fast/recipes/quickstart.yaml,--dataset $(DATASET))
+# The recipe named after the data set (quickstart for synthetic), or the defaults where there is none.
+RECIPE = effnet_fast/recipes/$(if $(filter synthetic,$(DATASET)),quickstart,$(DATASET)).yaml
+SETTINGS = $(if $(wildcard $(RECIPE)),--config $(RECIPE),--dataset $(DATASET))
 
 train: $(INSTALLED)
-	$(BIN)/effnet-fast train $(RECIPE) --save_dir $(SAVE_DIR) --run_name $(RUN) $(ARGS)
+	$(BIN)/effnet-fast train $(SETTINGS) --save_dir $(SAVE_DIR) --run_name $(RUN) $(ARGS)
 	$(BIN)/effnet-fast eval --checkpoint $(SAVE_DIR)/$(RUN)/last.pt
 
 test: $(INSTALLED)

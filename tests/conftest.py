@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The same examples each time, so that a failure is the change's; `--hypothesis-profile explore` seeks new ones.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("explore", max_examples=2000)
+# No verdict depends on the machine's speed. `repeatable` draws the same examples every time; run with
+# `--hypothesis-profile explore` to try new ones.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", patient, derandomize=True)
+settings.register_profile("explore", patient, max_examples=2000)
 settings.load_profile("repeatable")
 
 if not torch.cuda.is_available():

@@ -27,7 +27,7 @@ def gradients(folder, kernels):
         # On the CPU, also where there is a GPU and conftest.py leaves the interpreter off.
         environment = os.environ | ({"TRITON_INTERPRET": "1"} if kernels == "triton" else {})
         command = [*torchrun, str(WORKER), str(path), kernels]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         found[ranks] = torch.load(path, weights_only=True)
     return found
@@ -119,7 +119,6 @@ def test_ranks_that_do_not_meet_are_one_line(tmp_path, changed, words):
         capture_output=True,
         text=True,
         env=os.environ | meeting,
-        timeout=120,
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

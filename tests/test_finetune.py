@@ -101,7 +101,6 @@ def test_two_ranks_fine_tune(foreign: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("its head of 1000 classes") == 1

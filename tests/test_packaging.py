@@ -120,11 +120,12 @@ def test_git_ignores_no_source(kept_by_git):
 
 
 @pytest.mark.parametrize(
-    "argv",
-    [None, ["--help"], ["train", "--help"], ["info", "--help"]],
+    ("argv", "most_modules"),
+    [(None, 120), (["--help"], 150), (["train", "--help"], 350), (["info", "--help"], 350)],
     ids=["import", "help", "train-help", "info-help"],
 )
-def test_the_face_is_lazy(tmp_path, argv):
+def test_the_face_is_lazy(tmp_path, argv, most_modules):
+    """Help imports few modules, none of them heavy, so that it answers at once."""
     script = f"""
 import contextlib, io, json, sys
 import effnet_fast
@@ -132,25 +133,12 @@ with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(Syst
     if {argv!r} is not None:
         from effnet_fast.cli import main
         main({argv!r})
-print(json.dumps([len(said.getvalue()), sorted(set({HEAVY!r}) & set(sys.modules))]))
+print(json.dumps([len(said.getvalue()), sorted(set({HEAVY!r}) & set(sys.modules)), len(sys.modules)]))
 """
-    said, heavy = json.loads(python("-c", script, cwd=tmp_path))
+    said, heavy, modules = json.loads(python("-c", script, cwd=tmp_path))
     assert heavy == []
+    assert modules <= most_modules
     assert argv is None or said > 200
-
-
-@pytest.mark.parametrize(
-    ("argv", "limit_s"), [(["--help"], 1.0), (["train", "--help"], 3.0)], ids=["help", "train-help"]
-)
-def test_help_answers_quickly(tmp_path, argv, limit_s):
-    """In time of the processor, of which a busy machine takes hardly more; the best of three."""
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        python("-m", "effnet_fast", *argv, cwd=tmp_path)
-        after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(seconds) < limit_s
 
 
 def test_trains_without_triton_and_dali(tmp_path):

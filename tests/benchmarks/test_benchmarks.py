@@ -42,9 +42,7 @@ def on_the_cpu(monkeypatch):
 
 
 def script(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, BENCHMARKS / name, *words], capture_output=True, text=True, check=False, timeout=300
-    )
+    return subprocess.run([sys.executable, BENCHMARKS / name, *words], capture_output=True, text=True, check=False)
 
 
 def read(path: Path) -> dict:
@@ -80,14 +78,15 @@ def test_1x1_convolutions_as_convolutions_and_as_products(tmp_path, monkeypatch)
 def test_throughput_beside_a_peer(tmp_path, capsys):
     pytest.importorskip("efficientnet_pytorch")
     out = tmp_path / "t.json"
-    throughput.main(["--peers", "--no-compile", "--rounds", "2", "--warm-up", "1", "--out", str(out), *SMALL])
+    throughput.main(["--peers", "--no-compile", "--rounds", "3", "--warm-up", "1", "--out", str(out), *SMALL])
     rows = {(row["direction"], row["library"]): row for row in read(out)["rows"]}
     for direction in ("train", "inference"):
         ours, theirs = rows[direction, "effnet_fast"], rows[direction, "efficientnet-pytorch"]
         assert ours["time over ours"] == [1, 1, 1]
         low, middle, high = theirs["time over ours"]
         assert 0 < low <= middle <= high
-        assert theirs["img/s"][1] == pytest.approx(4 / theirs["ms"][1] * 1e3, rel=0.5)
+        # A rate is the batch over a time, turn by turn: the slowest turn has the lowest rate.
+        assert theirs["img/s"] == pytest.approx([4 / ms * 1e3 for ms in reversed(theirs["ms"])])
     assert "CPU figures" in capsys.readouterr().out
 
 

@@ -44,7 +44,6 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=300,
         check=False,
     )
 

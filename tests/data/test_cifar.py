@@ -254,12 +254,10 @@ def test_two_processes_download_once(tmp_path, server):
         with (tmp_path / f"stderr{i}").open("w") as errors:
             command = [sys.executable, "-u", "-c", code, str(tmp_path)]
             processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True))
-    deadline = time.monotonic() + 60
     while not any("waiting for another process" in (tmp_path / f"stderr{i}").read_text() for i in range(2)):
-        assert time.monotonic() < deadline
         time.sleep(0.02)
     server.answering.set()
-    assert [process.communicate(timeout=60)[0] for process in processes] == ["40\n"] * 2
+    assert [process.communicate()[0] for process in processes] == ["40\n"] * 2
     assert server.ranges == [None]
 
 

@@ -43,10 +43,9 @@ class Started:
     def said(self):
         return "".join(self.lines)
 
-    def wait_for(self, words, timeout=300, count=1):
+    def wait_for(self, words, count=1):
         """Wait until `count` lines hold `words`, and return the last of them."""
-        until = time.monotonic() + timeout
-        while time.monotonic() < until:
+        while True:
             found = [line for line in list(self.lines) if words in line]
             if len(found) >= count:
                 return found[-1]
@@ -55,10 +54,10 @@ class Started:
             time.sleep(0.01)
         raise AssertionError(f"{words!r} was not said:\n{self.said[-5000:]}")
 
-    def end(self, timeout=400):
+    def end(self):
         """The exit status, once it has ended."""
-        status = self.process.wait(timeout)
-        self._reader.join(10)
+        status = self.process.wait()
+        self._reader.join()
         return status
 
     def kill(self):
@@ -66,8 +65,8 @@ class Started:
         for pid in [*descendants(self.process.pid), self.process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait(30)
-        self._reader.join(10)
+        self.process.wait()
+        self._reader.join()
 
 
 def descendants(pid):
@@ -110,15 +109,13 @@ class Runs:
         command = [*prefix, sys.executable, *torchrun.split(), "-m", "effnet_fast", *line.split()]
         return self.start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **environment)
 
-    def wait_for_step(self, name, step, timeout=180):
+    def wait_for_step(self, name, step):
         """Wait until the newest row of a run is of this step or a later one."""
-        until = time.monotonic() + timeout
-        while time.monotonic() < until:
+        while True:
             with contextlib.suppress(OSError, ValueError, IndexError):
                 if self.rows(name)[-1]["step"] >= step:
                     return
             time.sleep(0.1)
-        raise AssertionError(f"{name} did not come to step {step}")
 
     def saved(self, name):
         return checkpoint.load(self.folder / name / "last.pt")

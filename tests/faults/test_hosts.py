@@ -13,7 +13,7 @@ PORT = 29500
 
 
 def ip(*words):
-    return subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20)
+    return subprocess.run(["ip", *words], capture_output=True, text=True)
 
 
 class Hosts:
@@ -93,8 +93,8 @@ def test_a_host_is_cut_off_and_comes_back(runs, hosts):
     hosts.cable("up")
     again = agent(1)
     first.wait_for("on 2 x cpu", count=2)
-    assert first.end(400) == 0, first.said[-5000:]
-    again.end(60)
+    assert first.end() == 0, first.said[-5000:]
+    again.end()
     assert runs.saved("hosts")["progress"]["step"] == 60 * 6
     rows = runs.rows("hosts")
     assert [row["step"] for row in rows] == list(range(1, 361))

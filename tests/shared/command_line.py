@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from effnet_fast import cli
@@ -12,3 +15,10 @@ def run(line: str, expected: int = 0) -> None:
     with pytest.raises(SystemExit) as done:
         cli.main(line.split())
     assert done.value.code == expected
+
+
+def at_step(number: int, action: str | int) -> dict[str, str]:
+    """Environment in which training holds ("hold") or gets a signal before a step; see at_step/sitecustomize.py."""
+    folders = [str(Path(__file__).with_name("at_step")), *filter(None, [os.environ.get("PYTHONPATH")])]
+    what = action if action == "hold" else int(action)
+    return {"AT_STEP": f"{number} {what}", "PYTHONPATH": os.pathsep.join(folders)}

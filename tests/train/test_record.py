@@ -137,11 +137,12 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_line_of_80_columns_holds_all_figures(tmp_path, monkeypatch, capsys, terminal):
+def test_a_line_of_80_columns_holds_all_figures(tmp_path, monkeypatch, capsys, clock, terminal):
     monkeypatch.setattr(
         record, "Console", lambda **options: Console(force_terminal=terminal, width=80, color_system=None, **options)
     )
     kept = recorder(tmp_path)
+    clock.seconds = 1.0
     kept.train(5, READING, 0.1, world=1)
     kept.close()
     said = capsys.readouterr().out

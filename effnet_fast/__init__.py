@@ -1,6 +1,6 @@
 """Train EfficientNets on small images, fast, and study how they scale.
 
-The face is lazy (PEP 562): importing effnet_fast imports no torch until a model is asked for.
+Names are imported on first use (PEP 562), so that `import effnet_fast` does not import torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from effnet_fast import explain as explain
     from effnet_fast.model import create_model as create_model
     from effnet_fast.model import list_models as list_models
-    from effnet_fast.run.prediction import load as load
+    from effnet_fast.model.trained import load as load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "create_model", "explain", "list_models", "load"]
@@ -20,7 +20,7 @@ __all__ = ["__version__", "create_model", "explain", "list_models", "load"]
 _HOMES = {
     "create_model": "effnet_fast.model",
     "list_models": "effnet_fast.model",
-    "load": "effnet_fast.run.prediction",
+    "load": "effnet_fast.model.trained",
 }
 _ROOMS = {"explain"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,21 +70,26 @@ def alone(device: str = "auto") -> World:
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The torch device for auto, cuda or cpu; on CUDA it becomes the current one.
+    """The torch device for auto, cpu, cuda (the GPU of the local rank) or cuda:N; a GPU becomes the current device.
 
     Raises:
-        ValueError: cuda is asked for where no GPU is visible, or fewer GPUs than local ranks.
+        ValueError: another device, no visible GPU, fewer GPUs than local ranks, or no GPU N.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA GPU is visible here; use --device cpu, or check nvidia-smi")
-    if device == "cpu" or not torch.cuda.is_available():
+    match = re.fullmatch(r"(auto|cpu|cuda)(?:(?<=cuda):(\d+))?", device)
+    if match is None:
+        raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N")
+    kind, number = match.groups()
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA GPU is visible; use --device cpu, or check nvidia-smi")
+    if kind == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"local rank {local_rank} has no GPU of its own: start at most {torch.cuda.device_count()} processes here"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    index, count = int(number or local_rank), torch.cuda.device_count()
+    if number and index >= count:
+        raise ValueError(f"--device {device}: this machine has {count} GPUs, cuda:0 to cuda:{count - 1}")
+    if index >= count:
+        raise ValueError(f"local rank {local_rank} has no GPU of its own: start at most {count} processes here")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def shutdown() -> None:

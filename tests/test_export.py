@@ -15,7 +15,8 @@ import effnet_fast
 from command_line import run
 from effnet_fast import checkpoint, create_model
 from effnet_fast.model import batch_norms
-from effnet_fast.run.prediction import Predictor
+from effnet_fast.model.trained import TrainedModel
+from effnet_fast.model.weights import read_safetensors
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 
@@ -87,10 +88,32 @@ def test_folding_takes_every_batch_norm_away(trained: Path, tmp_path: Path) -> N
     path = tmp_path / "folded.safetensors"
     run(f"export --checkpoint {trained} --fold_batchnorm --output {path}")
     predictor = effnet_fast.load(path, device="cpu")
-    assert isinstance(predictor, Predictor)
+    assert isinstance(predictor, TrainedModel)
     assert not batch_norms(predictor.model)
     with pytest.raises(ValueError, match="export without --fold_batchnorm"):
         create_model("efficientnet-b0", width=0.25, depth=0.3, pretrained=path)
+
+
+@pytest.mark.parametrize("flag", ["", "--fold_batchnorm"])
+def test_an_export_can_be_exported_again(trained: Path, tmp_path: Path, capsys, flag: str) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    run(f"export --checkpoint {trained} --output {first} {flag}")
+    run(f"export --checkpoint {first} --output {second}")
+    (tensors, metadata), (again, same) = (read_safetensors(path) for path in (first, second))
+    assert metadata == same
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+    run(f"export --checkpoint {first}", expected=2)
+    assert "is the file to export: choose another --output" in capsys.readouterr().err
+
+
+def test_an_export_has_one_set_of_weights(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    run(f"export --checkpoint {trained} --output {path}")
+    with pytest.raises(ValueError, match="single set of weights: use --weights auto, not raw"):
+        effnet_fast.load(path, weights="raw", device="cpu")
+    with pytest.raises(ValueError, match="weights 'best'"):
+        effnet_fast.load(path, weights="best", device="cpu")
 
 
 @pytest.mark.parametrize("form", ["safetensors", "checkpoint"])
@@ -111,7 +134,7 @@ def test_mistakes(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     assert "cannot write" in capsys.readouterr().err
     for name in (trained, tmp_path / "weights", tmp_path / "model.onnx"):
         run(f"export --checkpoint {trained} --output {name}", expected=2)
-        assert "end a safetensors file's name in .safetensors" in capsys.readouterr().err
+        assert "must end in .safetensors" in capsys.readouterr().err
     checkpoint.load(trained)  # it was not written over
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     run(f"export --checkpoint {trained} --format onnx", expected=2)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import effnet_fast
 from command_line import run
-from effnet_fast import checkpoint
+from effnet_fast import checkpoint, distributed
 from effnet_fast.data import load_dataset
 
 
@@ -118,3 +118,44 @@ def test_mistakes_are_one_line(trained: Path, tmp_path: Path, capsys) -> None:
         said = capsys.readouterr().err
         assert words in said
         assert said.count("\n") == 1
+
+
+def test_one_path_or_image_counts_as_a_sequence_of_one(trained: Path, pictures: Path) -> None:
+    model = effnet_fast.load(trained, device="cpu")
+    path = next(pictures.rglob("*.png"))
+    expected = model.predict([path])
+    assert len(expected) == 1
+    for image in (path, str(path), Image.open(path)):
+        assert model.predict(image) == expected
+    assert model.predict([]) == []
+
+
+@pytest.mark.parametrize("top", [-1, 0])
+def test_top_below_1_is_refused(trained: Path, pictures: Path, top: int) -> None:
+    with pytest.raises(ValueError, match=f"top must be at least 1, not {top}"):
+        effnet_fast.load(trained, device="cpu").predict(next(pictures.rglob("*.png")), top=top)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu!"}, r"unknown device 'tpu!': use auto, cpu, cuda or cuda:N"),
+        ({"device": "cpu:1"}, r"unknown device 'cpu:1'"),
+        ({"device": "cpu", "weights": "best"}, r"weights 'best': choose one of auto, ema, raw"),
+    ],
+)
+def test_load_validates_its_arguments(trained: Path, arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        effnet_fast.load(trained, **arguments)
+
+
+def test_a_numbered_gpu_is_respected(monkeypatch) -> None:
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name, index in (("cuda:1", 1), ("cuda:0", 0), ("cuda", 0), ("auto", 0)):
+        assert distributed.choose_device(name) == torch.device("cuda", index)
+    assert current == [1, 0, 0, 0]
+    with pytest.raises(ValueError, match="--device cuda:2: this machine has 2 GPUs"):
+        distributed.choose_device("cuda:2")

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from effnet_fast import checkpoint, distributed
+from effnet_fast import distributed
 from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import CamConfig, identity
 from effnet_fast.data.image import load_image
@@ -27,11 +27,11 @@ from effnet_fast.explain import gallery, overlay, tables
 from effnet_fast.explain.maps import place
 from effnet_fast.explain.sources import Source, find_sources, read_labels
 from effnet_fast.explain.subject import Maps, Settings, Subject, examine
+from effnet_fast.model.trained import load
 from effnet_fast.precision import autocast
 from effnet_fast.report import picture
 from effnet_fast.report.table import as_text
 from effnet_fast.run.resolve import resolve_precision, set_backends
-from effnet_fast.run.restore import load_model
 
 LINE_EVERY = 10  # batches between two lines of progress where there is no terminal for a bar
 SKIPPED = 1  # exit status when some files were no images to explain
@@ -133,16 +133,15 @@ def _named_by_cost(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _load_subject(name: str, label: str, path: Path, weights: str, device: torch.device) -> Subject:
-    saved = checkpoint.load(path)
-    model = load_model(saved, weights, device, kernels="torch").eval()
+    trained = load(path, weights, device, kernels="torch")
     return Subject(
         name=name,
         label=label,
-        model=model,
-        classes=tuple(saved["classes"]),
-        image_size=model.architecture.image_size,
-        mean=tuple(saved["mean"]),
-        std=tuple(saved["std"]),
+        model=trained.model,
+        classes=trained.classes,
+        image_size=trained.image_size,
+        mean=trained.mean,
+        std=trained.std,
         device=device,
         digest=_digest(path),
     )

@@ -6,15 +6,12 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from effnet_fast import __version__, checkpoint
 from effnet_fast.config import ExportConfig
 from effnet_fast.model import Network
 from effnet_fast.model.export import fold_batch_norms, to_onnx, to_safetensors, to_torch_export
-from effnet_fast.run.restore import load_model
+from effnet_fast.model.trained import TrainedModel, load
 
 _FORMATS: dict[str, tuple[str, Callable[[Network, Mapping[str, str]], bytes]]] = {
     "safetensors": (".safetensors", to_safetensors),
@@ -24,35 +21,37 @@ _FORMATS: dict[str, tuple[str, Callable[[Network, Mapping[str, str]], bytes]]] =
 
 
 def export(config: ExportConfig) -> int:
-    """Run `effnet-fast export`: write the model and what is needed to use it.
+    """Run `effnet-fast export`: write the model and the metadata that its use needs.
 
     Raises:
-        ValueError, OSError: for what the user can mend, each with one line.
+        ValueError, OSError: a user's mistake, in one line.
     """
     path = Path(config.checkpoint)
     suffix, write = _FORMATS[config.format]
     output = Path(config.output) if config.output else path.with_suffix(suffix)
-    if output.suffix != suffix:  # which also keeps the checkpoint from being written over
-        raise ValueError(f"--output {output}: end a {config.format} file's name in {suffix}")
-    saved = checkpoint.load(path)
-    model = load_model(saved, config.weights, torch.device("cpu"), kernels="torch").eval()
-    if config.fold_batchnorm:
-        fold_batch_norms(model)
-    content = write(model, _metadata(saved, model, config.fold_batchnorm))
+    if output.suffix != suffix:
+        raise ValueError(f"--output {output}: the name of a {config.format} file must end in {suffix}")
+    if output.resolve() == path.resolve():
+        raise ValueError(f"{output} is the file to export: choose another --output")
+    trained = load(path, config.weights, "cpu", kernels="torch")
+    if config.fold_batchnorm and not trained.folded:
+        fold_batch_norms(trained.model)
+        trained = dataclasses.replace(trained, folded=True)
+    content = write(trained.model, _metadata(trained))
     checkpoint.write_atomically(output, content)
-    print(f"written: {output} ({len(content) / 1e6:.1f} MB, {len(saved['classes'])} classes)")
+    print(f"written: {output} ({len(content) / 1e6:.1f} MB, {len(trained.classes)} classes)")
     return 0
 
 
-def _metadata(saved: dict[str, Any], model: Network, folded: bool) -> dict[str, str]:
-    """What a user of the file must know, each as JSON: pixels are scaled to 0..1 before mean and std."""
+def _metadata(trained: TrainedModel) -> dict[str, str]:
+    """Describe the model and its preprocessing, each value as JSON: pixels are scaled to 0..1 before mean and std."""
     facts = {
         "effnet_fast": __version__,
-        "architecture": dataclasses.asdict(model.architecture),
-        "classes": saved["classes"],
-        "image_size": model.architecture.image_size,
-        "mean": saved["mean"],
-        "std": saved["std"],
-        "folded": folded,
+        "architecture": dataclasses.asdict(trained.model.architecture),
+        "classes": trained.classes,
+        "image_size": trained.image_size,
+        "mean": trained.mean,
+        "std": trained.std,
+        "folded": trained.folded,
     }
     return {name: json.dumps(value) for name, value in facts.items()}

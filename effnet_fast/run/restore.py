@@ -1,15 +1,11 @@
-"""From a checkpoint back to its config and its model, and what another run changed."""
+"""From a checkpoint back to its config, and how two runs differ."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, TypeVar
 
-import torch
-
 from effnet_fast.config import TrainConfig, identity
-from effnet_fast.model import Network, from_description
-from effnet_fast.model.blocks import Kernels
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -39,21 +35,3 @@ def differences(before: TrainConfig, now: TrainConfig, images_before: str, image
     if images_before != images_now:
         found.append("the images or labels differ")
     return "; ".join(found)
-
-
-def load_model(saved: dict[str, Any], weights: str, device: torch.device, kernels: Kernels = "auto") -> Network:
-    """The model of a checkpoint with its weights: auto (the moving average where there is one), ema or raw.
-
-    Raises:
-        ValueError: it holds no model, or ema is asked for and the run kept none.
-    """
-    if weights == "ema" and saved.get("ema") is None:
-        raise ValueError("the run kept no moving average (--ema_decay 0); use --weights raw")
-    try:
-        model = from_description(saved["architecture"], kernels)
-        model.load_state_dict(saved["model"])
-        if weights != "raw" and saved["ema"] is not None:
-            model.load_state_dict(saved["ema"], strict=False)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError("the checkpoint holds no model, or one of another version") from error
-    return model.to(device)

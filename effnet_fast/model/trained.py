@@ -1,0 +1,190 @@
+"""A trained model with its preprocessing, read from a run's checkpoint or from a safetensors export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effnet_fast import distributed
+from effnet_fast.checkpoint import Checkpoint
+from effnet_fast.data.dataset import Channels
+from effnet_fast.data.image import load_image, preprocess
+from effnet_fast.model.blocks import Kernels
+from effnet_fast.model.export import fold_batch_norms
+from effnet_fast.model.network import Network
+from effnet_fast.model.weights import read_safetensors
+from effnet_fast.model.zoo import from_description
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Picture = Image.Image | str | Path
+
+WEIGHTS = ("auto", "ema", "raw")
+
+
+class Prediction(NamedTuple):
+    """A class and its probability, 0 to 1."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model, its classes and its preprocessing.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        classes: names, in the order of the logits.
+        image_size: side of the model's input, in pixels.
+        mean, std: of each channel, for pixels scaled to 0..1.
+        folded: whether BatchNorm is folded into the convolutions, so that the model cannot be trained further.
+    """
+
+    model: Network
+    classes: tuple[str, ...]
+    image_size: int
+    mean: Channels
+    std: Channels
+    folded: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def preprocess(self, image: Picture) -> Tensor:
+        """Prepare an image, or the image in a file, as evaluation does: float32 [3, image_size, image_size].
+
+        Raises:
+            ValueError: the image cannot be read.
+        """
+        if isinstance(image, str | Path):
+            image = load_image(Path(image))
+        return preprocess(image, self.image_size, self.mean, self.std)
+
+    def prepare(self, images: Sequence[Picture]) -> Tensor:
+        """Preprocess images one at a time into a channels-last batch on the model's device.
+
+        Returns:
+            float32 [N, 3, image_size, image_size].
+
+        Raises:
+            ValueError: an image cannot be read.
+        """
+        batch = torch.stack([self.preprocess(image) for image in images])
+        return batch.contiguous(memory_format=torch.channels_last).to(self.device)
+
+    def predict(self, images: Picture | Sequence[Picture], top: int = 5) -> list[list[Prediction]]:
+        """Classify images in one forward pass.
+
+        Args:
+            images: PIL images or paths of image files. A single one counts as a sequence of one.
+            top: classes to return of each image, at least 1.
+
+        Returns:
+            For each image its `top` most probable classes, the most probable first.
+
+        Raises:
+            ValueError: an image cannot be read, or `top` is below 1.
+        """
+        if not isinstance(images, Sequence) or isinstance(images, str):
+            images = [images]
+        return self.classify(self.prepare(images), top) if images else []
+
+    @torch.no_grad()
+    def classify(self, batch: Tensor, top: int = 5) -> list[list[Prediction]]:
+        """Classify a batch from `prepare`; see `predict`."""
+        if top < 1:
+            raise ValueError(f"top must be at least 1, not {top}")
+        with torch.cuda.device_of(batch):  # Triton launches on the current device
+            probabilities = self.model(batch).float().softmax(1)
+        best = probabilities.topk(min(top, len(self.classes)))
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[Prediction(self.classes[i], p) for i, p in zip(*row, strict=True)] for row in rows]
+
+
+def load(
+    path: str | Path, weights: str = "auto", device: str | torch.device = "auto", kernels: Kernels = "auto"
+) -> TrainedModel:
+    """Load a trained model.
+
+    Args:
+        path: a run's checkpoint, or its safetensors export.
+        weights: of a checkpoint: auto (the moving average where the run kept one), ema or raw.
+        device: auto, cpu, cuda or cuda:N; a CUDA device becomes the current one.
+        kernels: auto, triton or torch, see `blocks.Style`; forward hooks need torch.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is neither a checkpoint nor an export of this project, or another argument is invalid.
+    """
+    path, chosen = Path(path), distributed.choose_device(str(device))
+    if path.suffix != ".safetensors":
+        return from_checkpoint(Checkpoint.read(path), weights, chosen, kernels)
+    _check_weights(weights)
+    if weights != "auto":
+        raise ValueError(f"{path} is an export, which holds a single set of weights: use --weights auto, not {weights}")
+    return _from_export(path, chosen, kernels)
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint, weights: str, device: torch.device, kernels: Kernels = "auto"
+) -> TrainedModel:
+    """Rebuild the model of a checkpoint with its weights; see `load`.
+
+    Raises:
+        ValueError: it holds no model, or `ema` is asked for and the run kept none.
+    """
+    _check_weights(weights)
+    if weights == "ema" and checkpoint.ema is None:
+        raise ValueError("the run kept no moving average (--ema_decay 0); use --weights raw")
+    try:
+        # The average is of the parameters and statistics alone, so it is laid over the raw weights.
+        average = {} if weights == "raw" or checkpoint.ema is None else checkpoint.ema
+        model = _build(checkpoint.architecture, {**checkpoint.model, **average}, kernels)
+        return _trained(model, vars(checkpoint), device)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError("the checkpoint holds no model, or one of another version") from error
+
+
+def _from_export(path: Path, device: torch.device, kernels: Kernels) -> TrainedModel:
+    tensors, metadata = read_safetensors(path)
+    if "classes" not in metadata:
+        raise ValueError(f"{path} was not written by effnet-fast export; to train from it, use --pretrained")
+    folded = bool(metadata["folded"])
+    try:
+        # The fused kernels need the BatchNorm layers that folding removes.
+        model = _build(metadata["architecture"], tensors, "torch" if folded else kernels, folded)
+        return _trained(model, metadata, device, folded)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: its tensors do not fit its metadata") from error
+
+
+def _check_weights(weights: str) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
+
+
+def _build(description: dict[str, Any], state: Mapping[str, Tensor], kernels: Kernels, folded: bool = False) -> Network:
+    model = from_description(description, kernels)
+    if folded:
+        fold_batch_norms(model)
+    model.load_state_dict(state)
+    return model
+
+
+def _trained(model: Network, facts: Mapping[str, Any], device: torch.device, folded: bool = False) -> TrainedModel:
+    return TrainedModel(
+        model.to(device).eval(),
+        tuple(facts["classes"]),
+        model.architecture.image_size,
+        tuple(facts["mean"]),
+        tuple(facts["std"]),
+        folded,
+    )

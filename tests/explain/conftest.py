@@ -23,7 +23,8 @@ def write_checkpoint(path, seed, image_size=32, width=0.25, depth=0.3, mean=(0.5
         model(torch.randn(8, 3, image_size, image_size))
         model.classifier.weight.mul_(10)
     path.parent.mkdir(parents=True)
-    state = {
+    absent = dict.fromkeys(field.name for field in dataclasses.fields(checkpoint.Checkpoint))
+    state = absent | {
         "model": model.state_dict(),
         "ema": None,
         "config": dataclasses.asdict(TrainConfig(width=width, depth=depth)),

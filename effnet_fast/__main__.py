@@ -1,4 +1,4 @@
-"""`python -m effnet_fast VERB`, and thus `torchrun -m effnet_fast VERB`."""
+"""Entry point of `python -m effnet_fast VERB` and `torchrun -m effnet_fast VERB`."""
 
 from effnet_fast.cli import main
 

@@ -1,6 +1,6 @@
-"""The command line: argv -> config -> one verb. Only this file reads argv.
+"""The command line: argv -> config -> verb. Only this module reads argv.
 
-Each verb's flags are its config dataclass, by jsonargparse; torch is imported only once a verb runs.
+jsonargparse derives the flags of a verb from its config dataclass. torch is imported only when a verb runs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from effnet_fast import __version__, config
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb of the command line: its settings, and module and function of effnet_fast.run that carry it out."""
+    """A verb: its config class, and the module and function of effnet_fast.run that implement it."""
 
     settings: type
     module: str
     function: str
     positional: str | None = None
     positional_help: str = ""
-    leading: str | None = None  # the setting that a first word without dashes gives
+    leading: str | None = None  # field set by a first argument without dashes
 
     @property
     def summary(self) -> str:
@@ -33,13 +33,13 @@ class Verb:
 
     @property
     def bare_flags(self) -> set[str]:
-        """Flags that may stand without a value: switches, and choices that yes and no belong to."""
+        """Flags that may be given without a value: booleans, and choices that include a boolean."""
         types = {field.name: str(field.type) for field in dataclasses.fields(self.settings)}
         return {f"--{name}" for name, kind in types.items() if kind.endswith("bool") and not kind.startswith("str")}
 
     @property
     def repeated_flags(self) -> set[str]:
-        """Flags that may come several times, each with one value more."""
+        """Flags that may be repeated, each adding one value."""
         return {f"--{f.name}" for f in dataclasses.fields(self.settings) if str(f.type).startswith("list[str] |")}
 
 
@@ -66,7 +66,7 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `effnet-fast VERB ...` and exit.
 
-    A user's mistake is one line on stderr and exit status 2; EFFNET_FAST_DEBUG=1 shows where it was noticed.
+    A user's mistake prints one line on stderr and exits with status 2; EFFNET_FAST_DEBUG=1 shows the traceback.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _overview() -> str:
     lines = ["usage: effnet-fast VERB [options]", "", "Train EfficientNets on small images, fast.", ""]
     lines += [f"  {name:8}{verb.summary}" for name, verb in VERBS.items()]
-    return "\n".join([*lines, "", "effnet-fast VERB --help lists a verb's options; --version prints the version."])
+    return "\n".join([*lines, "", "effnet-fast VERB --help lists the options of a verb; --version prints the version."])
 
 
 def _run(name: str, args: list[str]) -> int:
@@ -97,15 +97,15 @@ def _run(name: str, args: list[str]) -> int:
         raise ValueError(f"unknown verb {name!r}; choose one of {', '.join(VERBS)}")
     verb = VERBS[name]
     settings = parse(verb, name, args)
-    room = importlib.import_module(f"effnet_fast.run.{verb.module}")
-    return getattr(room, verb.function)(settings)
+    module = importlib.import_module(f"effnet_fast.run.{verb.module}")
+    return getattr(module, verb.function)(settings)
 
 
 def parse(verb: Verb, name: str, args: list[str]) -> Any:
-    """The verb's config from its arguments and, with --config, from YAML files.
+    """Build a verb's config from its arguments and the YAML files of --config.
 
     Raises:
-        ValueError: an unknown flag or an impossible value, in one line.
+        ValueError: a flag is unknown or a value is invalid; the message is one line.
     """
     from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
     from yaml import YAMLError
@@ -115,7 +115,7 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
     parser = ArgumentParser(
         prog=f"effnet-fast {name}", description=verb.summary, exit_on_error=False, parser_mode="plain-yaml"
     )
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags behind it win")
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
     parser.add_class_arguments(verb.settings, as_positional=False, skip={verb.positional} if verb.positional else None)
     if verb.positional:
         parser.add_argument(verb.positional, nargs="+", type=str, help=verb.positional_help)
@@ -131,20 +131,20 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
 
 
 def _load_plain_yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it, less what would be followed without end: aliases, and files that name files."""
+    """Load YAML as jsonargparse does, but reject aliases and nested config files, which could expand without end."""
     import yaml
     from jsonargparse import get_loader
 
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-        raise yaml.YAMLError("settings take no YAML aliases (*name)")
+        raise yaml.YAMLError("YAML aliases (*name) are not supported in settings")
     value = get_loader("yaml")(text)
     if isinstance(value, dict) and "config" in value:
-        raise yaml.YAMLError("a file of settings names no other: `config` is a flag of the command line")
+        raise yaml.YAMLError("`config` cannot be set in a settings file; use the flag --config on the command line")
     return value
 
 
 def _fill_bare_flags(args: list[str], flags: set[str]) -> list[str]:
-    """`--mixed_precision` alone means true; jsonargparse refuses a bare flag that can take a value."""
+    """Expand a bare `--mixed_precision` to `=true`; jsonargparse rejects bare flags that can take a value."""
     following = [*args[1:], "--"]
     return [
         f"{arg}=true" if arg in flags and after.startswith("--") else arg
@@ -153,7 +153,7 @@ def _fill_bare_flags(args: list[str], flags: set[str]) -> list[str]:
 
 
 def _append_repeated_flags(args: list[str], flags: set[str]) -> list[str]:
-    """`--run A --run B` means both; in jsonargparse's words `--run+=A --run+=B`."""
+    """Rewrite `--run A --run B` as jsonargparse's `--run+=A --run+=B`."""
     result: list[str] = []
     for arg in args:
         flag, equals, value = arg.partition("=")

@@ -1,7 +1,7 @@
-"""The settings of every verb: one frozen dataclass each, whose field docstrings are the command line's help.
+"""Settings: one frozen dataclass per verb. The docstring of a field is its `--help` text.
 
-Nothing here imports torch, so that `effnet-fast --help` answers at once. A value that can never be right raises
-ValueError with a line that says what to do; what depends on the data or the machine is checked where it is known.
+This module imports no torch, so `effnet-fast --help` is fast. `__post_init__` raises ValueError for values that are
+never valid; values that depend on the data or the machine are checked where those are known.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Switch = Literal["auto", "yes", "no"]
 StepMode = Literal["auto", "eager", "compile", "graph"]
 
 # YAML 1.1 reads the bare words no, off, yes and on as booleans.
-_WORDS: dict[object, str] = {False: "no", True: "yes", "off": "no", "on": "yes"}
+_YAML_BOOLEANS: dict[object, str] = {False: "no", True: "yes", "off": "no", "on": "yes"}
 
 
 def operational(default: Any) -> Any:
-    """A field that changes how a run is carried out but not what it computes, so resuming may change it."""
+    """A field that affects how a run executes but not its result; it may differ when a run is resumed."""
     return dataclasses.field(default=default, metadata={"operational": True})
 
 
@@ -34,150 +34,151 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a model, evaluate it after every epoch, and keep curves and checkpoints in SAVE_DIR/RUN_NAME."""
+    """Train a model, evaluate it after every epoch, and save curves and checkpoints in SAVE_DIR/RUN_NAME."""
 
     model: str = "efficientnet-b0"
     """Architecture: efficientnet-b0 to efficientnet-b7, resnet50, resnet152 or densenet201."""
     dataset: DatasetName = "cifar100"
-    """Data set; `folder` is DATA_DIR/{train,test}/CLASS/*.{jpg,png}, `synthetic` is procedural and needs no disk."""
+    """Data set; `folder` reads DATA_DIR/{train,test}/CLASS/*.{jpg,png}, `synthetic` generates images in memory."""
     data_dir: str = operational("data")
-    """Folder with the data set, or where it is downloaded to."""
+    """Folder of the data set; CIFAR is downloaded into it if missing."""
     save_dir: str = operational("results")
-    """Folder that holds one sub-folder per run."""
+    """Parent folder of all runs."""
     run_name: str | None = operational(None)
-    """Name of the run's folder; default MODEL-DATASET-SEED."""
+    """Folder of this run inside SAVE_DIR; default MODEL-DATASET-SEED."""
 
     batch_size: int = 256
-    """Images per optimizer step, over all ranks and accumulation steps together."""
+    """Images per optimizer step, summed over all ranks and accumulation steps."""
     num_epochs: int = 200
     """Passes over the training images."""
     learning_rate: float = 0.1
     """Peak learning rate, per optimizer step."""
     weight_decay: float = 5e-4
-    """Decay of convolution and linear weights (never of BatchNorm or biases)."""
+    """Weight decay of convolution and linear weights; BatchNorm and biases are exempt."""
     momentum: float = 0.9
-    """Momentum of sgd and rmsprop (a fraction, 0 to 1)."""
+    """Momentum of sgd and rmsprop, from 0 to below 1."""
     optimizer: Literal["sgd", "adamw", "rmsprop", "apex-sgd", "apex-lamb"] = "sgd"
-    """sgd with Nesterov momentum, adamw, the EfficientNet paper's rmsprop (decay 0.9, eps 1e-3), or NVIDIA apex's
-    FusedSGD and FusedLAMB where apex is installed."""
+    """sgd uses Nesterov momentum; rmsprop is the EfficientNet paper's (decay 0.9, eps 1e-3); apex-sgd and apex-lamb are
+    NVIDIA apex's FusedSGD and FusedLAMB and need apex."""
     schedule: Literal["cosine", "one-cycle", "step", "exponential", "constant"] = "cosine"
-    """Learning rate over steps; `step` divides by 5 at 30, 60 and 80 % of the run, `exponential` is the paper's
-    0.97 every 2.4 epochs, `one-cycle` rises for 30 % of the run."""
+    """Learning rate schedule, updated every step. `step` divides by 5 at 30, 60 and 80 % of the run, `exponential` is
+    the paper's 0.97 every 2.4 epochs, `one-cycle` rises for 30 % of the run."""
     warmup_epochs: float = 5.0
-    """Linear warm-up from zero, in epochs, at most a quarter of the run (one-cycle has its own)."""
+    """Epochs of linear warm-up from zero, capped at a quarter of the run; one-cycle has its own."""
     label_smoothing: float = 0.1
-    """Share of the target spread evenly over all classes (0 to 1)."""
+    """Label smoothing, from 0 to below 1."""
     mixup: float = 0.0
     """Alpha of the Beta distribution of mixup; 0 is off."""
     cutmix: float = 0.0
-    """Alpha of the Beta distribution of CutMix; 0 is off. With mixup too, each batch draws one of the two."""
+    """Alpha of the Beta distribution of CutMix; 0 is off. With both, each batch uses one of the two at random."""
     ema_decay: float = 0.0
-    """Decay per step of the exponential moving average of the weights, e.g. 0.9995; 0 is off."""
+    """Decay per step of the exponential moving average (EMA) of the weights, e.g. 0.9995; 0 is off."""
     clip_grad: float = 5.0
-    """Largest norm of the whole gradient; 0 is off."""
+    """Maximum norm of the gradient; 0 is off."""
     grad_accumulation: int = 1
-    """Pieces into which a rank's share of the batch is cut, one forward and backward pass each."""
+    """Forward and backward passes per optimizer step; each takes an equal part of the rank's batch."""
     seed: int = 0
-    """Seed of weights, order, augmentation, mixing, dropout and stochastic depth."""
+    """Seed of weight initialization, shuffling, augmentation, mixing, dropout and stochastic depth."""
 
     width: float | None = None
-    """Multiplier of the baseline's channels; default the variant's own."""
+    """Width multiplier of B0's channels; default: the variant's."""
     depth: float | None = None
-    """Multiplier of the baseline's repeats; default the variant's own."""
+    """Depth multiplier of B0's layers; default: the variant's."""
     image_size: Literal["auto"] | int = "auto"
-    """Pixels; auto scales the data set's own size (32 for CIFAR) by the variant's resolution ratio."""
+    """Input size in pixels; auto scales the data set's size (32 for CIFAR) as the variant scales 224."""
     output_stride: Literal[4, 8, 16, 32] | None = None
-    """Input pixels per pixel of the final map; default 8 below 128 px and 32 from there on. ResNet and DenseNet: 8 (a
-    stem without strides) up to 64 px, 32 above."""
+    """Downsampling factor of the final feature map. Default: 8 below 128 px, else 32; for ResNet and DenseNet 8 (stem
+    without stride) up to 64 px, else 32."""
     dropout: float | None = None
-    """Dropout before the classifier (0 to 1); default the variant's own (0.2 for B0)."""
+    """Dropout before the classifier, from 0 to below 1; default: the variant's (0.2 for B0)."""
     drop_path: float | None = None
-    """Stochastic depth (0 to 1): block i of n is skipped with probability DROP_PATH * i / n; default 0.2 for
-    EfficientNets, and none for others. For runs of a few epochs 0 is better."""
+    """Stochastic depth, from 0 to below 1: block i of n is skipped with probability DROP_PATH * i / n. Default 0.2 for
+    EfficientNets. Use 0 for runs of a few epochs."""
 
     pretrained: str | None = None
-    """Weights to start from, .pth or .safetensors: of torchvision, timm, EfficientNet-PyTorch or a run here. Images are
-    then normalised as those weights need."""
+    """Initial weights, .pth or .safetensors, from torchvision, timm, EfficientNet-PyTorch or effnet_fast. Images are
+    normalized as those weights expect."""
     pretrained_layout: LayoutName = "auto"
-    """Whose names the weights have; auto tells by the names. timm-tf is timm's tf_efficientnet_b*."""
+    """Layout of the weights; auto infers it from the tensor names. timm-tf is timm's tf_efficientnet_b*."""
     allow_unmatched: bool = False
-    """Take of the weights what fits and list the rest, rather than refuse them."""
+    """Load the tensors that match and list the others, rather than fail."""
     freeze: str | None = None
-    """Hold everything up to and including this layer as it is: stem, stages.N (from 0), head, or backbone for all but
-    the classifier."""
+    """Freeze all layers up to and including this one: stem, stages.N (from 0), head, or backbone (all but the
+    classifier)."""
     layer_decay: float = 1.0
-    """Layer-wise learning rate: each layer (stem, stages, head) before the classifier takes this much of the rate of
-    the next one (above 0, at most 1)."""
+    """Layer-wise learning rate decay: each layer (stem, stages, head) uses this factor times the rate of the next;
+    above 0, at most 1."""
 
     rotation: float = 0.0
-    """Largest rotation in degrees, either way."""
+    """Maximum rotation in degrees, in either direction."""
     color_jitter: float = 0.0
-    """Largest relative change of brightness, contrast and saturation (0 to 1)."""
+    """Maximum relative change of brightness, contrast and saturation, 0 to 1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
-    """RandAugment (2 operations, magnitude 9 of 31) or TrivialAugment, done by DALI."""
+    """RandAugment (2 operations, magnitude 9 of 31) or TrivialAugment; needs DALI."""
     random_erasing: float = 0.0
-    """Probability that a rectangle of an image is blanked (0 to 1)."""
+    """Probability of erasing a random rectangle of an image, 0 to 1."""
 
     val_fraction: float = 0.0
-    """Share of the training images held out (stratified, seeded) to choose best.pt by; 0 holds out none."""
+    """Fraction of the training images held out for validation (stratified, seeded); best.pt is chosen by it."""
     eval_every_epochs: int = 1
-    """Epochs between two evaluations, whose images the curves show; the last epoch is always evaluated."""
+    """Evaluate every N epochs; the last epoch is always evaluated."""
     limit_train: int | None = None
     """Use only this many training images (stratified, seeded)."""
     limit_eval: int | None = None
     """Evaluate on only this many images (stratified, seeded)."""
     on_bad_image: Literal["skip", "fail"] = "skip"
-    """What an unreadable image of a folder does: it is named, counted and skipped, or the run fails."""
+    """For unreadable images of a folder: skip lists and counts them, fail stops the run."""
 
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
-    """Autocast type; auto is bf16 on CUDA and no on the CPU, fp16 uses a gradient scaler, no is float32 (with TF32
-    products on CUDA). The bare flag is bf16."""
+    """Autocast dtype; auto is bf16 on CUDA and no on the CPU; fp16 uses loss scaling; no is float32 (TF32 matrix
+    products on CUDA). The bare flag means bf16."""
     step: StepMode = operational("auto")
-    """How a step is carried out: eager; compile, by torch.compile; or graph, compiled and captured whole in one CUDA
-    graph (one GPU). auto is compile on CUDA, and on the CPU only for 200,000 image visits or more at output stride 8
-    or 4, where it was measured to pay; else eager."""
+    """How a training step executes: eager; compile (torch.compile); or graph (compiled, and the whole step captured in
+    one CUDA graph; one GPU). auto is compile on CUDA; on the CPU it compiles runs of at least 200,000 images at output
+    stride 8 or 4, where compiling was measured to pay, and is eager otherwise."""
     compile: Switch | bool = operational("auto")
-    """An older way to say --step compile (yes, or the bare flag) and --step eager (no); --step graph --compile no
-    captures the model uncompiled."""
+    """Alias: yes (or the bare flag) is --step compile, no is --step eager. With --step graph, no captures the model
+    without compiling it."""
     activation_checkpointing: bool = operational(False)
-    """Compute the activations of each MBConv block anew in the backward pass rather than keep them: less memory, about
-    a third more arithmetic, the same result."""
+    """Recompute the activations of each MBConv block in the backward pass: less memory, about a third more arithmetic,
+    the same result."""
     sync_batchnorm: bool = True
-    """Share BatchNorm statistics among ranks, so that any number of ranks computes the same step."""
+    """Share BatchNorm statistics among ranks, so that a step does not depend on the number of ranks."""
     deterministic: bool = False
-    """Only deterministic algorithms on CUDA, at some cost in speed; the CPU always repeats itself."""
+    """Use only deterministic algorithms on CUDA, at some cost in speed; CPU runs are always deterministic."""
 
     kernels: Literal["auto", "triton", "torch"] = operational("auto")
-    """Fused Triton kernels of the MBConv block; auto uses them on CUDA, torch never (EFFNET_KERNELS=torch too)."""
+    """Fused Triton kernels in the MBConv blocks; auto uses them on CUDA, torch never; EFFNET_KERNELS=torch disables
+    them too."""
     loader: LoaderName = operational("auto")
-    """Data path; auto takes what was recorded as faster on the device, else DALI where it can be imported."""
+    """Data loader; auto takes the fastest one measured on this device, else DALI if it is installed."""
     num_workers: int = operational(8)
-    """Threads of DALI or processes of the torch loader, capped to the machine's cores."""
+    """Threads of DALI or processes of the torch loader, capped at the number of cores."""
     device: DeviceName = operational("auto")
-    """auto takes CUDA where there is a GPU."""
+    """auto uses CUDA if a GPU is available."""
     resume: str | bool = operational("auto")
-    """auto goes on from the run's last.pt where there is one; PATH starts from that checkpoint; no starts afresh."""
+    """auto resumes from the run's last.pt if it exists; PATH resumes from that checkpoint; no starts over."""
     save_every_steps: int = operational(0)
-    """Write last.pt every so many optimizer steps besides every epoch; 0 is off."""
+    """Also save last.pt every N optimizer steps, in addition to every epoch; 0 is off."""
     save_every_minutes: float = operational(0.0)
-    """Write last.pt every so many minutes besides every epoch; 0 is off."""
+    """Also save last.pt every N minutes, in addition to every epoch; 0 is off."""
     keep_last: int = operational(2)
-    """Checkpoints kept: last.pt, and the ones before it as last-1.pt, last-2.pt and so on, one of which serves where
+    """Number of checkpoints to keep: last.pt, and older ones as last-1.pt, last-2.pt and so on, which are used if
     last.pt is damaged."""
     hang_timeout: float = operational(1800.0)
-    """Seconds after which a rank that does not move is reported with its stack and the run ends; 0 waits for ever.
-    It must be longer than compiling takes."""
+    """Seconds without progress after which a rank is reported with its stack and the run stops; 0 is off. Must be
+    longer than compilation takes."""
     log_every_steps: int = operational(50)
-    """Optimizer steps between two rows of metrics.jsonl."""
+    """Optimizer steps between two progress lines and rows of metrics.jsonl."""
     time_budget: float = operational(0.0)
-    """Stop cleanly, evaluated and saved, after this many seconds of training; 0 is no limit."""
+    """Evaluate, save and stop after this many seconds of training; 0 is no limit."""
     dry_run: bool = operational(False)
-    """Say what would run (model, cost, data, steps, memory) and stop."""
+    """Print the model, cost, data, steps and memory of the run, and exit."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
-        object.__setattr__(self, "compile", _WORDS.get(self.compile, self.compile))
-        object.__setattr__(self, "resume", _WORDS.get(self.resume, self.resume))
+        object.__setattr__(self, "compile", _YAML_BOOLEANS.get(self.compile, self.compile))
+        object.__setattr__(self, "resume", _YAML_BOOLEANS.get(self.resume, self.resume))
         for name in (
             "batch_size", "num_epochs", "grad_accumulation", "log_every_steps", "keep_last", "eval_every_epochs"
         ):  # fmt: skip
@@ -186,7 +187,9 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
         for name in ("save_every_steps", "save_every_minutes", "hang_timeout", "num_workers", "time_budget"):
             _require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
-        _require(self.hang_timeout <= 1e6, f"--hang_timeout {self.hang_timeout:g}: at most 1e6 s; 0 waits for ever")
+        _require(
+            self.hang_timeout <= 1e6, f"--hang_timeout {self.hang_timeout:g}: use at most 1e6 s, or 0 to turn it off"
+        )
         for name in ("momentum", "label_smoothing", "ema_decay", "drop_path", "dropout", "val_fraction"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < 1, f"--{name} must be from 0 to below 1, not {value}")
@@ -207,7 +210,7 @@ class TrainConfig:
             ("freeze", self.freeze and self.resume in ("auto", "no")),
         ):
             _require(
-                bool(self.pretrained) or not given, f"--{name} is about weights to start from: add --pretrained FILE"
+                bool(self.pretrained) or not given, f"--{name} applies to pretrained weights: add --pretrained FILE"
             )
         _require(
             (self.step, self.compile) not in (("eager", "yes"), ("compile", "no")),
@@ -215,7 +218,7 @@ class TrainConfig:
         )
         _require(
             self.auto_augment == "none" or self.loader in ("auto", "dali"),
-            f"--auto_augment {self.auto_augment} is done by DALI: use --loader dali, not {self.loader}",
+            f"--auto_augment {self.auto_augment} needs DALI: use --loader dali, not {self.loader}",
         )
 
     @property
@@ -226,27 +229,32 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class _FamilyConfig(TrainConfig):
-    """What the verbs that train a family of scaled models share: every setting of train but those that they scale."""
+    """Settings shared by search and study: those of train, except the ones they vary."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         name = self.model.lower().replace("_", "-")
-        _require(name == "efficientnet-b0", f"--model {self.model}: efficientnet-b0 is what is scaled")
-        _require(self.width is None and self.depth is None, "--width and --depth are what is scaled: leave them out")
-        _require(self.resume == "auto", "--resume is always auto here; to start afresh choose another --run_name")
-        _require(self.time_budget == 0, "--time_budget is of one run: stop at any time, the same command goes on")
+        _require(name == "efficientnet-b0", f"--model {self.model}: only efficientnet-b0 can be scaled")
+        _require(self.width is None and self.depth is None, "--width and --depth are varied by this verb: remove them")
+        _require(
+            self.resume == "auto", "--resume is always auto for this verb; to start over, choose another --run_name"
+        )
+        _require(
+            self.time_budget == 0,
+            "--time_budget applies to a single run: stop with Ctrl-C instead; the same command resumes",
+        )
 
 
 @dataclass(frozen=True)
 class SearchConfig(_FamilyConfig):
-    """Find how fast depth, width and resolution grow best together, as the paper's alpha, beta and gamma.
+    """Search for the compound-scaling factors alpha (depth), beta (width) and gamma (resolution) of the paper.
 
-    In four steps, all of them where none is named, each going on where it was: plan (the candidates and what they
-    cost), run (train them; any number of workers), collect (one table), choose (the best, and its scaled models).
+    Four stages, each resumable; all run if none is named: plan (list the candidates and their cost), run (train them,
+    with any number of workers), collect (write one table), choose (pick the best and scale it).
     """
 
     stage: Literal["all", "plan", "run", "collect", "choose"] = operational("all")
-    """Which step, also as the first word: effnet-fast search plan."""
+    """Stage to run; may also be the first argument: effnet-fast search plan."""
 
     alpha: str = "1..1.5"
     """Depth factors to try, LOW..HIGH or one number, each at least 1."""
@@ -255,55 +263,56 @@ class SearchConfig(_FamilyConfig):
     gamma: str = "1..1.3"
     """Resolution factors to try, LOW..HIGH or one number, each at least 1."""
     grid_step: float = 0.05
-    """Distance of the grid's factors."""
+    """Spacing of the grid."""
     product: str = "1.9..2.1"
-    """What alpha * beta^2 * gamma^2 must lie in: about the factor by which MACs grow from one phi to the next."""
+    """Allowed range of alpha * beta^2 * gamma^2, roughly the growth of MACs from one phi to the next."""
 
     max_flops: float | None = None
-    """Most MACs of one image (fvcore's "flops"), e.g. 1e10, of the scaled model at every phi."""
+    """Maximum MACs per image (fvcore's "flops") of the scaled model at every phi, e.g. 1e10."""
     max_params: float | None = None
-    """Most parameters of the scaled model at every phi."""
+    """Maximum parameters of the scaled model at every phi."""
     max_activations: float | None = None
-    """Most numbers that the layers write for one image, of the scaled model at every phi."""
+    """Maximum activations (numbers written by the layers) per image of the scaled model at every phi."""
     max_latency_ms: float | None = None
-    """Most milliseconds for one image (batch 1, inference), measured on this device, of the scaled model at every
-    phi."""
+    """Maximum inference latency in ms (batch 1, measured on this device) of the scaled model at every phi."""
 
     search_epochs: int = 10
-    """Epochs that each candidate is trained for, at phi = 1."""
+    """Training epochs per candidate, at phi = 1."""
     seeds: int = operational(1)
-    """Runs of each candidate, with seeds SEED, SEED + 1, ...; may be raised later."""
+    """Runs per candidate, with seeds SEED, SEED + 1, ...; may be increased later."""
     val_fraction: float = 0.1
-    """Share of the training images held out (stratified, seeded), by which alone candidates are pruned and chosen."""
+    """Fraction of the training images held out (stratified, seeded); candidates are pruned and chosen by it alone."""
     num_epochs: int = operational(200)
-    """Epochs in the recipes of the scaled models that `choose` writes."""
+    """Epochs in the recipes that `choose` writes for the scaled models."""
     phi: str = operational("1..7")
-    """Scaled models to write recipes for, LOW..HIGH or one number, 1 to 7."""
+    """Values of phi to write recipes for, LOW..HIGH or one number, 1 to 7."""
 
     pruner: Literal["median", "hyperband", "none"] = "median"
-    """Stops a candidate whose validation accuracy lags behind: below the median of the others at its epoch, or by
-    successive halving; none trains all to the end."""
+    """Stop weak candidates early: median stops those below the median of the others at the same epoch, hyperband uses
+    successive halving, none trains all candidates to the end."""
     storage: str = operational("journal")
-    """Where workers share the study: a journal file in the search's folder, or any database URL of Optuna."""
+    """Storage shared by the workers: a journal file in the search's folder, or an Optuna database URL."""
     keep_checkpoints: bool = operational(False)
-    """Keep the weights of trials that ended; they are some hundred megabytes each."""
+    """Keep the checkpoints of finished trials, some hundred megabytes each."""
     lease_seconds: float = operational(60.0)
-    """A trial whose worker has not been heard of for so long is taken up by another one."""
+    """Seconds without a heartbeat after which another worker takes over a trial."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("alpha", "beta", "gamma"):
             low, high = span(name, getattr(self, name))
-            _require(low >= 1, f"--{name} {getattr(self, name)}: a factor below 1 shrinks the model; start at 1")
+            _require(low >= 1, f"--{name} {getattr(self, name)}: factors below 1 shrink the model; use at least 1")
         span("product", self.product)
         low, high = span("phi", self.phi)
-        _require(low >= 1 and high <= 7 and low % 1 == high % 1 == 0, f"--phi {self.phi}: give whole numbers, 1 to 7")
+        _require(
+            low >= 1 and high <= 7 and low % 1 == high % 1 == 0, f"--phi {self.phi}: use whole numbers from 1 to 7"
+        )
         for name in ("grid_step", "lease_seconds", "max_flops", "max_params", "max_activations", "max_latency_ms"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"--{name} must be above 0, not {value}")
         for name in ("search_epochs", "seeds"):
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
-        _require(self.val_fraction > 0, "--val_fraction 0: candidates are chosen by held-out images; try 0.1")
+        _require(self.val_fraction > 0, "--val_fraction 0: the search needs held-out images to choose by; try 0.1")
 
     @property
     def name(self) -> str:
@@ -317,32 +326,32 @@ class SearchConfig(_FamilyConfig):
 
 
 def span(name: str, text: str) -> tuple[float, float]:
-    """The ends of `LOW..HIGH`, or one number twice.
+    """Parse `LOW..HIGH`, or one number, into (low, high).
 
     Raises:
-        ValueError: it is neither, or the wrong way round.
+        ValueError: `text` is neither, or low is above high.
     """
     low, dots, high = str(text).partition("..")
     try:
         ends = float(low), float(high if dots else low)
     except ValueError as error:
-        raise ValueError(f"--{name} {text}: give LOW..HIGH or one number, e.g. 1..1.5") from error
+        raise ValueError(f"--{name} {text}: use LOW..HIGH or one number, e.g. 1..1.5") from error
     _require(all(map(math.isfinite, ends)), f"--{name} {text}: both ends must be finite")
-    _require(ends[0] <= ends[1], f"--{name} {text}: the first number must not be the larger")
+    _require(ends[0] <= ends[1], f"--{name} {text}: LOW must not be above HIGH")
     return ends
 
 
 @dataclass(frozen=True)
 class StudyConfig(_FamilyConfig):
-    """Train B0 made deeper, wider, of higher resolution and all three at once, and compare them with it."""
+    """Compare five ways to scale B0: not at all, deeper, wider, higher resolution, and all three (compound)."""
 
     target_flops: float | list[float] | None = None
-    """MACs of one image (fvcore's "flops") that all four ways shall cost within 5 %, or a list of such costs; default
-    the factors of the paper's table 7: d = 4, w = 2, r = 2, and d = 1.4, w = 1.2, r = 1.3 together."""
+    """Target MACs per image (fvcore's "flops") of each scaled model, met within 5 %; may be a list. Default: the
+    factors of the paper's table 7 (d = 4, w = 2, r = 2, and d = 1.4, w = 1.2, r = 1.3 together)."""
     references: list[str] | None = None
-    """Other models to train alike beside them, e.g. resnet50; may be given several times."""
+    """Other models to train with the same settings, e.g. resnet50; may be repeated."""
     seeds: int = operational(1)
-    """Runs of each model, with seeds SEED, SEED + 1, ...; may be raised later."""
+    """Runs per model, with seeds SEED, SEED + 1, ...; may be increased later."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -350,7 +359,7 @@ class StudyConfig(_FamilyConfig):
 
     @property
     def targets(self) -> list[float]:
-        """The costs to solve for; none means the paper's factors."""
+        """Target MACs; an empty list means the paper's factors."""
         if self.target_flops is None:
             return []
         return list(self.target_flops) if isinstance(self.target_flops, list) else [self.target_flops]
@@ -363,30 +372,30 @@ class StudyConfig(_FamilyConfig):
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluate a checkpoint: loss, top-1, top-5, accuracy by class (CSV) and the confusion matrix (PNG)."""
+    """Evaluate a checkpoint: loss, top-1, top-5, per-class accuracy (CSV) and confusion matrix (PNG)."""
 
     checkpoint: str
     """Checkpoint to evaluate, e.g. results/RUN/last.pt."""
     data_dir: str | None = None
-    """Folder with the data set; default the one the run was trained from."""
+    """Folder of the data set; default: the one used for training."""
     split: Literal["test", "val", "train"] = "test"
-    """Images to evaluate on; val is what the run held out."""
+    """Split to evaluate; val is the run's held-out images."""
     weights: Literal["auto", "ema", "raw"] = "auto"
-    """Which weights; auto is the moving average where the run kept one."""
+    """Weights to use; auto is the moving average (EMA) if the run has one."""
     batch_size: int = 256
     """Images per forward pass."""
     limit_eval: int | None = None
     """Evaluate on only this many images (stratified, seeded)."""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
-    """Autocast type; auto is bf16 on CUDA and no on the CPU. The bare flag is bf16."""
+    """Autocast dtype; auto is bf16 on CUDA and no on the CPU. The bare flag means bf16."""
     loader: LoaderName = "auto"
-    """Data path; auto takes what was recorded as faster on the device, else DALI where it can be imported."""
+    """Data loader; auto takes the fastest one measured on this device, else DALI if it is installed."""
     num_workers: int = 8
-    """Threads of DALI or processes of the torch loader, capped to the machine's cores."""
+    """Threads of DALI or processes of the torch loader, capped at the number of cores."""
     device: DeviceName = "auto"
-    """auto takes CUDA where there is a GPU."""
+    """auto uses CUDA if a GPU is available."""
     output_dir: str | None = None
-    """Folder for the CSV and the PNG; default the checkpoint's own."""
+    """Folder for the CSV and the PNG; default: the checkpoint's folder."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
@@ -395,22 +404,22 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Classify an image, or every image of a folder: the most probable classes with their names."""
+    """Classify images, or all images of a folder: print the most probable classes."""
 
     checkpoint: str
     """Checkpoint of a run, e.g. results/RUN/best.pt, or a .safetensors export."""
     images: list[str]
     """Image files, or folders of them."""
     weights: Literal["auto", "ema", "raw"] = "auto"
-    """Which weights of a checkpoint; auto is the moving average where the run kept one."""
+    """Weights of a checkpoint to use; auto is the moving average (EMA) if the run has one."""
     top: int = 5
-    """Classes to tell of each image."""
+    """Number of classes to print per image."""
     batch_size: int = 64
     """Images per forward pass."""
     output: str | None = None
-    """Table to write, .csv or .json."""
+    """File for the predictions, .csv or .json."""
     device: DeviceName = "auto"
-    """auto takes CUDA where there is a GPU."""
+    """auto uses CUDA if a GPU is available."""
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size"):
@@ -423,138 +432,138 @@ class PredictConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a checkpoint's model for use elsewhere: safetensors, ONNX or torch.export."""
+    """Export a checkpoint's model to safetensors, ONNX or torch.export."""
 
     checkpoint: str
     """Checkpoint to export, e.g. results/RUN/best.pt."""
     format: Literal["safetensors", "onnx", "torch-export"] = "safetensors"
-    """safetensors holds the weights; onnx and torch-export (.pt2) the computation too, for any batch size."""
+    """safetensors stores the weights; onnx and torch-export (.pt2) also store the graph, for any batch size."""
     output: str | None = None
-    """File to write; default the checkpoint's path with .safetensors, .onnx or .pt2."""
+    """Output file; default: the checkpoint's path with .safetensors, .onnx or .pt2."""
     weights: Literal["auto", "ema", "raw"] = "auto"
-    """Which weights; auto is the moving average where the run kept one."""
+    """Weights to use; auto is the moving average (EMA) if the run has one."""
     fold_batchnorm: bool = False
-    """Fold BatchNorm into the convolutions before it: fewer operations, the same logits, no further training."""
+    """Fold BatchNorm into the preceding convolutions: fewer operations, same logits; for inference only."""
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Draw the curves of one or several runs over each other."""
+    """Plot the training curves of one or several runs in one figure."""
 
     runs: list[str]
     """Folders of runs."""
     output: str | None = None
-    """Picture to write (.png, .svg or .pdf); default curves.png in the first run's folder."""
+    """Figure to write (.png, .svg or .pdf); default: curves.png in the first run's folder."""
 
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Print a model's parameters, MACs, FLOPs, activations, final map and memory."""
+    """Print a model's parameters, MACs, FLOPs, activations, final feature map and memory."""
 
     model: str = "efficientnet-b0"
     """Architecture: efficientnet-b0 to efficientnet-b7, resnet50, resnet152 or densenet201."""
     num_classes: int = 100
-    """Classes of the head."""
+    """Number of classes."""
     width: float | None = None
-    """Multiplier of the baseline's channels; default the variant's own."""
+    """Width multiplier of B0's channels; default: the variant's."""
     depth: float | None = None
-    """Multiplier of the baseline's repeats; default the variant's own."""
+    """Depth multiplier of B0's layers; default: the variant's."""
     image_size: Literal["auto"] | int = "auto"
-    """Pixels; auto scales 32 px by the variant's resolution ratio."""
+    """Input size in pixels; auto scales 32 as the variant scales 224."""
     output_stride: Literal[4, 8, 16, 32] | None = None
-    """Input pixels per pixel of the final map; default 8 below 128 px and 32 from there on. ResNet and DenseNet: 8 (a
-    stem without strides) up to 64 px, 32 above."""
+    """Downsampling factor of the final feature map. Default: 8 below 128 px, else 32; for ResNet and DenseNet 8 (stem
+    without stride) up to 64 px, else 32."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
 class CamConfig:
-    """Show where models look: class activation maps side by side, in pictures, numbers and a gallery."""
+    """Show where models look: class activation maps side by side, with scores and an HTML gallery."""
 
     images_path: str
-    """Folder of images, or one image; the name of an image's folder is its true class unless --labels says so."""
+    """Folder of images, or one image; an image's folder name is its true class unless --labels is given."""
     output_path: str = dataclasses.field(metadata={"operational": True})
-    """Folder for pictures, tables and the gallery; a second run skips what is done."""
+    """Folder for pictures, tables and the gallery; a second run skips finished images."""
     checkpoints: str | None = operational(None)
-    """Folder of a scaling study, folder of a run (its last.pt), or one checkpoint."""
+    """Folder of a study, folder of a run (its last.pt), or one checkpoint."""
     run: list[str] | None = operational(None)
-    """NAME=PATH of a further checkpoint or run's folder, under that name; may be repeated."""
+    """NAME=PATH of another checkpoint or run folder, shown as NAME; may be repeated."""
     seed: int | None = operational(None)
-    """Which seed's runs of a study; default the lowest of each model."""
+    """Seed of the study's runs to use; default: the lowest of each model."""
     weights: Literal["auto", "ema", "raw"] = "auto"
-    """Which weights; auto is the moving average where the run kept one."""
+    """Weights to use; auto is the moving average (EMA) if the run has one."""
 
     method: Literal["grad-cam", "cam", "integrated-gradients", "occlusion", "guided-grad-cam"] = "grad-cam"
-    """How a map is made; cam is exact for a linear classifier on a pooled map, guided-grad-cam needs ReLU."""
+    """Attribution method; cam is exact for a linear classifier on a pooled map, guided-grad-cam needs ReLU."""
     layer: str | None = None
-    """Module whose output Grad-CAM takes, e.g. stages.5; default what the global pooling sees."""
+    """Module whose output Grad-CAM uses, e.g. stages.5; default: the input of the global pooling."""
     target: str = "predicted"
-    """Class whose evidence is shown: predicted (by each model), true, or a class name."""
+    """Class to explain: predicted (by each model), true, or a class name."""
     labels: str | None = None
-    """CSV with the columns image,class: true classes of images, named below IMAGES_PATH."""
+    """CSV with columns image,class; image paths are relative to IMAGES_PATH."""
 
     infidelity: bool = False
-    """Compute Captum's infidelity too (slow)."""
+    """Also compute Captum's infidelity (slow)."""
     sensitivity: bool = False
-    """Compute Captum's sensitivity_max too (slow)."""
+    """Also compute Captum's sensitivity_max (slow)."""
     curve_steps: int = 20
     """Steps of the deletion and insertion curves."""
 
     colormap: str = "jet"
-    """Any colour map of matplotlib; jet is the paper's blue to red."""
+    """Any matplotlib colormap; jet is the paper's blue to red."""
     opacity: float = 0.5
-    """Of the maps over the images (0 to 1)."""
+    """Opacity of the map over the image, 0 to 1."""
     format: Literal["png", "svg", "pdf"] = "png"
-    """Of the pictures."""
+    """File format of the pictures."""
     gallery_images: int = operational(500)
-    """Most images in the HTML gallery, spread evenly over all; the tables and pictures have them all."""
+    """Maximum images in the HTML gallery, spaced evenly; tables and pictures include all images."""
 
     batch_size: int = operational(8)
-    """Images computed at a time, and rows of a grid."""
+    """Images per batch, and rows per grid picture."""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "no"
-    """Autocast type; no is float32, auto is bf16 on CUDA. The bare flag is bf16."""
+    """Autocast dtype; no is float32, auto is bf16 on CUDA. The bare flag means bf16."""
     device: DeviceName = operational("auto")
-    """auto takes CUDA where there is a GPU."""
+    """auto uses CUDA if a GPU is available."""
     resume: Literal["auto", "no"] | bool = operational("auto")
-    """auto goes on where the folder's run was; no clears what that run left and starts afresh."""
+    """auto continues an interrupted run in OUTPUT_PATH; no deletes its files and starts over."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
-        object.__setattr__(self, "resume", _WORDS.get(self.resume, self.resume))
+        object.__setattr__(self, "resume", _YAML_BOOLEANS.get(self.resume, self.resume))
         for name in ("batch_size", "gallery_images", "curve_steps"):
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         _require(0 <= self.opacity <= 1, f"--opacity must be from 0 to 1, not {self.opacity}")
         _require(self.resume in ("auto", "no"), f"--resume must be auto or no, not {self.resume}")
         _require(
             bool(self.checkpoints or self.run),
-            "no model is named: use --checkpoints (a study, a run or a checkpoint) or --run NAME=PATH",
+            "no model given: use --checkpoints (a study, a run or a checkpoint) or --run NAME=PATH",
         )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Download, verify and describe a data set, and write a sheet of sample images."""
+    """Download, verify and summarize a data set, and write a sheet of sample images."""
 
     dataset: DatasetName = "cifar100"
     """Data set."""
     data_dir: str = "data"
-    """Folder with the data set, or where it is downloaded to."""
+    """Folder of the data set; CIFAR is downloaded into it if missing."""
     output: str | None = None
-    """Sample sheet to write (PNG); default DATA_DIR/DATASET-samples.png."""
+    """Sample sheet (PNG); default: DATA_DIR/DATASET-samples.png."""
     export: str | None = None
-    """Folder for test images as PNG files, CLASS/NUMBER.png; default none are written."""
+    """Export test images as PNG files to this folder, as CLASS/NUMBER.png."""
     export_images: int = 100
-    """Test images to export (stratified, seeded); needs --export."""
+    """Number of test images to export (stratified, seeded)."""
 
 
 def _precision(value: str | bool) -> str:
-    word = _WORDS.get(value, value)
+    word = _YAML_BOOLEANS.get(value, value)
     return "bf16" if word == "yes" else str(word)
 
 
 def identity(config: TrainConfig | CamConfig) -> dict[str, Any]:
-    """The fields that decide what a run computes: two runs that differ in one must not share a folder."""
+    """The fields that determine a run's result; runs that differ in one must not share a folder."""
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)

@@ -1,4 +1,4 @@
-"""Ranks: who am I, on which device, and how do we add things up. A world of 1 is not a special case."""
+"""Ranks, devices and collective operations. Every function also works without torchrun, as a world of one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size`, computing on `device`."""
+    """This process is `rank` of `size` and computes on `device`."""
 
     rank: int
     size: int
@@ -27,15 +27,15 @@ class World:
 
 
 def init(device: str = "auto", timeout: float | None = None) -> World:
-    """Join the process group that torchrun announced in the environment, or be a world of one.
+    """Join the process group described by torchrun's environment variables; without them, a world of one.
 
     Args:
         device: auto, cuda or cpu. The backend is nccl on CUDA and gloo on the CPU.
-        timeout: seconds after which an operation among ranks fails; default torch's own.
+        timeout: seconds after which a collective operation fails; default: torch's.
 
     Raises:
-        ValueError: cuda is asked for where no GPU is visible, or fewer GPUs than local ranks.
-        ConnectionError: the ranks do not find each other.
+        ValueError: `device` is cuda but no GPU is visible, or there are fewer GPUs than local ranks.
+        ConnectionError: the ranks cannot connect.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = choose_device(device, local_rank)
@@ -50,18 +50,16 @@ def _join(device: torch.device, timeout: timedelta | None) -> None:
     on_gpu = device.type == "cuda"
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, timeout=timeout)
-    except (dist.DistError, ValueError) as error:  # a ValueError: the environment lacks a variable or has a wrong one
-        told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    except (dist.DistError, ValueError) as error:  # ValueError: an environment variable is missing or invalid
+        variables = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
         raise ConnectionError(
-            f"the ranks do not find each other ({', '.join(f'{name}={value}' for name, value in told.items())}: "
-            f"{str(error).partition(chr(10))[0]}); start as many as WORLD_SIZE says, best by torchrun"
+            f"the ranks cannot connect ({', '.join(f'{name}={value}' for name, value in variables.items())}: "
+            f"{str(error).partition(chr(10))[0]}); start WORLD_SIZE processes, preferably with torchrun"
         ) from error
 
 
 def alone(device: str = "auto") -> World:
-    """A world of one, on the device of this process's local rank: several such share no group, only a machine.
-
-    Under torchrun the local rank is LOCAL_RANK; without it, 0.
+    """A world of one on the device of LOCAL_RANK (default 0): independent workers that share a machine but no group.
 
     Raises:
         ValueError: as `init`.
@@ -80,14 +78,14 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:N")
     kind, number = match.groups()
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA GPU is visible; use --device cpu, or check nvidia-smi")
+        raise ValueError(f"--device {device}: no CUDA GPU is visible; check nvidia-smi, or use --device cpu")
     if kind == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     index, count = int(number or local_rank), torch.cuda.device_count()
     if number and index >= count:
         raise ValueError(f"--device {device}: this machine has {count} GPUs, cuda:0 to cuda:{count - 1}")
     if index >= count:
-        raise ValueError(f"local rank {local_rank} has no GPU of its own: start at most {count} processes here")
+        raise ValueError(f"local rank {local_rank} has no GPU: start at most {count} processes on this machine")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -103,9 +101,10 @@ def world_size() -> int:
 
 
 def launch() -> str | None:
-    """The name of the job that torchrun or Slurm may start again: --rdzv-id, or the numbers of Slurm's job and step.
+    """Identifier of the torchrun or Slurm job, the same after a restart: --rdzv-id, or Slurm's job and step numbers.
 
-    A job that is put into the queue again counts its steps from 0 again; two steps of one allocation are two jobs.
+    None without a launcher. A requeued Slurm job restarts its step numbers at 0; two steps of one allocation are two
+    jobs.
     """
     if (elastic := os.environ.get("TORCHELASTIC_RUN_ID", "none")) != "none":
         return elastic
@@ -115,14 +114,14 @@ def launch() -> str | None:
 
 
 def board() -> dist.Store | None:
-    """A connection of its own to the ranks' key-value store; None for a world of one."""
+    """A new connection to the ranks' key-value store; None in a world of one."""
     if world_size() == 1:
         return None
     return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which speaks for all."""
+    """Whether this is rank 0, which prints and writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -133,30 +132,30 @@ def barrier() -> None:
 
 
 def on_main(work: Callable[[], None]) -> None:
-    """Have rank 0 do something while the others wait.
+    """Call `work` on rank 0 while the other ranks wait.
 
     Raises:
-        OSError: on all ranks, if it does on rank 0; whatever else it raises, there alone.
+        OSError: on all ranks if `work` raises it; other exceptions are raised on rank 0 only.
     """
-    refusal = None
+    message = None
     if is_main():
         try:
             work()
         except OSError as error:
-            refusal = error
-    if refusal := gather_objects(refusal and str(refusal))[0]:
-        raise OSError(refusal)
+            message = str(error)
+    if message := gather_objects(message)[0]:
+        raise OSError(message)
 
 
 def all_reduce_(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
-    """Reduce over ranks in place; alone, nothing."""
+    """Reduce over all ranks in place; a no-op in a world of one."""
     if world_size() > 1:
         dist.all_reduce(tensor, op)
     return tensor
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True everywhere if any rank says so; a host synchronisation where there is more than one rank."""
+    """Whether `flag` is true on any rank. With more than one rank this synchronises the host with the device."""
     if world_size() == 1:
         return flag
     return bool(all_reduce_(torch.tensor(float(flag), device=device), dist.ReduceOp.MAX).item())
@@ -171,21 +170,21 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        # Every rank's loss depends on every rank's term, so the gradient of a sum is the sum of the gradients.
+        # The sum enters every rank's loss, so its gradient is the sum of all ranks' gradients.
         total = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
 
 def gather_rows(row: torch.Tensor) -> torch.Tensor:
-    """Every rank's row, differentiably: [C] -> [world, C], equal on all ranks."""
+    """Gather one row per rank, differentiably: [C] -> [world, C], equal on all ranks."""
     table = row.new_zeros(world_size(), row.numel())
     table[dist.get_rank()] = row
     return _AllReduceSum.apply(table)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks, on all ranks."""
+    """Gather `value` from all ranks, in rank order, on all ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

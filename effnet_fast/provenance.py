@@ -1,4 +1,4 @@
-"""Where a figure comes from: machine, versions, commit, command, date."""
+"""Provenance of a result: machine, versions, commit, command, date."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _PACKAGES = ("triton", "nvidia-dali-cuda120", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """What must be known to read a result: JSON-ready, with None for what is absent."""
+    """Machine, versions, commit, command and date as a JSON-ready dict; None where something is absent."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(),
         "effnet_fast": __version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # with the build, which the installed package's own version may leave out
+        "torch": str(torch.__version__),  # includes the build tag, which the package metadata may omit
         **{name: version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -38,13 +38,13 @@ def environment() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line, without the folders of the interpreter and the script."""
+    """The command line, with the interpreter and script reduced to their file names."""
     program = 3 if sys.orig_argv[1:2] == ["-m"] else 2
     return shlex.join([Path(word).name for word in sys.orig_argv[:program]] + sys.orig_argv[program:])
 
 
 def version(package: str) -> str | None:
-    """An installed package's version, or None."""
+    """The version of an installed package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -52,9 +52,9 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with `+` behind it where files differ from it.
+    """The commit of this checkout, followed by `+` if tracked files differ from it.
 
-    Outside a checkout, as on a machine to which the files alone were copied, EFFNET_FAST_COMMIT, or None.
+    Outside a checkout, the value of EFFNET_FAST_COMMIT, or None.
     """
     root = Path(__file__).resolve().parents[1]
     head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
@@ -64,12 +64,12 @@ def commit() -> str | None:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def driver() -> str | None:
-    """The NVIDIA driver's version, or None."""
+    """Version of the NVIDIA driver, or None."""
     return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
 
 

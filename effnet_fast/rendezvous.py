@@ -1,7 +1,7 @@
-"""The rendezvous backend `bound`: torchrun's c10d, listening on the address that --rdzv-endpoint names and no other.
+"""The torchrun rendezvous backend `bound`: c10d, but listening only on the address of --rdzv-endpoint.
 
-c10d itself listens on every network of the machine, and what it receives there it unpickles. torchrun finds this one
-through the entry point in pyproject.toml.
+torchrun's own c10d backend listens on all networks of the machine and unpickles what it receives. torchrun finds this
+backend through the entry point in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Backend(C10dRendezvousBackend):
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What torchrun asks the entry point for."""
+    """Return the factory that torchrun calls to create the rendezvous handler."""
     return _create
 
 
@@ -39,22 +39,23 @@ def _create(parameters: RendezvousParameters) -> RendezvousHandler:
         is_host = _matches_machine_hostname(host)
     timeout = timedelta(seconds=parameters.get_as_int("read_timeout", 60) or 60)
     store = _serve(host, port, timeout) if is_host else None
-    if store is None:  # another process is the host
+    if store is None:  # another process hosts the store
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
     return create_handler(store, _Backend(store, parameters.run_id), parameters)
 
 
 def _serve(host: str, port: int, timeout: timedelta) -> dist.TCPStore | None:
-    """A store that listens on one address; None where another process of this machine does so already.
+    """A store that listens on one address; None if another process on this machine already listens there.
 
     Raises:
-        SystemExit: the host's name is a loopback address here, as Debian gives it, where no other machine reaches it.
+        SystemExit: the host name resolves to a loopback address, as on Debian; other machines cannot reach it.
     """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     named = not host.startswith("localhost") and host != address[0]
     if named and ipaddress.ip_address(address[0]).is_loopback:
         sys.exit(
-            f"error: {host} is {address[0]} on this machine, which no other reaches: give --rdzv-endpoint its address"
+            f"error: {host} resolves to {address[0]}, which other machines cannot reach: "
+            "use its IP address in --rdzv-endpoint"
         )
     try:
         listener = socket.create_server(address[:2], family=family)

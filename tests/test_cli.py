@@ -142,7 +142,7 @@ def test_yaml_that_is_none(tmp_path, capsys):
 def test_yaml_that_contains_itself(tmp_path, capsys):
     path = tmp_path / "endless.yaml"
     path.write_text("model: &a {b: *a}\n")
-    assert "no YAML aliases" in mistake(capsys, f"train --config {path}")
+    assert "YAML aliases (*name) are not supported" in mistake(capsys, f"train --config {path}")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -124,5 +124,5 @@ def test_ranks_that_do_not_meet_are_one_line(tmp_path, changed, words):
     assert "Traceback" not in done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(told) == 1
-    assert "the ranks do not find each other" in told[0]
+    assert "the ranks cannot connect" in told[0]
     assert words in told[0]

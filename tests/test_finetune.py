@@ -123,9 +123,9 @@ def test_the_recipe_is_the_papers_transfer(tmp_path: Path) -> None:
     [
         ("--pretrained nowhere.pth", "there are no weights at nowhere.pth"),
         ("--resume elsewhere.pt --freeze stem", "there is no checkpoint at elsewhere.pt"),
-        ("--freeze backbone", "--freeze is about weights to start from: add --pretrained FILE"),
-        ("--pretrained_layout timm", "--pretrained_layout is about weights to start from"),
-        ("--allow_unmatched true", "--allow_unmatched is about weights to start from"),
+        ("--freeze backbone", "--freeze applies to pretrained weights: add --pretrained FILE"),
+        ("--pretrained_layout timm", "--pretrained_layout applies to pretrained weights"),
+        ("--allow_unmatched true", "--allow_unmatched applies to pretrained weights"),
         ("--layer_decay 0", "--layer_decay must be above 0"),
         ("--model resnet50 --width 2", "resnet50 has no width"),
         ("--model resnet50 --output_stride 16", "not 16"),

@@ -258,7 +258,7 @@ def test_a_name_that_no_other_machine_reaches_is_refused(monkeypatch):
 
     monkeypatch.setattr(rendezvous.socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.1.1", 29500))])
     with pytest.raises(
-        SystemExit, match=r"error: node1 is 127\.0\.1\.1 on this machine.*give --rdzv-endpoint its address"
+        SystemExit, match=r"error: node1 resolves to 127\.0\.1\.1.*use its IP address in --rdzv-endpoint"
     ):
         rendezvous._serve("node1", 29500, None)
 

@@ -147,9 +147,9 @@ def test_a_stage_without_a_plan_says_so(tmp_path, capsys, stage):
     [
         ("--alpha 1..1.1 --beta 1..1.1 --gamma 1..1.1", "the upper ends bound it"),
         ("--max_flops 1e6", "not even the unscaled model fits"),
-        ("--val_fraction 0", "candidates are chosen by held-out images"),
-        ("--model efficientnet-b1", "efficientnet-b0 is what is scaled"),
-        ("--width 1.5", "leave them out"),
+        ("--val_fraction 0", "the search needs held-out images"),
+        ("--model efficientnet-b1", "only efficientnet-b0 can be scaled"),
+        ("--width 1.5", "remove them"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, flags, told):

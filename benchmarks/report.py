@@ -1,7 +1,8 @@
-"""Render the README's tables from benchmarks/results: `python benchmarks/report.py` writes them, `--check` compares.
+"""Render the tables of benchmarks/results into the READMEs: `python benchmarks/report.py`.
 
-Each stands between `<!-- report.py: NAME -->` and `<!-- end -->`, so no figure is typed by hand. `--merge OUT FILE...`
-joins result files into one suite.
+A table stands in benchmarks/README.md between `<!-- report.py: NAME -->` and `<!-- end -->`, the short table of results
+in README.md between `<!-- results -->` and `<!-- end -->`. `--check` only compares, with status 1 where a file is
+out of date. `--merge OUT FILE...` joins the result files of a suite.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,157 +20,225 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PROVENANCE = "machine, versions, commit"
 Result = dict[str, Any]
 
 
 def results(kind: str, folder: Path = RESULTS) -> list[Result]:
-    """Results of a kind, each file's and each suite's parts, oldest first; a suite's smoke form shows nothing."""
+    """Results of one benchmark, from single files and from suites, oldest first; suites run on a CPU are left out."""
     found = []
     for path in folder.glob("*.json"):
-        made = json.loads(path.read_text())
-        if made["benchmark"] != "suite":
-            found.append(made)
-        elif made["provenance"]["gpu"]:
-            found += made["parts"]
+        content = json.loads(path.read_text())
+        if content["benchmark"] != "suite":
+            found.append(content)
+        elif content["provenance"]["gpu"]:
+            found += content["parts"]
     return sorted((r for r in found if r["benchmark"] == kind), key=lambda r: r["provenance"]["date"])
 
 
 def machine(provenance: dict[str, Any]) -> str:
-    """Where and with what a result was measured."""
-    where = provenance["gpu"] or f"{provenance['cores']} cores of an {provenance['cpu']}"
-    driver = f", driver {provenance['driver']}" if provenance["driver"] else ""
-    dali = f", DALI {provenance['nvidia-dali-cuda120']}" if provenance["nvidia-dali-cuda120"] else ""
-    return f"{where}{driver}, torch {provenance['torch'].split('+')[0]}{dali}, {(provenance['commit'] or '?')[:7]}"
+    """The GPU, or the CPU and its cores."""
+    return provenance["gpu"] or f"{provenance['cores']} cores of an {provenance['cpu']}"
 
 
-def table(head: str, rows: list[str]) -> str:
-    """A Markdown table, or a line that says that nothing was measured."""
-    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows]) if rows else "Not measured yet."
+def origin(provenance: dict[str, Any]) -> str:
+    """Machine, driver, versions and commit of a result."""
+    parts = [machine(provenance)]
+    if provenance["driver"]:
+        parts.append(f"driver {provenance['driver']}")
+    parts.append(f"torch {provenance['torch'].split('+')[0]}")
+    if provenance["nvidia-dali-cuda120"]:
+        parts.append(f"DALI {provenance['nvidia-dali-cuda120']}")
+    return ", ".join([*parts, (provenance["commit"] or "?")[:7]])
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, or "Not measured yet."."""
+    if not rows:
+        return "Not measured yet."
+    head, *body = (f"| {' | '.join(cells)} |" for cells in [columns, *rows])
+    return "\n".join([head, "|" + "---|" * len(columns), *body])
+
+
+# -- training runs
+
+
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """The kept training runs: recipe, settings, last evaluation, seconds, provenance."""
+    kept = []
+    for path in sorted(folder.glob("*/metrics.jsonl")):
+        provenance = json.loads((path.parent / "environment.json").read_text())
+        words = shlex.split(provenance["command"])
+        recipe = words[words.index("--config") + 1]
+        settings = yaml.safe_load((ROOT / recipe).read_text())
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept.append(
+            {
+                "recipe": recipe,
+                "settings": settings,
+                "last": [line for line in lines if line["kind"] == "eval"][-1],
+                "seconds": seconds_of(lines, settings["batch_size"]),
+                "provenance": provenance,
+            }
+        )
+    return kept
+
+
+def seconds_of(lines: list[dict], batch_size: int) -> float:
+    """Seconds of training, waiting for data included, and of evaluation."""
+    total, before = 0.0, 0
+    for line in lines:
+        if "seconds" in line:
+            total += line["seconds"]
+        else:  # rows of runs before the recorder kept seconds
+            total += (line["step"] - before) * batch_size / line["img_per_s"]
+        if line["kind"] == "train":
+            before = line["step"]
+    return total
+
+
+def duration(seconds: float) -> str:
+    """As `1 min 49 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def summary(folder: Path = RESULTS) -> str:
+    """The README's short table: recipe, accuracy, time, machine."""
+    rows = [
+        [
+            f"[{Path(run['recipe']).stem}]({run['recipe']})",
+            f"{run['settings'].get('model', 'efficientnet-b0')} on {run['settings']['dataset']}",
+            f"{run['last']['top1']:.2f} %",
+            duration(run["seconds"]),
+            machine(run["provenance"]),
+        ]
+        for run in runs(folder)
+    ]
+    return table(["recipe", "what", "top-1", "time", "machine"], rows)
 
 
 def training(folder: Path = RESULTS) -> str:
-    """The runs whose rows and environment are kept, with the figures of their last evaluation."""
+    """The kept runs in full."""
     rows = []
-    for path in sorted(folder.glob("*/metrics.jsonl")):
-        about = json.loads((path.parent / "environment.json").read_text())
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        last = [line for line in lines if line["kind"] == "eval"][-1]
-        settings = yaml.safe_load((ROOT / _recipe(about["command"])).read_text())
-        minutes, seconds = divmod(round(_seconds(lines, settings["batch_size"])), 60)
-        what = f"{settings['dataset']}, {settings.get('model', 'efficientnet-b0')}, output stride"
+    for run in runs(folder):
+        settings, last = run["settings"], run["last"]
+        model = f"{settings.get('model', 'efficientnet-b0')}, output stride {settings['output_stride']}"
         rows.append(
-            f"| {what} {settings['output_stride']} | `effnet-fast train --config {_recipe(about['command'])}` "
-            f"| {last['epoch']:g} | {last['top1']:.2f} % | {last['top5']:.2f} % | {minutes} min {seconds} s "
-            f"| {machine(about)} |"
+            [
+                f"{settings['dataset']}, {model}",
+                f"`effnet-fast train --config {run['recipe']}`",
+                f"{last['epoch']:g}",
+                f"{last['top1']:.2f} %",
+                f"{last['top5']:.2f} %",
+                duration(run["seconds"]),
+                origin(run["provenance"]),
+            ]
         )
-    return table("| run, test images | command | epochs | top-1 | top-5 | time | machine, versions, commit |", rows)
+    return table(["run, test images", "command", "epochs", "top-1", "top-5", "time", PROVENANCE], rows)
 
 
-def _recipe(command: str) -> str:
-    words = shlex.split(command)
-    return words[words.index("--config") + 1]
-
-
-def _seconds(lines: list[dict], batch_size: int) -> float:
-    """Of training, with its waiting for data, and of evaluations."""
-    total, before = 0.0, 0
-    for line in lines:
-        if line["kind"] == "eval":
-            total += line["seconds"]
-        else:
-            total += (line["step"] - before) * batch_size / line["img_per_s"]
-            before = line["step"]
-    return total
+# -- results of the scripts
 
 
 def throughput(folder: Path = RESULTS) -> str:
     """Rates and ratios of every throughput result."""
     rows = []
-    for made in results("throughput", folder):
-        s = made["settings"]
+    for content in results("throughput", folder):
+        s = content["settings"]
         case = f"{s['model']} {s['image_size']} px, stride {s['output_stride']}, batch {s['batch_size']}, {s['dtype']}"
-        for row in made["rows"]:
+        for row in content["rows"]:
             version = s["peers"].get(row["library"])
             library = f"{row['library']} {version}" if version else row["library"]
             low, middle, high = row["time over ours"]
-            memory = f"{row['memory']['MiB']:.0f}" if "memory" in row else ""
             rows.append(
-                f"| {case} | {row['direction']} | {library}, {row['step']} | {row['img/s'][1]:,.0f} "
-                f"| {middle:.2f} ({low:.2f} to {high:.2f}) | {memory} | {machine(made['provenance'])} |"
+                [
+                    case,
+                    row["direction"],
+                    f"{library}, {row['step']}",
+                    f"{row['img/s'][1]:,.0f}",
+                    f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                    f"{row['memory']['MiB']:.0f}" if "memory" in row else "",
+                    origin(content["provenance"]),
+                ]
             )
     ratio = "its time over ours, p50 (p20 to p80)"
-    return table(f"| case | | library, step | img/s | {ratio} | peak MiB | machine, versions, commit |", rows)
+    return table(["case", "direction", "library, step", "img/s", ratio, "peak MiB", PROVENANCE], rows)
 
 
 def loader(folder: Path = RESULTS) -> str:
     """Rates of the loaders, and their share of the training step."""
     rows = []
-    for made in results("loader", folder):
-        s = made["settings"]
-        for row in made["rows"]:
-            rows.append(
-                f"| {row['loader']} | {row['img/s'][1]:,.0f} "
-                f"| {row['share of step']:.1%} of {s['step_rate']:,.0f} img/s "
-                f"| batch {s['batch_size']}, output stride {s['output_stride']} | {machine(made['provenance'])} |"
-            )
-    return table("| loader | img/s | share of the step | case | machine, versions, commit |", rows)
+    for content in results("loader", folder):
+        s = content["settings"]
+        for row in content["rows"]:
+            share = f"{row['share of step']:.1%} of {s['step_rate']:,.0f} img/s"
+            case = f"batch {s['batch_size']}, output stride {s['output_stride']}"
+            rows.append([row["loader"], f"{row['img/s'][1]:,.0f}", share, case, origin(content["provenance"])])
+    return table(["loader", "img/s", "share of the step", "case", PROVENANCE], rows)
 
 
 def time_to_accuracy(folder: Path = RESULTS) -> str:
-    """Mean and spread of the seconds to a top-1."""
+    """Mean and standard deviation of the seconds to a top-1."""
     rows = []
-    for made in results("time_to_accuracy", folder):
-        s = made["settings"]
-        compiling = max(row["compile s"] for row in made["rows"])
+    for content in results("time_to_accuracy", folder):
+        s = content["settings"]
+        compiling = max(row["compile s"] for row in content["rows"])
         recipe = " ".join([s["recipe"], *s["changes"]])
         for goal in s["summary"]:
             seconds = f"reached by {goal['reached']}"
             if "mean s" in goal:
                 seconds = f"{goal['mean s']:.1f} +- {goal['standard deviation s']:.1f}"
-            rows.append(
-                f"| {recipe} | {goal['target']:g} % | {seconds} | {compiling:.1f} | {goal['seeds']} "
-                f"| {machine(made['provenance'])} |"
-            )
-    return table("| recipe | top-1 | seconds | compiling, s | seeds | machine, versions, commit |", rows)
+            cells = [recipe, f"{goal['target']:g} %", seconds, f"{compiling:.1f}", str(goal["seeds"])]
+            rows.append([*cells, origin(content["provenance"])])
+    return table(["recipe", "top-1", "seconds", "compiling, s", "seeds", PROVENANCE], rows)
 
 
 def scaling(folder: Path = RESULTS) -> str:
     """Efficiency over ranks."""
     rows = [
-        f"| {row['scaling']} | {row['ranks']} x {row['batch a rank']} | {row['img/s']:,.0f} | {row['efficiency']:.1%} "
-        f"| {row['communication']:.1%} | {machine(made['provenance'])} |"
-        for made in results("scaling", folder)
-        for row in made["rows"]
+        [
+            row["scaling"],
+            f"{row['ranks']} x {row['batch a rank']}",
+            f"{row['img/s']:,.0f}",
+            f"{row['efficiency']:.1%}",
+            f"{row['communication']:.1%}",
+            origin(content["provenance"]),
+        ]
+        for content in results("scaling", folder)
+        for row in content["rows"]
     ]
-    return table("| scaling | ranks x batch | img/s | efficiency | communication | machine, versions, commit |", rows)
+    return table(["scaling", "ranks x batch", "img/s", "efficiency", "communication", PROVENANCE], rows)
 
 
 def step_profile(folder: Path = RESULTS) -> str:
     """Where the time of a profiled step goes."""
     rows = []
-    for made in results("step_profile", folder):
-        s = made["settings"]
-        shares = ", ".join(f"{row['category']} {row['share']:.0%}" for row in made["rows"])
-        what = f"{s['model']} {s['image_size']} px, stride {s['output_stride']}, batch {s['batch_size']}, {s['step']}"
-        rows.append(f"| {what} | {shares} | {machine(made['provenance'])} |")
-    return table("| step | share of the time, profiled | machine, versions, commit |", rows)
+    for content in results("step_profile", folder):
+        s = content["settings"]
+        case = f"{s['model']} {s['image_size']} px, stride {s['output_stride']}, batch {s['batch_size']}, {s['step']}"
+        shares = ", ".join(f"{row['category']} {row['share']:.0%}" for row in content["rows"])
+        rows.append([case, shares, origin(content["provenance"])])
+    return table(["step", "share of the time, profiled", PROVENANCE], rows)
 
 
 def ops(folder: Path = RESULTS) -> str:
-    """The Triton kernels beside PyTorch; on the CPU they run in an interpreter, whose times say nothing."""
+    """The Triton kernels beside PyTorch's operators; results of Triton's interpreter are left out."""
     rows = []
-    for made in results("ops", folder):
+    for content in results("ops", folder):
         paths: dict[tuple[str, str, str], dict[str, Any]] = {}
-        for row in made["rows"]:
-            if made["device"] == "cuda" and "wrong by" not in row:
+        for row in content["rows"]:
+            if content["device"] == "cuda" and "wrong by" not in row:
                 paths.setdefault((row["op"], row["shape"], row["direction"]), {})[row["path"]] = row
-        for names, found in paths.items():
-            ms = [f"{found[p]['ms p20/p50/p80'][1]:.3f}" if p in found else "" for p in ("triton", "eager", "compiled")]
-            share = f"{found['triton']['share of copy']:.0%}" if "triton" in found else ""
-            cells = [*names, *ms, share, made["settings"]["dtype"], machine(made["provenance"])]
-            rows.append(f"| {' | '.join(cells)} |")
-    times = "Triton, ms | eager, ms | compiled, ms | share of copy bandwidth"
-    return table(f"| op | shape | | {times} | type | machine, versions, commit |", rows)
+        for names, by_path in paths.items():
+            ms = [
+                f"{by_path[path]['ms p20/p50/p80'][1]:.3f}" if path in by_path else ""
+                for path in ("triton", "eager", "compiled")
+            ]
+            share = f"{by_path['triton']['share of copy']:.0%}" if "triton" in by_path else ""
+            rows.append([*names, *ms, share, content["settings"]["dtype"], origin(content["provenance"])])
+    times = ["Triton, ms", "eager, ms", "compiled, ms", "share of copy bandwidth"]
+    return table(["op", "shape", "direction", *times, "type", PROVENANCE], rows)
 
 
 TABLES = {
@@ -182,25 +252,53 @@ TABLES = {
 }
 
 
-def rendered(text: str, folder: Path = RESULTS) -> str:
-    """The text with every table written anew.
+# -- files
+
+
+def with_tables(text: str, folder: Path = RESULTS) -> str:
+    """The text with every `<!-- report.py: NAME -->` table rendered.
 
     Raises:
-        ValueError: a marker names no table, or lacks its end.
+        ValueError: a marker names no table, or has no end.
     """
     if text.count("<!-- report.py: ") != text.count("<!-- end -->"):
-        raise ValueError("a `<!-- report.py: NAME -->` lacks its `<!-- end -->`")
+        raise ValueError("each `<!-- report.py: NAME -->` needs its own `<!-- end -->`")
 
     def fill(match: re.Match[str]) -> str:
         if match[2] not in TABLES:
-            raise ValueError(f"no table is called {match[2]!r}; there are {', '.join(TABLES)}")
+            raise ValueError(f"there is no table {match[2]!r}; the tables are {', '.join(TABLES)}")
         return f"{match[1]}\n{TABLES[match[2]](folder)}\n<!-- end -->"
 
     return re.sub(r"(<!-- report\.py: (\w+) -->)\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
+def with_summary(text: str, folder: Path = RESULTS) -> str:
+    """The text with the short table rendered after `<!-- results -->`, if it has that marker.
+
+    Raises:
+        ValueError: the marker has no end.
+    """
+    before, marker, rest = text.partition("<!-- results -->\n")
+    if not marker:
+        return text
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise ValueError("`<!-- results -->` needs its `<!-- end -->`")
+    return f"{before}{marker}{summary(folder)}\n{end}{after}"
+
+
+READMES: dict[Path, Callable[[str], str]] = {
+    ROOT / "benchmarks" / "README.md": with_tables,
+    ROOT / "README.md": with_summary,
+}
+
+
 def merge(out: Path, files: list[Path]) -> None:
-    """Join results into one suite; what a part that failed left out is named."""
+    """Join result files into one suite, which lists the missing ones.
+
+    Raises:
+        ValueError: no file exists.
+    """
     parts = [json.loads(path.read_text()) for path in files if path.exists()]
     if not parts:
         raise ValueError("no benchmark of the suite left a result")
@@ -213,20 +311,25 @@ def merge(out: Path, files: list[Path]) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="say whether it is up to date, and write nothing")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a file is out of date")
     parser.add_argument("--merge", type=Path, nargs="+", metavar=("OUT", "FILE"), help="join result files")
     args = parser.parse_args(argv)
     if args.merge:
         merge(args.merge[0], args.merge[1:])
         return 0
-    before = args.readme.read_text()
-    after = rendered(before)
-    if args.check:
-        print("up to date" if after == before else f"{args.readme} differs: run python benchmarks/report.py")
-        return int(after != before)
-    args.readme.write_text(after)
-    return 0
+    status = 0
+    for path, render in READMES.items():
+        before = path.read_text()
+        after = render(before)
+        if after == before:
+            continue
+        if args.check:
+            print(f"{path} is out of date: run python benchmarks/report.py")
+            status = 1
+        else:
+            path.write_text(after)
+            print(f"written: {path}")
+    return status
 
 
 if __name__ == "__main__":

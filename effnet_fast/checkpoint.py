@@ -1,4 +1,4 @@
-"""Checkpoints: a plain dict of tensors, numbers and strings, written whole or not at all, read without running code."""
+"""Checkpoints: their content, and files that are replaced atomically and read without running code."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import errno
 import io
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -17,89 +18,141 @@ FORMAT = 1
 LAST, BEST = "last.pt", "best.pt"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a run saves, and all that resuming, evaluating and exporting read. Each field is a key of the file.
+Channels = tuple[float, float, float]
+
+# A file may lack these fields if it is only evaluated, exported or explained.
+_TRAINING = {"only_for_resuming": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepState:
+    """State of a training step. Field names are the keys of the file.
 
     Attributes:
         model: state dict of the weights.
-        ema: state dict of the moving average; None if the run keeps none.
-        optimizer, scaler, meters: states of the optimizer, the loss scale and the running sums of the progress line.
-        progress: fields of `train.loop.Progress`.
-        config: fields of `config.TrainConfig`.
-        architecture: fields of the model's architecture, see `model.from_description`.
-        classes: names, in the order of the logits.
-        mean, std: of each channel, for pixels scaled to 0..1.
-        fingerprint: of the data set.
-        result: row of the last evaluation; empty before the first.
-        ranks: one entry a rank: the loader's state, and BatchNorm's statistics where ranks keep their own.
-        images_per_pass: images of one forward pass on one rank.
-        launch: identifier of the torchrun or Slurm job that wrote it; None without one.
+        ema: state dict of their moving average; None if the run keeps none.
+        optimizer: state dict of the optimizer.
+        scaler: state dict of the fp16 loss scale.
+        meters: float64 [7], the running sums behind the progress line.
     """
 
     model: dict[str, Any]
     ema: dict[str, Any] | None
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
-    meters: Any
-    progress: dict[str, Any]
-    config: dict[str, Any]
-    architecture: dict[str, Any]
-    classes: list[str]
-    mean: list[float]
-    std: list[float]
-    fingerprint: str
-    result: dict[str, Any]
-    ranks: list[dict[str, Any]] = field(default_factory=list)
-    images_per_pass: int | None = None
-    launch: Any = None
+    optimizer: dict[str, Any] = field(default_factory=dict, metadata=_TRAINING)
+    scaler: dict[str, Any] = field(default_factory=dict, metadata=_TRAINING)
+    meters: Any = field(default=None, metadata=_TRAINING)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file."""
-        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        """The content of the file: the fields by name, with lists for tuples; tensors are not copied."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadStep(StepState):
+    """not-finite.pt: the state before a step whose loss or gradient was not finite, and the batch of that step.
+
+    Attributes:
+        images: [N, 3, H, W], of all ranks.
+        labels: int64 [N].
+        epoch, step: from 0.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(StepState):
+    """A run's last.pt or best.pt. Field names are the keys of the file.
+
+    Attributes:
+        architecture: fields of the model's architecture, see `model.from_description`.
+        classes: names, in the order of the logits.
+        mean, std: of each channel, for pixels scaled to 0..1.
+        config: fields of `config.TrainConfig`.
+        fingerprint: of the data set.
+        progress: fields of `train.loop.Progress`.
+        result: row of the last evaluation; empty before the first.
+        ranks: per rank, the loader's state, and BatchNorm statistics where ranks keep their own.
+        images_per_pass: images of one forward pass on one rank; None in old files.
+        launch: identifier of the torchrun or Slurm job that wrote the file; None without one.
+        schedule_start: step at which the learning-rate schedule starts; above 0 in a run that adds epochs to another.
+    """
+
+    architecture: dict[str, Any]
+    classes: list[str]
+    mean: Channels
+    std: Channels
+    config: dict[str, Any] = field(default_factory=dict, metadata=_TRAINING)
+    fingerprint: str = field(default="", metadata=_TRAINING)
+    progress: dict[str, Any] = field(default_factory=dict, metadata=_TRAINING)
+    result: dict[str, Any] = field(default_factory=dict, metadata=_TRAINING)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    images_per_pass: int | None = None
+    launch: str | None = None
+    schedule_start: int = 0
 
     @classmethod
-    def read(cls, path: Path) -> Checkpoint:
-        """Read a run's checkpoint; keys of later versions are ignored.
+    def read(cls, path: Path, resumable: bool = False) -> Self:
+        """Read a run's checkpoint. Unknown keys are ignored.
+
+        Args:
+            path: the file.
+            resumable: also require the training state.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged, or not the checkpoint of a run.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or lacks a key.
         """
-        state = load(path)
-        known = {entry.name for entry in dataclasses.fields(cls)}
-        try:
-            return cls(**{key: value for key, value in state.items() if key in known})
-        except TypeError as error:
-            raise ValueError(f"{path} is not the checkpoint of a run ({error})") from error
+        return cls.from_dict(load(path), path, resumable)
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any], path: Path, resumable: bool = False) -> Self:
+        """The checkpoint from the content of the file at `path`; raises as `read`."""
+        fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+        required = {
+            name
+            for name, entry in fields.items()
+            if (resumable and entry.metadata == _TRAINING)
+            or (entry.default is entry.default_factory is dataclasses.MISSING)
+        }
+        if missing := sorted(required - state.keys()):
+            use = "cannot be resumed from" if resumable else "is not the checkpoint of a run"
+            raise ValueError(f"{path} {use}: it lacks {', '.join(missing)}")
+        values = {name: state[name] for name in fields if name in state}
+        return cls(**values | {name: _channels(path, name, values[name]) for name in ("mean", "std")})
+
+
+def _channels(path: Path, name: str, values: Any) -> Channels:
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        raise ValueError(f"{path} is damaged: {name} must be three numbers, not {values!r}")
+    return values[0], values[1], values[2]
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint to a temporary file, flush it to the disk and rename it over `path`.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the file that was there stays as it was.
-    """
+    """Write a checkpoint with `write_atomically`; raises as it does."""
     write_atomically(path, serialise(state))
 
 
 def serialise(state: dict[str, Any]) -> memoryview:
-    """The bytes of a checkpoint, a zip in which torch.save notes each record's CRC-32."""
+    """The bytes of a checkpoint: the zip file of torch.save, with a CRC-32 for each record."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     return buffer.getbuffer()
 
 
 def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> None:
-    """Replace the file at `path` by `data`, or leave it as it was.
+    """Write a temporary file, flush it to disk and rename it to `path`. On failure, the old file stays.
 
     Args:
         path: the file.
-        data: all of its bytes.
-        keep: files to keep; with 3, what was `last.pt` becomes `last-1.pt`, and what was that `last-2.pt`.
+        data: its content.
+        keep: number of files to keep. With 3, last.pt becomes last-1.pt, and last-1.pt becomes last-2.pt.
 
     Raises:
-        OSError: with a line that says what to do.
+        OSError: the disk is full or the folder is not writable; the message says what to do.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -107,7 +160,7 @@ def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> Non
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        _make_way(path, keep)
+        _shift_generations(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -120,7 +173,7 @@ def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> Non
 
 
 def generations(path: Path) -> list[Path]:
-    """`path` and the files before it that were kept, newest first; only those that exist."""
+    """`path` and its older versions (last-1.pt, last-2.pt, ...) that exist, newest first."""
     older = {path.with_name(f"{path.stem}-{number}{path.suffix}"): number for number in _numbers(path)}
     return [path] * path.exists() + sorted(older, key=older.__getitem__)
 
@@ -131,8 +184,8 @@ def _numbers(path: Path) -> list[int]:
     return [int(middle) for middle in middles if middle.isdecimal()]
 
 
-def _make_way(path: Path, keep: int) -> None:
-    """Shift every generation back by one, and drop those beyond the last `keep`."""
+def _shift_generations(path: Path, keep: int) -> None:
+    """Rename each version to the next older one; delete those beyond the last `keep`."""
     if keep == 1 or not path.exists():
         return
     kept = generations(path)[: keep - 1]
@@ -144,29 +197,29 @@ def _make_way(path: Path, keep: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename survives a power cut only once its folder is on the disk too."""
+    """Flush a folder, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows it of files alone
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system flushes files only
             raise
     finally:
         os.close(descriptor)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. No code in the file can run (`weights_only`), and no flipped bit goes unseen.
+    """Read a checkpoint onto the CPU, with `weights_only=True` and all checksums verified.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or no checkpoint of this project.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or not a checkpoint of this project.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     content = io.BytesIO(path.read_bytes())
     try:
-        _check_records(content)
+        _verify_checksums(content)
         state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can raise anything
         raise ValueError(f"{path} is damaged or no checkpoint; use an older one, or train again") from error
@@ -175,8 +228,8 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_records(content: io.BytesIO) -> None:
-    """torch.load passes over the CRC-32 that torch.save noted of each record."""
+def _verify_checksums(content: io.BytesIO) -> None:
+    """torch.load ignores the CRC-32 that torch.save writes for each record."""
     with zipfile.ZipFile(content) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise ValueError("torch.save compresses nothing")

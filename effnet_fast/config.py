@@ -137,8 +137,7 @@ class TrainConfig:
     one CUDA graph; one GPU). auto is compile on CUDA; on the CPU it compiles runs of at least 200,000 images at output
     stride 8 or 4, where compiling was measured to pay, and is eager otherwise."""
     compile: Switch | bool = operational("auto")
-    """Alias: yes (or the bare flag) is --step compile, no is --step eager. With --step graph, no captures the model
-    without compiling it."""
+    """Alias of --step: yes, or the bare flag, is --step compile; no is --step eager."""
     activation_checkpointing: bool = operational(False)
     """Recompute the activations of each MBConv block in the backward pass: less memory, about a third more arithmetic,
     the same result."""
@@ -177,7 +176,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
-        object.__setattr__(self, "compile", _YAML_BOOLEANS.get(self.compile, self.compile))
+        if (compiles := _YAML_BOOLEANS.get(self.compile, self.compile)) != "auto":
+            mode = "compile" if compiles == "yes" else "eager"
+            _require(
+                self.step in ("auto", mode),
+                f"--step {self.step} and --compile {compiles}, that is --step {mode}, contradict each other: leave "
+                "--compile out",
+            )
+            object.__setattr__(self, "step", mode)
+            object.__setattr__(self, "compile", "auto")
         object.__setattr__(self, "resume", _YAML_BOOLEANS.get(self.resume, self.resume))
         for name in (
             "batch_size", "num_epochs", "grad_accumulation", "log_every_steps", "keep_last", "eval_every_epochs"
@@ -212,10 +219,6 @@ class TrainConfig:
             _require(
                 bool(self.pretrained) or not given, f"--{name} applies to pretrained weights: add --pretrained FILE"
             )
-        _require(
-            (self.step, self.compile) not in (("eager", "yes"), ("compile", "no")),
-            f"--step {self.step} and --compile {self.compile} contradict each other: leave --compile out",
-        )
         _require(
             self.auto_augment == "none" or self.loader in ("auto", "dali"),
             f"--auto_augment {self.auto_augment} needs DALI: use --loader dali, not {self.loader}",

@@ -54,8 +54,8 @@ def test_mixed_precision_in_yaml(tmp_path, word, expected):
 
 def test_switches_stand_alone_or_with_a_value():
     assert settings("--dry_run --compile --deterministic").dry_run
-    assert settings("--compile").compile == "yes"
-    assert settings("--compile no --sync_batchnorm false").sync_batchnorm is False
+    assert settings("--compile").step == "compile"
+    assert settings("--compile no --sync_batchnorm false") == config.TrainConfig(step="eager", sync_batchnorm=False)
 
 
 def test_printed_config_is_read_back(tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_architecture(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(f"train {TINY} --save_dir {tmp_path} --run_name a".split())
     said = mistake(capsys, f"train {TINY} --save_dir {tmp_path} --model efficientnet-b1 --resume {tmp_path}/a/last.pt")
-    assert "model efficientnet-b0 there, efficientnet-b1 here" in said
+    assert "model was efficientnet-b0, now efficientnet-b1" in said
 
 
 def test_the_module_runs_as_torchrun_calls_it():

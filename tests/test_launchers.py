@@ -267,7 +267,7 @@ def test_a_preempted_slurm_job_goes_on_where_it_was(tmp_path, stand_ins):
     done = launch("slurm_train.sbatch", *flags, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     # The same job: it goes on, although it was first asked to start afresh.
-    assert f"going on at step {saved['step']} of 360" in done.stdout
+    assert f"resuming at step {saved['step']} of 360" in done.stdout
     assert checkpoint.load(tmp_path / "job" / "last.pt")["progress"]["finished"]
 
 

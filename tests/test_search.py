@@ -319,7 +319,7 @@ def test_two_workers_one_killed_and_resumed_end_with_the_table_of_an_undisturbed
     assert chosen[0] == chosen[1]
     logs = [path.read_text() for path in (tmp_path / "killed" / "trials").glob("*/log.txt")]
     assert len(logs) == 4
-    assert sum(log.count("going on at step") for log in logs) == 1
+    assert sum(log.count("resuming at step") for log in logs) == 1
     # None was trained twice; the kill may have lost the checkpoint of the epoch that was just evaluated.
     assert sum(log.count("\nepoch 1 ") for log in logs) == 4
     assert sum(log.count("\nepoch ") for log in logs) in (4 * 3, 4 * 3 + 1)

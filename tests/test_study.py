@@ -47,7 +47,7 @@ def test_the_index_leads_to_checkpoints_of_the_paper_s_models(finished):
 
 def test_other_settings_under_an_old_study_are_refused(finished, capsys):
     run(f"{TINY} --save_dir {finished.parent} --run_name done --learning_rate 0.2", expected=2)
-    assert "learning_rate 0.1 there, 0.2 here" in capsys.readouterr().err
+    assert "learning_rate was 0.1, now 0.2" in capsys.readouterr().err
 
 
 def fake_training(monkeypatch, behave):

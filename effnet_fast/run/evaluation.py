@@ -26,7 +26,7 @@ def evaluate_checkpoint(config: EvalConfig) -> int:
 
     path = Path(config.checkpoint)
     saved = Checkpoint.read(path)
-    settings = config_of(saved.to_dict())
+    settings = config_of(saved)
     device = distributed.choose_device(config.device)
     set_backends(deterministic=False)
     source = config.data_dir or settings.data_dir

@@ -1,4 +1,4 @@
-"""Ranks that were started differently are refused before they train something that no one asked for."""
+"""Refuse ranks that were started with different settings, code, data or checkpoints."""
 
 from __future__ import annotations
 
@@ -11,54 +11,61 @@ from typing import Any
 import torch
 
 import effnet_fast
-from effnet_fast import data, distributed
+from effnet_fast import distributed
+from effnet_fast.checkpoint import Checkpoint
 from effnet_fast.config import TrainConfig, identity
+from effnet_fast.data import Dataset
 from effnet_fast.model import Network
 
-# What steers the ranks through their common operations without being part of what a run computes.
-_STEERING = (
+# Settings that do not change the result, but decide which collective operations a rank takes part in.
+_COLLECTIVE_SETTINGS = (
     "run_name", "resume", "save_every_steps", "save_every_minutes", "log_every_steps", "time_budget", "hang_timeout",
     "dry_run",
 )  # fmt: skip
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """Compare facts, comparable and printable ones, with those of the other ranks.
+    """Compare facts (name -> value) with those of the other ranks.
 
     Raises:
         ValueError: on all ranks, with the differences.
     """
-    every = distributed.gather_objects((socket.gethostname(), facts))
+    everyone = distributed.gather_objects((socket.gethostname(), facts))
+    first_host, reference = everyone[0]
     differences = [
-        f"{name} is {reference} on rank 0 ({every[0][0]}) but {other.get(name)} on rank {rank} ({host})"
-        for rank, (host, other) in enumerate(every)
-        for name, reference in every[0][1].items()
-        if other.get(name) != reference
+        f"{name} is {value} on rank 0 ({first_host}) but {other.get(name)} on rank {rank} ({host})"
+        for rank, (host, other) in enumerate(everyone)
+        for name, value in reference.items()
+        if other.get(name) != value
     ]
     if differences:
         raise ValueError(f"the ranks disagree: {'; '.join(differences)}; start all of them alike")
 
 
 def about_start(config: TrainConfig) -> dict[str, Any]:
-    """What is known before data are read: settings and code."""
-    settings = identity(config) | {name: getattr(config, name) for name in _STEERING}
+    """Facts known before data is read: settings and code."""
+    settings = identity(config) | {name: getattr(config, name) for name in _COLLECTIVE_SETTINGS}
     return {f"--{name}": value for name, value in settings.items()} | {
         "the code of effnet_fast": _code(),
         "torch's version": torch.__version__,
     }
 
 
-def about_run(dataset: data.Dataset, model: Network, saved: dict[str, Any] | None) -> dict[str, Any]:
-    """What is known before the first step: data, model, and where it goes on."""
-    shapes = [(name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
+def about_data(dataset: Dataset, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Facts known once the run is planned: the data and the checkpoint to resume."""
     return {
         "the data's fingerprint": dataset.fingerprint[:16],
         "the images' mean and standard deviation": (dataset.mean, dataset.std),
-        "the model's digest": _digest(repr((model.architecture, shapes)).encode()),
         "the checkpoint in the run's folder, which all machines must share,": (
-            "none" if saved is None else f"of step {saved['progress']['step']}"
+            "none" if checkpoint is None else f"of step {checkpoint.progress['step']}"
         ),
     }
+
+
+def about_model(model: Network) -> dict[str, Any]:
+    """Facts known once the model is built."""
+    shapes = [(name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
+    return {"the model's digest": _digest(repr((model.architecture, shapes)).encode())}
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What `auto` and the other words of a config become on this machine."""
+"""Resolve the settings that depend on the data and the machine: `auto`, image size, precision, step mode, workers."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from effnet_fast.config import TrainConfig
 from effnet_fast.distributed import World
 from effnet_fast.model import scaling, variant
 
-# On 2 CPU cores compiling B0's training step took 97 s; it then ran 1.17 times as fast at output stride 8 (p20 1.04,
-# p80 1.28, alternating with eager) and 0.95 times at 32. So only long runs on large maps gain.
+# On 2 CPU cores, compiling B0's training step took 97 s. It then ran 1.17 times as fast at output stride 8 (p20 1.04,
+# p80 1.28, alternating with eager) and 0.95 times as fast at 32. So only long runs on large maps gain.
 CPU_COMPILE_STRIDE = 8
 CPU_COMPILE_IMAGES = 200_000
 
-# Dropout and stochastic depth draw what they draw uncompiled, in the same order, so that a step's draws depend on
-# (seed, rank, step) in every mode. Inductor's own generator draws other numbers, and in torch 2.13 repeats them in some
-# layouts (pytorch #198333; under stochastic depth #196227); its reordering for memory would change whose draw comes
-# first (#192635). There are but N numbers a block, so nothing is lost in speed.
+# Dropout and stochastic depth draw the same numbers compiled and eager, so a step depends on (seed, rank, step) in
+# every mode. Inductor's own generator draws different ones, and in torch 2.13 repeats them in some layouts (pytorch
+# #198333; in stochastic depth #196227). Reordering for memory would change the order of draws (#192635). A block draws
+# only N numbers, so this costs no speed.
 _SAME_DRAWS = {"fallback_random": True, "reorder_for_peak_memory": False}
-# A graph of a backward pass has no forward convolution, by which Inductor decides, and would leave channels-last
-# (pytorch #189239, a fifth of MobileNet's speed).
+# Inductor decides about channels-last by the forward convolutions of a graph. A backward graph has none and would leave
+# channels-last (pytorch #189239, a fifth of MobileNet's speed).
 _CHANNELS_LAST = {"force_layout_optimization": True}
 
 
 def load_dataset(config: TrainConfig) -> data.Dataset:
-    """The images that a config names, limited and split as it says.
+    """The data set of a config, limited and split.
 
     Raises:
-        ValueError, OSError: they are not there, damaged, or too few for the split.
+        ValueError, OSError: images are missing, damaged, or too few for the split.
     """
     return data.load_dataset(
         config.dataset,
@@ -46,39 +46,43 @@ def load_dataset(config: TrainConfig) -> data.Dataset:
     )
 
 
-def resolve_image_size(asked: str | int, model: str, native: int) -> int:
-    """Pixels of the input; auto scales the data set's `native` pixels as the variant scales 224."""
-    return scaling.scaled_size(native, variant(model).resolution) if asked == "auto" else int(asked)
+def resolve_image_size(setting: str | int, model: str, native: int) -> int:
+    """Pixels of the input; auto scales the data set's `native` pixels by the variant's resolution over 224."""
+    return scaling.scaled_size(native, variant(model).resolution) if setting == "auto" else int(setting)
 
 
-def resolve_precision(asked: str, device: torch.device) -> str:
-    """bf16, fp16 or no; auto is bf16 on CUDA."""
-    if asked == "auto":
+def resolve_precision(setting: str, device: torch.device) -> str:
+    """bf16, fp16 or no; auto is bf16 on CUDA and no on the CPU."""
+    if setting == "auto":
         return "bf16" if device.type == "cuda" else "no"
-    return asked
+    return setting
 
 
-def resolve_compile(asked: str, device: torch.device, output_stride: int, images: int) -> bool:
-    """Whether to compile; auto is yes on CUDA, and on the CPU where `images` visits at this stride make it pay."""
-    if asked != "auto":
-        return asked == "yes"
+def compiling_pays(device: torch.device, output_stride: int, images: int) -> bool:
+    """Whether `--step auto` compiles: on CUDA, and on the CPU if the run sees enough `images` at this stride."""
     return device.type == "cuda" or (output_stride <= CPU_COMPILE_STRIDE and images >= CPU_COMPILE_IMAGES)
 
 
 def resolve_step(config: TrainConfig, world: World, output_stride: int, images: int) -> tuple[bool, bool]:
-    """Whether a step is compiled, and whether it is captured in a CUDA graph.
+    """Whether `--step` compiles the model, and whether it captures the step in a CUDA graph.
+
+    Args:
+        config: of the run.
+        world: number of ranks, and the device.
+        output_stride: of the model.
+        images: image visits of the whole run.
 
     Raises:
-        ValueError: a graph is asked for where it cannot be.
+        ValueError: `--step graph` without CUDA, with several ranks, or with apex's optimizers.
     """
+    if config.step == "auto":
+        return compiling_pays(world.device, output_stride, images), False
     if config.step == "graph":
-        _refuse_graph(config, world)
-        return config.compile != "no", True
-    asked = {"compile": "yes", "eager": "no"}.get(config.step, str(config.compile))
-    return resolve_compile(asked, world.device, output_stride, images), False
+        _check_graph(config, world)
+    return config.step in ("compile", "graph"), config.step == "graph"
 
 
-def _refuse_graph(config: TrainConfig, world: World) -> None:
+def _check_graph(config: TrainConfig, world: World) -> None:
     if world.device.type != "cuda":
         raise ValueError("--step graph is a CUDA graph, and this runs on the CPU: use --step compile or eager")
     if world.size > 1:
@@ -91,10 +95,10 @@ def _refuse_graph(config: TrainConfig, world: World) -> None:
 
 
 def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """torch.compile, round its known traps.
+    """torch.compile, with options that avoid its known defects.
 
-    One is left as it is: the graph of a DDP model is cut at the bounds of the gradients' buckets (pytorch #108966),
-    which lets them travel while the backward pass goes on. With checkpointed activations torch cuts nothing.
+    torch splits the graph of a DDP model at the bounds of the gradient buckets (pytorch #108966), so that reduction
+    overlaps with the backward pass. With activation checkpointing it does not split.
     """
     return torch.compile(model, options=compile_options(device))  # type: ignore[return-value]
 
@@ -105,20 +109,20 @@ def compile_options(device: torch.device) -> dict[str, Any]:
 
 
 def set_backends(deterministic: bool) -> None:
-    """The one place that sets cuDNN's, cuBLAS's and TF32's switches."""
+    """Set the switches of cuDNN, cuBLAS and TF32; nothing else sets them."""
     torch.backends.cudnn.benchmark = not deterministic
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    torch.set_float32_matmul_precision("high")  # TF32 for float32 products
     torch.backends.cudnn.allow_tf32 = True
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)  # off again too, for the next run of this process
+    torch.use_deterministic_algorithms(deterministic)  # also switches it off, for a later run of this process
 
 
 def loader_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Half the bytes to hand over where the first convolution computes in 16 bits anyway."""
+    """Type of the images: float16 on CUDA if the first convolution computes in 16 bits anyway."""
     return torch.float16 if precision != "no" and device.type == "cuda" else torch.float32
 
 
-def worker_count(asked: int) -> int:
-    """`--num_workers`, at least one and at most the cores this process may use."""
-    return max(1, min(asked, provenance.cores()))
+def worker_count(setting: int) -> int:
+    """`--num_workers`, between 1 and the cores available to this process."""
+    return max(1, min(setting, provenance.cores()))

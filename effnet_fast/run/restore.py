@@ -1,37 +1,49 @@
-"""From a checkpoint back to its config, and how two runs differ."""
+"""The config of a checkpoint, and the settings in which two runs differ."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, TypeVar
 
+from effnet_fast.checkpoint import Checkpoint
 from effnet_fast.config import TrainConfig, identity
 
 Config = TypeVar("Config", bound=TrainConfig)
 
 
-def config_of(saved: dict[str, Any]) -> TrainConfig:
-    """The config of a checkpoint's run.
+def config_of(checkpoint: Checkpoint) -> TrainConfig:
+    """The config of the run that wrote a checkpoint.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: the checkpoint has no valid config.
     """
     try:
-        return config_from(TrainConfig, saved["config"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError("the checkpoint holds no config of a run") from error
+        return config_from(TrainConfig, checkpoint.config)
+    except (TypeError, AttributeError) as error:
+        raise ValueError("the checkpoint has no valid config of a run") from error
 
 
 def config_from(kind: type[Config], settings: dict[str, Any]) -> Config:
-    """A config that was written down; settings that no longer exist are passed over, later ones have their default."""
+    """A config from its saved fields. Removed settings are ignored, newer ones take their default."""
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in settings.items() if name in known})
 
 
-def differences(before: TrainConfig, now: TrainConfig, images_before: str, images_now: str) -> str:
-    """What two configs would compute otherwise, and two data sets' fingerprints, for people; empty if nothing."""
-    there, here = identity(before), identity(now)
-    found = [f"{name} {there[name]} there, {here[name]} here" for name in here if here[name] != there[name]]
+def differences(
+    before: TrainConfig, now: TrainConfig, images_before: str, images_now: str, ignored: Collection[str] = ()
+) -> str:
+    """The settings that change the result and differ, and whether the data does: one line, empty if nothing differs.
+
+    Args:
+        before, now: the two configs.
+        images_before, images_now: fingerprints of the two data sets.
+        ignored: settings that may differ.
+    """
+    old, new = identity(before), identity(now)
+    changes = [
+        f"{name} was {old[name]}, now {new[name]}" for name in new if new[name] != old[name] and name not in ignored
+    ]
     if images_before != images_now:
-        found.append("the images or labels differ")
-    return "; ".join(found)
+        changes.append("the images or labels differ")
+    return "; ".join(changes)

@@ -1,22 +1,26 @@
-"""The epochs: step, report, save, evaluate."""
+"""The training loop: for each epoch, step, report, save, evaluate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from effnet_fast.data.loader import Loader
+from effnet_fast.train.evaluate import Batches
 from effnet_fast.train.stop import Stop
 
 
 @dataclass
 class Progress:
-    """Where a run stands; a checkpoint keeps it.
+    """Position of a run; saved in its checkpoints.
 
     Attributes:
-        epoch, batch: the batch that comes next.
+        epoch, batch: the next batch to train on, from 0.
         step: optimizer steps done.
-        best: highest validation top-1 so far, percent.
-        finished: the run has done all its epochs.
+        best: highest validation top-1 so far, percent; -1 before the first evaluation.
+        finished: all epochs are done.
     """
 
     epoch: int = 0
@@ -27,42 +31,69 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Every:
-    """What a loop does now and then."""
+class Hooks:
+    """What the loop calls, and when.
 
-    log_steps: int
-    eval_epochs: int  # the last epoch is always due
-    save_due: Callable[[int], bool]  # takes the steps done; the end of an epoch is always due
+    Attributes:
+        log_every_steps: optimizer steps between two reports; the end of an epoch always reports.
+        eval_every_epochs: epochs between two evaluations; the last epoch is always evaluated.
+        save_due: whether to save after this many steps; the end of an epoch always saves.
+        report: read the meters and write a row; the only wait for the device between evaluations.
+        save: write a checkpoint.
+        evaluate: evaluate the model.
+    """
+
+    log_every_steps: int
+    eval_every_epochs: int
+    save_due: Callable[[int], bool]
     report: Callable[[], None]
     save: Callable[[], None]
     evaluate: Callable[[], None]
 
 
-def fit(step, loader, watch, progress: Progress, epochs: int, every: Every, stop: Stop) -> None:
-    """Train from where `progress` stands until the last epoch or a stop; then the state is saved."""
-    for epoch in range(progress.epoch, epochs):
+def fit(
+    step: Callable[[Tensor, Tensor, int], None],
+    loader: Loader,
+    watch: Callable[[Batches], Batches],
+    progress: Progress,
+    num_epochs: int,
+    hooks: Hooks,
+    stop: Stop,
+) -> None:
+    """Train from `progress` to the last epoch, or until `stop` is requested; either way the state is saved.
+
+    Args:
+        step: takes images [N, 3, H, W], labels int64 [N] and the number of the step, from 0.
+        loader: of the training images.
+        watch: passes batches through and times them.
+        progress: updated in place.
+        num_epochs: of the whole run.
+        hooks: what to call.
+        stop: signals and the time budget.
+    """
+    for epoch in range(progress.epoch, num_epochs):
         for images, labels in watch(loader.epoch(epoch, progress.batch)):
-            # Learn from one batch.
+            # Train on one batch.
             step(images, labels, progress.step)
             progress.step += 1
             progress.batch += 1
-            # Say how it goes; this is where the host waits for the device.
-            if progress.step % every.log_steps == 0:
-                every.report()
-            # Leave in good order when asked to.
-            if stop.asked(progress.step):
+            # Report; the host waits for the device here.
+            if progress.step % hooks.log_every_steps == 0:
+                hooks.report()
+            # Stop on a signal, or evaluated when the time is up.
+            if stop.requested(progress.step):
                 if stop.out_of_time:
-                    every.evaluate()
-                every.save()
+                    hooks.evaluate()
+                hooks.save()
                 return
-            # Keep what would be lost.
-            if every.save_due(progress.step):
-                every.save()
-        # An epoch is done: evaluate now and then, and keep it.
-        if progress.step % every.log_steps:
-            every.report()
+            # Save within the epoch.
+            if hooks.save_due(progress.step):
+                hooks.save()
+        # End the epoch: report, evaluate, save.
+        if progress.step % hooks.log_every_steps:
+            hooks.report()
         progress.epoch, progress.batch = epoch + 1, 0
-        progress.finished = progress.epoch == epochs
-        if progress.finished or progress.epoch % every.eval_epochs == 0:
-            every.evaluate()
-        every.save()
+        progress.finished = progress.epoch == num_epochs
+        if progress.finished or progress.epoch % hooks.eval_every_epochs == 0:
+            hooks.evaluate()
+        hooks.save()

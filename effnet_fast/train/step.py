@@ -1,17 +1,18 @@
 """One optimizer step: batch -> loss -> gradients -> update. It never logs and never waits for the device.
 
-All that the device does in a step is one method, `Step._body`, a function of the batch and of a few numbers that the
-schedules give: called as it is, or captured in a CUDA graph and replayed.
+The device's part of a step is one method, `Step._body`, a function of the batch and a few numbers from the schedules.
+It is called directly, or captured in a CUDA graph and replayed.
 
-What a step draws at random depends on (seed, rank, step) alone, so a resumed run repeats it. A step whose gradient is
-not finite is found on the device and changes no weight, average or BatchNorm statistic; nor does any step after it,
-until the host reads the meters and stops, so that what is saved then is the state that broke.
+Random numbers in a step depend only on (seed, rank, step), so a resumed run repeats them. If the gradient is not
+finite, the device detects it and leaves weights, average and BatchNorm statistics unchanged, in this step and in all
+later ones, until the host reads the meters and stops. The state saved then is the one before the bad step.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effnet_fast.checkpoint import StepState
 from effnet_fast.data.augment import upload
 from effnet_fast.distributed import World
 from effnet_fast.precision import autocast
@@ -32,9 +34,9 @@ from effnet_fast.train.schedule import Schedule
 
 
 class LossScale:
-    """Dynamic scale of the fp16 loss: halved after an overflow, doubled after 2000 steps without (torch's GradScaler).
+    """Dynamic scale of the fp16 loss: halved after an overflow, doubled after 2000 steps without one.
 
-    Off (`enabled=False`) it stays 1.
+    This is torch's GradScaler without its host synchronisation. With `enabled=False` the scale stays 1.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
@@ -54,25 +56,45 @@ class LossScale:
         self.good_steps.copy_(state["good_steps"])
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """Settings of a training step; the defaults are those of `effnet-fast train`.
+
+    Attributes:
+        learning_rate: the peak, which the schedule multiplies.
+        precision: bf16, fp16 or no.
+        clip_grad: largest norm of the gradient; 0 is off.
+        accumulation: forward and backward passes per step, each on an equal part of the batch.
+        label_smoothing: share of the target spread over all classes.
+        mixup, cutmix: see `Mixing`.
+        ema_decay: see `Ema`; 0 keeps no average.
+        seed: of mixing, dropout and stochastic depth.
+        graph: capture the step in a CUDA graph at the first call and replay it from then on. Requires CUDA, one rank,
+            an optimizer whose state and learning rate are on the device, and batches of one shape.
+    """
+
+    learning_rate: float = 0.1
+    precision: str = "no"
+    clip_grad: float = 5.0
+    accumulation: int = 1
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema_decay: float = 0.0
+    seed: int = 0
+    graph: bool = False
+
+
 class Step:
     """The training step.
 
     Args:
-        model: what is called: the plain module, its DDP wrapper, or a compiled one.
+        model: the callable: the plain module, its DDP wrapper, or a compiled one.
         module: the plain module inside.
-        optimizer: of `make_optimizer`.
-        schedule: multiple of `learning_rate` at each step.
-        learning_rate: the peak.
-        precision: bf16, fp16 or no.
-        clip_grad: largest norm of the gradient; 0 is off.
-        accumulation: pieces of a batch, one forward and backward pass each.
-        label_smoothing: share of the target spread over all classes.
-        mixing: mixup and CutMix.
-        ema: average of the weights, or None.
+        optimizer: from `make_optimizer`.
+        schedule: multiple of the learning rate at each step.
+        options: settings.
         world: rank and device.
-        seed: of dropout and stochastic depth.
-        graph: capture the step in a CUDA graph at the first call and replay it from then on. Needs a CUDA device, a
-            world of one, an optimizer whose state and learning rate are on the device, and batches of one shape.
     """
 
     def __init__(
@@ -81,76 +103,61 @@ class Step:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
-        *,
-        learning_rate: float,
-        precision: str,
-        clip_grad: float,
-        accumulation: int,
-        label_smoothing: float,
-        mixing: Mixing,
-        ema: Ema | None,
+        options: StepOptions,
         world: World,
-        seed: int,
-        graph: bool = False,
     ) -> None:
         self.model = model
         self.module = module
         self.optimizer = optimizer
         self.schedule = schedule
-        self.learning_rate = learning_rate
-        self.precision = precision
-        self.clip_grad = clip_grad
-        self.accumulation = accumulation
-        self.label_smoothing = label_smoothing
-        self.mixing = mixing
-        self.ema = ema
+        self.options = options
         self.world = world
-        self.seed = seed
+        self.mixing = Mixing(options.mixup, options.cutmix, seed=options.seed, rank=world.rank)
+        self.ema = Ema(module, options.ema_decay) if options.ema_decay > 0 else None
         self.meters = Meters(world.device)
-        self.scale = LossScale(world.device, enabled=precision == "fp16")
+        self.scale = LossScale(world.device, enabled=options.precision == "fp16")
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         live = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
         self.buffers = FlatTensors(live.values())
-        # With the moving average's, what ranks that keep BatchNorm's statistics apart do not have in common.
-        averages = ema.state_dict() if ema is not None else {}
+        # What differs between ranks that do not share BatchNorm statistics: these, and their averages.
+        averages = self.ema.state_dict() if self.ema is not None else {}
         self.statistics = FlatTensors(
             [*live.values(), *(average for name, average in averages.items() if name in live)]
         )
-        self.graph = graph
         self._call = self._make_call()
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        return self.learning_rate * self.schedule(step)
+        """The learning rate at a step."""
+        return self.options.learning_rate * self.schedule(step)
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> None:
         """Take optimizer step number `step` (from 0) on this rank's share of the batch.
 
         Args:
-            images: [N, 3, H, W], normalised; N divisible by the accumulation.
+            images: [N, 3, H, W], normalised; N divisible by `accumulation`.
             labels: int64 [N].
         """
-        torch.manual_seed(_step_seed(self.seed, self.world.rank, step))
+        torch.manual_seed(_step_seed(self.options.seed, self.world.rank, step))
         optim.set_rate(self.optimizer, self.rate(step))
         self._call(images, labels, self._numbers(step, images.shape[-1]))
 
     def _make_call(self) -> Callable[[Tensor, Tensor, Tensor], None]:
-        if not self.graph:
+        if not self.options.graph:
             return self._body
         optim.let_capture(self.optimizer)
-        return Captured(self._body, self._state)
+        return Captured(self._body, self.tensors)
 
     def _numbers(self, step: int, size: int) -> Tensor:
-        """What differs from step to step besides the batch: float64 [2] on the device, or [8] with mixing.
+        """What changes from step to step besides the batch: float64 [2] on the device, or [8] with mixing.
 
-        The number of the step, the share of the weights in the average, and the six numbers of `Mixing.draw`.
+        The step's number, the weights' share in the moving average, and the six numbers of `Mixing.draw`.
         """
         share = 0.0 if self.ema is None else self.ema.share(step)
         mix = self.mixing.draw(step, size) if self.mixing.active else []
         return upload(np.array([step, share, *mix]), self.world.device)
 
     def _body(self, images: Tensor, labels: Tensor, numbers: Tensor) -> None:
-        """The device's part of a step; reads nothing from the host that changes, so it can be captured."""
+        """The device's part of a step; reads nothing from the host that changes, so a CUDA graph can capture it."""
         saved = self.buffers.copy()
         self._gradients(images, labels, numbers[2:].float())
         self._update(saved, numbers[0], numbers[1].float())
@@ -160,40 +167,40 @@ class Step:
         partners, target = labels, labels.new_ones((), dtype=torch.float32)
         if self.mixing.active:
             images, partners, target = mix_images(images, mix), labels.flip(0), mix[1]
-        pieces = [t.chunk(self.accumulation) for t in (images, labels, partners)]
-        for i, (x, a, b) in enumerate(zip(*pieces, strict=True)):
-            with self._reduction(last=i == self.accumulation - 1):
-                with autocast(self.precision, x.device):
+        parts = [t.chunk(self.options.accumulation) for t in (images, labels, partners)]
+        for i, (x, a, b) in enumerate(zip(*parts, strict=True)):
+            with self._reduction(last=i == self.options.accumulation - 1):
+                with autocast(self.options.precision, x.device):
                     logits = self.model(x)
                 loss = self._loss(logits.float(), a, b, target)
-                (loss * (self.scale.scale / self.accumulation)).backward()
+                (loss * (self.scale.scale / self.options.accumulation)).backward()
             self._count(loss.detach(), logits.detach(), torch.where(target >= 0.5, a, b))
 
     def _loss(self, logits: Tensor, labels: Tensor, partners: Tensor, target: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
         if not self.mixing.active:
             return loss
-        other = F.cross_entropy(logits, partners, label_smoothing=self.label_smoothing)
+        other = F.cross_entropy(logits, partners, label_smoothing=self.options.label_smoothing)
         return torch.lerp(other, loss, target)
 
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.meters.add_batch(loss * len(labels), (logits.argmax(1) == labels).sum(), len(labels))
 
     def _reduction(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Ranks add their gradients up in a batch's last piece only."""
+        """Ranks reduce gradients only in the last pass of a step."""
         if last or self.world.size == 1:
             return contextlib.nullcontext()
         return self.model.no_sync()  # type: ignore[operator]  # DDP's
 
     @torch.no_grad()
     def _update(self, saved: Tensor, step: Tensor, share: Tensor) -> None:
-        # The norm is of the reduced gradient, hence the same on all ranks, and not finite if any rank's loss was not.
+        # The norm of the reduced gradient is equal on all ranks, and not finite if any rank's loss was not.
         norm = torch.nn.utils.get_total_norm(p.grad for p in self.params if p.grad is not None) / self.scale.scale
         overflow = ~torch.isfinite(norm)
-        # fp16 overflows now and then by design; it is broken when the scale has nothing left to give.
+        # fp16 overflows now and then by design. A gradient that overflows at a scale of 1 is not finite itself.
         bad = overflow & (self.scale.scale <= 1)
         skip = (overflow | ~self.meters.healthy).float()
-        excess = (norm / self.clip_grad).clamp(min=1) if self.clip_grad > 0 else torch.ones_like(norm)
+        excess = (norm / self.options.clip_grad).clamp(min=1) if self.options.clip_grad > 0 else torch.ones_like(norm)
         self.optimizer.grad_scale = self.scale.scale * excess  # type: ignore[attr-defined]
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -203,31 +210,32 @@ class Step:
         self.scale.update(skip)
         self.meters.add_step(norm, overflow & ~bad, bad, step)
 
-    def _state(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """Every tensor that a step changes."""
         optimizer = [t for state in self.optimizer.state.values() for t in state.values()]
         average = [] if self.ema is None else self.ema.average
-        own = [self.scale.scale, self.scale.good_steps, self.meters.sums]
-        return [*self.module.parameters(), *self.module.buffers(), *optimizer, *average, *own]
+        counters = [self.scale.scale, self.scale.good_steps, self.meters.sums]
+        return [*self.module.parameters(), *self.module.buffers(), *optimizer, *average, *counters]
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; all ranks must ask for it together."""
-        return {
-            "model": self.module.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scale.state_dict(),
-            "meters": self.meters.collect(),
-        }
+    def state(self) -> StepState:
+        """The state that a checkpoint saves, not copied; all ranks must call this together."""
+        return StepState(
+            model=self.module.state_dict(),
+            ema=self.ema.state_dict() if self.ema is not None else None,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scale.state_dict(),
+            meters=self.meters.collect(),
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["model"])
+    def load_state(self, state: StepState) -> None:
+        """Load what `state` returned."""
+        self.module.load_state_dict(state.model)
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        optim.load_state(self.optimizer, state["optimizer"])
-        self.scale.load_state_dict(state["scaler"])
-        self.meters.restore(state["meters"], self.world.rank)
-        self._call = self._make_call()  # a graph would go on with the optimizer's tensors of before
+            self.ema.load_state_dict(state.ema or {})
+        optim.load_state(self.optimizer, state.optimizer)
+        self.scale.load_state_dict(state.scaler)
+        self.meters.restore(state.meters, self.world.rank)
+        self._call = self._make_call()  # a captured graph holds the optimizer's tensors from before
 
 
 def _step_seed(seed: int, rank: int, step: int) -> int:

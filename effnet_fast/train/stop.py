@@ -1,4 +1,4 @@
-"""When a run stops and when it saves within an epoch: signals, time budgets, intervals. All ranks agree."""
+"""When to save within an epoch, and when to stop: intervals, signals, time budgets. All ranks decide alike."""
 
 from __future__ import annotations
 
@@ -9,79 +9,82 @@ import time
 from effnet_fast import distributed
 from effnet_fast.distributed import World
 
-# With several ranks, steps between two agreements about what only clocks and signals tell; each waits for the device.
+# With several ranks, agreeing on clocks and signals waits for the device, so it happens only every so many steps.
 POLL_STEPS = 10
 
 
 class SaveDue:
-    """When a checkpoint is due within an epoch. All ranks agree.
+    """Whether a checkpoint is due within an epoch.
 
     Args:
         world: of the run.
-        steps: every so many; 0 is off.
-        minutes: every so many; 0 is off.
+        steps: interval in optimizer steps; 0 is off.
+        minutes: interval in minutes since the last checkpoint; 0 is off.
     """
 
     def __init__(self, world: World, steps: int, minutes: float) -> None:
         self.world, self.steps, self.seconds = world, steps, 60 * minutes
         self.poll_steps = POLL_STEPS if world.size > 1 else 1
-        self.last = time.monotonic()
+        self.last_saved = time.monotonic()
 
     def __call__(self, step: int) -> bool:
         due = self.steps > 0 and step % self.steps == 0
         if self.seconds > 0 and not due and step % self.poll_steps == 0:
-            due = distributed.any_rank(time.monotonic() - self.last >= self.seconds, self.world.device)
+            due = distributed.any_rank(time.monotonic() - self.last_saved >= self.seconds, self.world.device)
         if due:
-            self.last = time.monotonic()
+            self.last_saved = time.monotonic()
         return due
 
 
 class Stop:
-    """Why a run should stop: a signal was caught or its time is up. All ranks agree.
+    """Whether to stop, and why: a signal, or the time budget.
 
-    A context manager: signals are caught within; SIGUSR1 is what Slurm can send some time before the end. The second
-    Ctrl-C interrupts at once, but not under torchrun, which passes each on once more.
+    A context manager that handles SIGNALS. SIGHUP comes from a terminal that closes; under nohup, which ignores it, it
+    stays ignored. Slurm can send SIGUSR1 before the time limit. A second Ctrl-C raises KeyboardInterrupt, except under
+    torchrun, which sends each one twice.
 
     Args:
         world: of the run.
-        seconds: from now; 0 is no limit.
+        seconds: time budget from now; 0 is no limit.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, world: World, seconds: float = 0.0) -> None:
         self.world = world
         self.deadline = time.monotonic() + seconds if seconds > 0 else float("inf")
         self.poll_steps = POLL_STEPS if world.size > 1 else 1
         self.signal = 0
-        self.elsewhere = self.out_of_time = False
+        self.on_other_rank = self.out_of_time = False
 
     def __enter__(self) -> Stop:
-        self._handlers = {number: signal.signal(number, self._caught) for number in self.SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._handlers = {n: signal.signal(n, self._handle) for n in self.SIGNALS if n not in ignored}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _caught(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         if number == self.signal == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
         self.signal = number
 
     @property
     def status(self) -> int:
-        """Exit status: 0, or 128 + the signal; SIGTERM for another rank's, so that torchrun starts this one again."""
+        """Exit status: 0, or 128 + the signal. SIGTERM if only another rank got one, so that torchrun restarts all."""
         if self.signal:
             return 128 + self.signal
-        return 128 + signal.SIGTERM if self.elsewhere else 0
+        return 128 + signal.SIGTERM if self.on_other_rank else 0
 
-    def asked(self, step: int) -> bool:
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step` steps; the same on all ranks."""
         if step % self.poll_steps:
             return False
         late = time.monotonic() > self.deadline
         if not distributed.any_rank(bool(self.signal) or late, self.world.device):
             return False
-        self.elsewhere = distributed.any_rank(bool(self.signal), self.world.device)
-        self.out_of_time = not self.elsewhere
+        self.on_other_rank = distributed.any_rank(bool(self.signal), self.world.device)
+        self.out_of_time = not self.on_other_rank
         return True

@@ -434,7 +434,7 @@ def test_what_compiles_before_the_clock_is_undone():
         def __call__(self, images, labels, number):
             weight.fill_(1.0)
 
-        def _state(self):
+        def tensors(self):
             return [weight]
 
     weight = torch.zeros(1)

@@ -88,9 +88,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     said = capsys.readouterr()
     if damage != "missing":
         assert f"warning: {path} is damaged" in said.err
-        assert f"going on from {tmp_path}/run/last-1.pt" in said.err
+        assert f"resuming from {tmp_path}/run/last-1.pt" in said.err
         assert (tmp_path / "run" / "last.pt.damaged").exists()
-    assert f"going on at step {before} of 18" in said.out
+    assert f"resuming at step {before} of 18" in said.out
     assert_same_state(checkpoint.load(path), whole)
     assert before <= checkpoint.load(tmp_path / "run" / "last-1.pt")["progress"]["step"] < 18
 

@@ -197,4 +197,4 @@ def test_a_run_that_cannot_save_twice_stops_and_keeps_what_it_had(runs, tmpfs, f
     filler.unlink()
     again = runs.train("full", f"--save_dir {disk} --num_epochs 40")
     assert again.end() == 0, again.said
-    assert "going on at step" in again.said
+    assert "resuming at step" in again.said

@@ -147,7 +147,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_without_a_word_from_anyone(
     assert f"rank 1 (host {os.uname().nodename}, process {victim})" in line
     assert "rank 0 (host" in run.said
     assert run.end() == 0, run.said
-    assert "going on at step" in run.said
+    assert "resuming at step" in run.said
     assert [row["step"] for row in runs.rows("stopped")] == list(range(1, 37))
 
 

@@ -89,7 +89,7 @@ def test_a_host_is_cut_off_and_comes_back(runs, hosts):
     line = first.wait_for("gives no sign of life")
     assert line.startswith(("rank 0 (host ", "rank 1 (host "))
     first.wait_for("on 1 x cpu")
-    first.wait_for("2 accumulation step(s) keep the batch of 16")
+    first.wait_for("2 accumulation step(s), which keeps the batch of 16")
     hosts.cable("up")
     again = agent(1)
     first.wait_for("on 2 x cpu", count=2)

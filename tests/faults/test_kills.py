@@ -110,7 +110,7 @@ def test_a_signal_to_the_whole_group_reaches_the_workers_too(runs, resume):
     run.wait_for("step 3/")
     os.killpg(run.process.pid, signal.SIGTERM)
     assert run.end() == 128 + signal.SIGTERM, run.said
-    how = "the same command goes on from there" if resume == "auto" else "the same command without --resume goes on"
+    how = "the same command resumes from there" if resume == "auto" else "the same command without --resume resumes"
     assert how in run.said
     assert runs.saved("group")["progress"]["step"] >= 3
 
@@ -127,7 +127,7 @@ def test_two_ranks_killed_end_with_the_same_bits(runs, assert_same_state, sync):
     run.kill()
     again = runs.train("killed", flags, ranks=2)
     assert again.end() == 0, again.said
-    assert "going on at step" in again.said
+    assert "resuming at step" in again.said
     assert_same_state(runs.saved("killed"), runs.saved("whole"))
 
 
@@ -137,5 +137,5 @@ def test_torchrun_told_to_stop_saves_and_ends(runs):
     run.wait_for("step 3/")
     run.process.send_signal(signal.SIGTERM)
     assert run.end() != 0
-    assert "the same command goes on from there" in run.said
+    assert "the same command resumes from there" in run.said
     assert runs.saved("stopped")["progress"]["step"] >= 3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from effnet_fast.data.loader import Shard
 from effnet_fast.data.rng import order
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.run import rank_check
-from effnet_fast.run.resume import accumulation
+from effnet_fast.run.plan import accumulation_steps
 from marks import needs_installation
 
 
@@ -51,15 +52,15 @@ def test_the_dropped_tail_changes_every_epoch():
 @pytest.mark.parametrize(("ranks", "pieces"), [(1, 4), (2, 2), (4, 1), (8, 1), (16, 1)], ids=lambda value: str(value))
 def test_fewer_ranks_take_more_pieces_of_the_size_they_began_with(ranks, pieces):
     config = TrainConfig(batch_size=16)
-    assert accumulation(config, ranks, most_images=4) == pieces
+    assert accumulation_steps(config, ranks, images_per_pass=4) == pieces
 
 
 def test_when_a_run_begins_the_config_decides():
-    assert accumulation(TrainConfig(batch_size=16, grad_accumulation=4), 2, None) == 4
+    assert accumulation_steps(TrainConfig(batch_size=16, grad_accumulation=4), 2, None) == 4
     with pytest.raises(ValueError, match="must divide evenly among 3 rank"):
-        accumulation(TrainConfig(batch_size=16), 3, 4)
+        accumulation_steps(TrainConfig(batch_size=16), 3, 4)
     with pytest.raises(ValueError, match=r"2 rank\(s\) x 3 accumulation"):
-        accumulation(TrainConfig(batch_size=16, grad_accumulation=3), 2, None)
+        accumulation_steps(TrainConfig(batch_size=16, grad_accumulation=3), 2, None)
 
 
 def test_ranks_that_disagree_are_told_about_what(monkeypatch):
@@ -83,8 +84,9 @@ def test_data_model_and_checkpoint_are_compared(monkeypatch):
     small, wide = (create_model("efficientnet-b0", output_stride=32, depth=0.3, width=width) for width in (0.25, 0.3))
     images = load_synthetic(train_size=100, test_size=100)
     others = dataclasses.replace(images, fingerprint="b" * 64, mean=(0.5, 0.5, 0.5))
-    here = rank_check.about_run(dataclasses.replace(images, fingerprint="a" * 64), small, None)
-    there = rank_check.about_run(others, wide, {"progress": {"step": 7}})
+    first = dataclasses.replace(images, fingerprint="a" * 64)
+    here = rank_check.about_data(first, None) | rank_check.about_model(small)
+    there = rank_check.about_data(others, SimpleNamespace(progress={"step": 7})) | rank_check.about_model(wide)
     monkeypatch.setattr(rank_check.distributed, "gather_objects", lambda mine: [("here", here), ("there", there)])
     with pytest.raises(ValueError, match="the ranks disagree") as refused:
         rank_check.agree(here)
@@ -102,10 +104,9 @@ def test_data_model_and_checkpoint_are_compared(monkeypatch):
 def test_a_model_of_the_same_shapes_that_computes_otherwise_is_seen():
     from effnet_fast import create_model
 
-    images = load_synthetic(train_size=100, test_size=100)
     models = [create_model("efficientnet-b0", output_stride=32, depth=0.3, bn_eps=eps) for eps in (1e-3, 1e-5)]
-    here, there = (rank_check.about_run(images, model, None) for model in models)
-    assert [name for name in here if here[name] != there[name]] == ["the model's digest"]
+    one, other = map(rank_check.about_model, models)
+    assert one != other
 
 
 def test_a_changed_line_of_code_is_seen(monkeypatch, tmp_path):
@@ -142,7 +143,7 @@ def test_four_ranks_two_ranks_four_ranks(runs, free_port):
     stays.wait_for("step 10/")
     goes.kill()
     stays.wait_for("on 2 x cpu")
-    stays.wait_for("2 accumulation step(s) keep the batch of 16")
+    stays.wait_for("2 accumulation step(s), which keeps the batch of 16")
     runs.wait_for_step("elastic", 40)
     comes = agent(is_host=False)
     stays.wait_for("on 4 x cpu", count=2)
@@ -152,4 +153,4 @@ def test_four_ranks_two_ranks_four_ranks(runs, free_port):
     rows = runs.rows("elastic")
     assert [row["step"] for row in rows] == list(range(1, 361))
     assert sum(row["images"] for row in rows) == 60 * 6 * 16
-    assert stays.said.count("4 images, other ones each epoch, are left over and dropped") >= 3
+    assert stays.said.count("the last 4 images of each shuffled epoch are dropped") >= 3

@@ -9,7 +9,7 @@ from effnet_fast import cli
 
 
 def test_a_second_run_is_refused_until_the_first_is_gone(runs, small, capsys, monkeypatch):
-    monkeypatch.setattr("effnet_fast.run.resume.PATIENCE", 0.2)
+    monkeypatch.setattr("effnet_fast.run.folder.PATIENCE", 0.2)
     first = runs.train("run", "--num_epochs 100000")
     first.wait_for("step 1/")
     line = f"{small} --save_dir {runs.folder} --run_name run --num_epochs 100000 --time_budget 0.01"

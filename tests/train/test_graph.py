@@ -5,6 +5,7 @@ operators and constants of two different steps, which must be the same.
 """
 
 import copy
+import dataclasses
 from contextlib import nullcontext
 
 import pytest
@@ -17,19 +18,17 @@ from effnet_fast.distributed import World
 from effnet_fast.model import Architecture, EfficientNet
 from effnet_fast.run.resolve import compile_model
 from effnet_fast.train import optim
-from effnet_fast.train.ema import Ema
 from effnet_fast.train.graph import Captured
-from effnet_fast.train.mixing import Mixing
-from effnet_fast.train.step import Step
+from effnet_fast.train.step import Step, StepOptions
 from marks import on_gpu
 
 NARROW = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, dropout=0.2, drop_path=0.3)
 
 OPTIONS = {
-    "plain": {"mixing": (0.0, 0.0), "clip_grad": 0.0},
-    "mixed": {"mixing": (0.4, 1.0), "accumulation": 2},
+    "plain": {"mixup": 0.0, "cutmix": 0.0, "clip_grad": 0.0},
+    "mixed": {"accumulation": 2},
     "fp16": {"precision": "fp16", "optimizer": "rmsprop"},
-    "adamw": {"optimizer": "adamw", "precision": "bf16", "ema": 0.9},
+    "adamw": {"optimizer": "adamw", "precision": "bf16", "ema_decay": 0.9},
 }
 
 
@@ -43,20 +42,11 @@ def make_step(device="cpu", *, optimizer="sgd", kernels="torch", **options):
     return join(device, model, optim.make_optimizer(optimizer, model, momentum=0.9, weight_decay=1e-3), **options)
 
 
-def join(device, model, optimizer, *, mixing=(0.4, 1.0), ema=0.99, **options):
-    settings = {"precision": "no", "clip_grad": 1.0, "accumulation": 1, "label_smoothing": 0.1, "graph": False}
-    return Step(
-        options.pop("compiled", lambda model: model)(model),
-        model,
-        optimizer,
-        lambda step: 1 / (step + 1),
-        learning_rate=0.05,
-        mixing=Mixing(*mixing, seed=0, rank=0),
-        ema=Ema(model, ema),
-        world=World(0, 1, torch.device(device)),
-        seed=3,
-        **(settings | options),
-    )
+def join(device, model, optimizer, *, compiled=lambda model: model, **options):
+    defaults = {"learning_rate": 0.05, "clip_grad": 1.0, "mixup": 0.4, "cutmix": 1.0, "ema_decay": 0.99, "seed": 3}
+    settings = StepOptions(**(defaults | options))
+    world = World(0, 1, torch.device(device))
+    return Step(compiled(model), model, optimizer, lambda step: 1 / (step + 1), settings, world)
 
 
 def batch(seed, device="cpu"):
@@ -66,12 +56,12 @@ def batch(seed, device="cpu"):
 
 
 def captured(step, record):
-    step._call = Captured(step._body, step._state, record)
+    step._call = Captured(step._body, step.tensors, record)
     return step
 
 
 def snapshot(step):
-    return [t.clone() for t in step._state()]
+    return [t.clone() for t in step.tensors()]
 
 
 def assert_same(left, right):
@@ -106,8 +96,8 @@ def test_what_is_loaded_is_what_goes_on():
     first, second = make_step(), make_step()
     first(*batch(0), 0)
     second(*batch(1), 0)
-    second.graph = True
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.options = dataclasses.replace(second.options, graph=True)
+    second.load_state(copy.deepcopy(first.state()))
     assert isinstance(second._call, Captured)
     captured(second, record=lambda body: body)
     for step in (first, second):

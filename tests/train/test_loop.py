@@ -1,94 +1,79 @@
-"""When a checkpoint is due, and what stops a run."""
+"""The order in which the loop steps, reports, evaluates and saves."""
 
-import os
-import signal
+from types import SimpleNamespace
 
 import pytest
-import torch
 
-from effnet_fast.distributed import World
-from effnet_fast.train import stop as stop_module
-from effnet_fast.train.meters import Meters
-from effnet_fast.train.stop import SaveDue, Stop
+from effnet_fast.train.loop import Hooks, Progress, fit
 
-ALONE = World(0, 1, torch.device("cpu"))
+STEPS_PER_EPOCH = 4
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    class Clock:
-        now = 0.0
+class Recorded:
+    """Runs the loop with hooks that note what they were called for."""
 
-    monkeypatch.setattr(stop_module.time, "monotonic", lambda: Clock.now)
-    return Clock
+    def __init__(self, log_every=100, eval_every=1, save_due=lambda step: False, stop_at=None, out_of_time=False):
+        self.calls = []
+        self.progress = Progress()
+        note = self.calls.append
+        self.hooks = Hooks(
+            log_every,
+            eval_every,
+            save_due,
+            report=lambda: note(f"report {self.progress.step}"),
+            save=lambda: note(f"save {self.progress.step}"),
+            evaluate=lambda: note(f"evaluate {self.progress.step}"),
+        )
+        self.stop = SimpleNamespace(requested=lambda step: step == stop_at, out_of_time=out_of_time)
 
+    def epoch(self, epoch, start=0):
+        return [(epoch, batch) for batch in range(start, STEPS_PER_EPOCH)]
 
-def test_checkpoints_come_every_so_many_steps():
-    due = SaveDue(ALONE, steps=3, minutes=0)
-    assert [step for step in range(1, 11) if due(step)] == [3, 6, 9]
-    assert not any(map(SaveDue(ALONE, steps=0, minutes=0), range(1, 11)))
+    def fit(self, num_epochs):
+        self.batches = []
 
+        def step(images, labels, number):
+            self.batches.append((images, labels, number))
 
-def test_checkpoints_come_every_so_many_minutes(clock):
-    due = SaveDue(ALONE, steps=0, minutes=2)
-    found = []
-    for step in range(1, 11):
-        clock.now += 50
-        found += [step] * due(step)
-    assert found == [3, 6, 9]
-
-
-def test_minutes_count_from_the_last_checkpoint(clock):
-    due = SaveDue(ALONE, steps=4, minutes=2)
-    found = []
-    for step in range(1, 11):
-        clock.now += 50
-        found += [step] * due(step)
-    assert found == [3, 4, 7, 8]
+        fit(step, self, lambda batches: batches, self.progress, num_epochs, self.hooks, self.stop)
+        return self.calls
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_caught_and_given_back(number):
-    before = signal.getsignal(number)
-    with Stop(ALONE) as stop:
-        os.kill(os.getpid(), number)
-        assert stop.asked(1)
-        assert stop.signal == number
-        assert not stop.out_of_time
-        assert stop.status == 128 + number
-    assert signal.getsignal(number) == before
+def test_every_batch_of_every_epoch_is_one_step():
+    run = Recorded()
+    run.fit(2)
+    assert run.batches == [(epoch, batch, 4 * epoch + batch) for epoch in range(2) for batch in range(4)]
+    assert run.progress == Progress(epoch=2, batch=0, step=8, finished=True)
 
 
-def test_a_rank_that_stops_for_anothers_signal_does_not_count_as_done(monkeypatch):
-    """torchrun takes 0 for the end of the run, and would let the rest of an elastic one end unfinished."""
-    monkeypatch.setattr(stop_module.distributed, "any_rank", lambda flag, device: True)
-    with Stop(ALONE) as stop:
-        assert stop.asked(1)
-        assert not stop.out_of_time
-    assert stop.status == 128 + signal.SIGTERM
+def test_an_epoch_ends_with_report_evaluate_save():
+    assert Recorded().fit(2) == ["report 4", "evaluate 4", "save 4", "report 8", "evaluate 8", "save 8"]
 
 
-def test_a_second_ctrl_c_interrupts_at_once_but_not_under_torchrun(monkeypatch):
-    with Stop(ALONE) as stop:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-            os.kill(os.getpid(), number)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    with Stop(ALONE) as stop:
-        for _ in range(3):  # torchrun passes on what the terminal has sent already
-            os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
+def test_reports_are_not_repeated_at_the_end_of_an_epoch():
+    reports = [call for call in Recorded(log_every=2).fit(1) if call.startswith("report")]
+    assert reports == ["report 2", "report 4"]
 
 
-def test_saved_meters_go_to_one_rank_and_the_sum_stays():
-    meters = [Meters(ALONE.device) for _ in range(3)]
-    for rank in range(3):
-        meters[rank].add_batch(torch.tensor(6.0), torch.tensor(3), 12)
-        meters[rank].add_step(torch.tensor(2.0), torch.tensor(False), torch.tensor(False), 0)
-    saved = meters[0].collect()
-    for rank in range(3):
-        meters[rank].restore(saved, rank)
-    readings = [meter.read() for meter in meters]
-    assert [reading.images for reading in readings] == [12, 0, 0]
-    assert [reading.grad_norm for reading in readings] == [2.0, 2.0, 2.0]
+def test_evaluates_every_few_epochs_and_after_the_last():
+    evaluations = [call for call in Recorded(eval_every=2).fit(5) if call.startswith("evaluate")]
+    assert evaluations == ["evaluate 8", "evaluate 16", "evaluate 20"]
+
+
+def test_saves_within_an_epoch_when_due():
+    calls = Recorded(save_due=lambda step: step == 3).fit(1)
+    assert calls == ["save 3", "report 4", "evaluate 4", "save 4"]
+
+
+@pytest.mark.parametrize(("out_of_time", "expected"), [(False, ["save 3"]), (True, ["evaluate 3", "save 3"])])
+def test_a_stop_saves_and_evaluates_only_when_out_of_time(out_of_time, expected):
+    run = Recorded(stop_at=3, out_of_time=out_of_time)
+    assert run.fit(2) == expected
+    assert run.progress == Progress(epoch=0, batch=3, step=3)
+
+
+def test_continues_in_the_middle_of_an_epoch():
+    run = Recorded()
+    run.progress = Progress(epoch=1, batch=2, step=6)
+    run.fit(2)
+    assert run.batches == [(1, 2, 6), (1, 3, 7)]

@@ -1,6 +1,7 @@
 """The training step: what it computes, what a bad gradient leaves alone, and that it never waits for the device."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ from torch import nn
 from effnet_fast.distributed import World
 from effnet_fast.model.blocks import BatchNorm
 from effnet_fast.train import optim
-from effnet_fast.train.ema import Ema
-from effnet_fast.train.mixing import Mixing, mix_images
-from effnet_fast.train.step import Step
+from effnet_fast.train.mixing import mix_images
+from effnet_fast.train.step import Step, StepOptions
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -23,19 +23,9 @@ def network():
 
 
 def make_step(model, **options):
-    settings = {
-        "learning_rate": 0.1,
-        "precision": "no",
-        "clip_grad": 0.0,
-        "accumulation": 1,
-        "label_smoothing": 0.1,
-        "mixing": Mixing(0, 0, seed=0, rank=0),
-        "ema": Ema(model, 0.9),
-        "world": CPU,
-        "seed": 0,
-    }
     optimizer = optim.make_optimizer(options.pop("optimizer", "sgd"), model, momentum=0.9, weight_decay=1e-3)
-    return Step(model, model, optimizer, lambda step: 1.0, **(settings | options))
+    settings = StepOptions(**({"clip_grad": 0.0, "ema_decay": 0.9} | options))
+    return Step(model, model, optimizer, lambda step: 1.0, settings, CPU)
 
 
 def batch(seed=0):
@@ -83,10 +73,9 @@ def test_clipping_bounds_the_update():
 
 def test_mixed_targets_weigh_both_labels():
     model = network().eval()
-    mixing = Mixing(0.0, 1.0, seed=0, rank=0)
     images, labels = batch()
-    step = make_step(model, mixing=mixing, label_smoothing=0.0)
-    numbers = torch.tensor(mixing.draw(4, 8))
+    step = make_step(model, cutmix=1.0, label_smoothing=0.0)
+    numbers = torch.tensor(step.mixing.draw(4, 8))
     logits = model(mix_images(images, numbers))
     expected = numbers[1] * F.cross_entropy(logits, labels) + (1 - numbers[1]) * F.cross_entropy(logits, labels.flip(0))
     step(images, labels, 4)
@@ -126,7 +115,7 @@ def test_a_bad_step_changes_nothing_and_is_named(optimizer, bad_at):
 def test_fp16_overflow_is_skipped_and_lowers_the_scale():
     model = network()
     step = make_step(model, precision="fp16")
-    step.precision = "no"  # the scale is what is tested; half-precision kernels are the GPU's
+    step.options = dataclasses.replace(step.options, precision="no")  # tests the scale alone
     images, labels = batch()
     step.scale.scale.fill_(3e38)
     before = snapshot(step)
@@ -145,9 +134,7 @@ def test_fp16_overflow_is_skipped_and_lowers_the_scale():
 
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_the_step_never_waits_for_the_device(precision, monkeypatch):
-    step = make_step(
-        network(), precision=precision, clip_grad=1.0, accumulation=2, mixing=Mixing(0.5, 0.5, seed=0, rank=0)
-    )
+    step = make_step(network(), precision=precision, clip_grad=1.0, accumulation=2, mixup=0.5, cutmix=0.5)
     step(*batch(), 0)
 
     def refuse(self, *args, **kwargs):
@@ -163,7 +150,7 @@ def test_state_round_trip_goes_on_bit_for_bit():
     first, second = make_step(network()), make_step(network())
     for i in range(3):
         first(*batch(i), i)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.load_state(copy.deepcopy(first.state()))
     for step in (first, second):
         for i in range(3, 6):
             step(*batch(i), i)

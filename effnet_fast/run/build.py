@@ -1,0 +1,172 @@
+"""Build what a plan describes: model, loaders, optimizer, step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from effnet_fast.data.augment_params import Augment
+from effnet_fast.data.choose_loader import make_loader
+from effnet_fast.data.loader import Loader, LoaderSpec
+from effnet_fast.model import Network, batch_norms, create_model, from_description, recompute_blocks
+from effnet_fast.run.plan import Plan
+from effnet_fast.run.rank_check import about_model, agree
+from effnet_fast.run.resolve import compile_model, loader_dtype, set_backends, worker_count
+from effnet_fast.run.resume import of_this_version
+from effnet_fast.train.optim import make_optimizer
+from effnet_fast.train.schedule import Schedule, make_schedule
+from effnet_fast.train.step import Step, StepOptions
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects of a training run.
+
+    Attributes:
+        model: the plain module, in training mode.
+        step: trains it on a batch.
+        loader: of the training images, augmented.
+        eval_loader: of the images of `Plan.eval_split`.
+    """
+
+    model: Network
+    step: Step
+    loader: Loader
+    eval_loader: Loader
+
+    def close(self) -> None:
+        """Free the loaders' threads and processes."""
+        self.loader.close()
+        self.eval_loader.close()
+
+
+def build(plan: Plan) -> Parts:
+    """Build a run on the plan's device, in the state of its checkpoint if it resumes one; all ranks together.
+
+    Raises:
+        ValueError: impossible settings, a checkpoint of another version, or ranks whose models differ.
+    """
+    dataset = plan.dataset
+    set_backends(plan.config.deterministic)
+    if plan.compile:
+        torch.compiler.reset()  # models of earlier runs in this process count against the limit of recompilations
+    model = build_model(plan, plan.world.device)
+    agree(about_model(model))
+    step = _build_step(plan, model)
+    loader = make_loader(plan.loader, dataset.train, _loader_spec(plan, plan.augment))
+    eval_images = dataset.val if dataset.val is not None else dataset.test
+    parts = Parts(model, step, loader, make_loader(plan.loader, eval_images, _loader_spec(plan, None)))
+    if plan.resumed is not None:
+        with of_this_version(plan.resumed.path):
+            _restore(plan, parts)
+    return parts
+
+
+def build_model(plan: Plan, device: torch.device) -> Network:
+    """The model of a plan: the checkpoint's architecture, or a new model with the pretrained weights if any."""
+    config = plan.config
+    torch.manual_seed(config.seed)
+    if plan.resumed is not None:
+        with of_this_version(plan.resumed.path):
+            model = from_description(plan.resumed.checkpoint.architecture, config.kernels)
+    else:
+        model = _new_model(plan)
+    if config.freeze:
+        model.freeze(config.freeze)
+    for norm in batch_norms(model):
+        norm.synchronised = config.sync_batchnorm
+    if config.activation_checkpointing:
+        recompute_blocks(model)
+    return model.to(device)
+
+
+def _new_model(plan: Plan) -> Network:
+    config = plan.config
+    return create_model(
+        config.model,
+        num_classes=len(plan.dataset.classes),
+        image_size=plan.image_size,
+        output_stride=config.output_stride,
+        width=config.width,
+        depth=config.depth,
+        dropout=config.dropout,
+        drop_path=config.drop_path,
+        kernels=config.kernels,
+        pretrained=plan.weights,
+        allow_unmatched=config.allow_unmatched,
+    )
+
+
+def _build_step(plan: Plan, model: Network) -> Step:
+    config = plan.config
+    optimizer = make_optimizer(
+        config.optimizer,
+        model,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        layer_decay=config.layer_decay,
+    )
+    options = StepOptions(
+        learning_rate=config.learning_rate,
+        precision=plan.precision,
+        clip_grad=config.clip_grad,
+        accumulation=plan.accumulation,
+        label_smoothing=config.label_smoothing,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        ema_decay=config.ema_decay,
+        seed=config.seed,
+        graph=plan.graph,
+    )
+    return Step(_callable(plan, model), model, optimizer, _schedule(plan), options, plan.world)
+
+
+def _callable(plan: Plan, module: Network) -> nn.Module:
+    """The module, wrapped for several ranks and compiled if the plan says so."""
+    model: nn.Module = module
+    if plan.world.size > 1:
+        model = DistributedDataParallel(
+            module,
+            broadcast_buffers=False,  # statistics are shared in each step, or averaged before each evaluation
+            gradient_as_bucket_view=True,
+            # With accumulation's no_sync, a static graph aborts in torch 2.13.
+            static_graph=plan.accumulation == 1,
+        )
+    return compile_model(model, plan.world.device) if plan.compile else model
+
+
+def _schedule(plan: Plan) -> Schedule:
+    config, start = plan.config, plan.schedule_start
+    schedule = make_schedule(config.schedule, plan.steps - start, plan.steps_per_epoch, config.warmup_epochs)
+    return lambda step: schedule(step - start)
+
+
+def _loader_spec(plan: Plan, augment: Augment | None) -> LoaderSpec:
+    config, world = plan.config, plan.world
+    return LoaderSpec(
+        batch_size=config.batch_size // world.size,
+        image_size=plan.image_size,
+        mean=plan.dataset.mean,
+        std=plan.dataset.std,
+        device=world.device,
+        dtype=loader_dtype(plan.precision, world.device),
+        seed=config.seed,
+        rank=world.rank,
+        world=world.size,
+        num_workers=worker_count(config.num_workers),
+        augment=augment,
+    )
+
+
+def _restore(plan: Plan, parts: Parts) -> None:
+    assert plan.resumed is not None
+    checkpoint, world = plan.resumed.checkpoint, plan.world
+    parts.step.load_state(checkpoint)
+    # With another number of ranks, no rank has a state of its own to take up.
+    mine = checkpoint.ranks[world.rank] if len(checkpoint.ranks) == world.size else {}
+    parts.loader.load_state_dict(mine.get("loader", {}))
+    if mine.get("statistics") is not None:
+        parts.step.statistics.load(mine["statistics"].to(world.device))

@@ -1,0 +1,105 @@
+"""The run folder: lock it, prepare it, and say what to do if it is not writable."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from effnet_fast import checkpoint, distributed, provenance
+from effnet_fast.config import TrainConfig
+
+# Workers of a killed run hold its lock until they notice, which takes a few seconds.
+PATIENCE = 10.0  # seconds
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create the run folder and keep other runs out of it. A folder in which nothing was written is removed again.
+
+    Raises:
+        OSError: on all ranks: another run holds the lock, or the folder is not writable.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = FileLock(folder / ".lock")
+    distributed.on_main(lambda: _acquire(lock, folder))
+    try:
+        yield
+    finally:
+        if distributed.is_main():
+            _remove_unused(created, Path(lock.lock_file))
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    with writing(folder), contextlib.suppress(NotImplementedError):  # a file system without locks
+        try:
+            while not lock.is_locked or not Path(lock.lock_file).exists():  # another run may just have removed it
+                lock.release()
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=PATIENCE)
+        except Timeout as error:
+            raise OSError(
+                f"another run is at work in {folder}: wait for its end, or choose another --run_name"
+            ) from error
+
+
+def _remove_unused(created: list[Path], lock_file: Path) -> None:
+    with contextlib.suppress(OSError):  # not empty: the run has written something
+        if created and os.listdir(created[0]) == [lock_file.name]:
+            lock_file.unlink()
+        for path in created:
+            path.rmdir()
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an OSError into one line that says what to do about a run folder that is not writable."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # it has such a line already
+            raise
+        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another --save_dir") from error
+
+
+def prepare(folder: Path, config: TrainConfig, resumed: Path | None) -> None:
+    """Write config.yaml and environment.json; a run that starts afresh removes the files of the run before it.
+
+    Args:
+        folder: of the run, locked.
+        config: of the run.
+        resumed: path of the checkpoint to resume, or None.
+    """
+    with writing(folder):
+        for path in folder.glob(".*.tmp"):  # a killed process was writing it
+            path.unlink()
+        if resumed is None:
+            _remove_earlier_run(folder)
+        else:
+            _rename_damaged(folder, resumed)
+        settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+        checkpoint.write_atomically(folder / "config.yaml", settings.encode())
+        environment = json.dumps(provenance.environment(), indent=2) + "\n"
+        checkpoint.write_atomically(folder / "environment.json", environment.encode())
+
+
+def _remove_earlier_run(folder: Path) -> None:
+    old = checkpoint.generations(folder / checkpoint.LAST)
+    for path in [*old, *(folder / name for name in (checkpoint.BEST, "metrics.jsonl"))]:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def _rename_damaged(folder: Path, resumed: Path) -> None:
+    """Rename the checkpoints that are newer than the one resumed, which could not be read, to *.damaged."""
+    newest_first = checkpoint.generations(folder / checkpoint.LAST)
+    for path in newest_first[: newest_first.index(resumed)] if resumed in newest_first else []:
+        os.replace(path, path.with_name(f"{path.name}.damaged"))

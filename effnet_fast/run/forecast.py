@@ -1,0 +1,107 @@
+"""What the user reads about a plan: the dry run, the first lines of a run, and advice when memory is full."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from effnet_fast.precision import activation_bytes
+from effnet_fast.run.build import Parts, build_model
+from effnet_fast.run.plan import CALIBRATION_BATCHES, Plan
+
+if TYPE_CHECKING:
+    from effnet_fast.model.complexity import Complexity
+
+
+def forecast(plan: Plan) -> str:
+    """The table of `--dry_run`."""
+    from effnet_fast.model.complexity import complexity
+
+    config, dataset = plan.config, plan.dataset
+    model = build_model(plan, torch.device("cpu"))
+    cost = complexity(model, plan.image_size)
+    images_per_pass = config.batch_size // plan.world.size // plan.accumulation
+    memory = images_per_pass * _image_bytes(plan, cost) + cost.state_bytes
+    images = plan.steps * config.batch_size
+    rows = {
+        "model": f"{config.model}, {cost.parameters:,} parameters, {plan.image_size} px, output stride "
+        f"{model.architecture.output_stride}, final map {cost.final_map}",
+        "cost": f"{cost.macs:,} MACs an image; {3 * cost.macs * images:.3g} in all (backward counted as 2 forwards)",
+        "data": f"{dataset.name}: {len(dataset.train)} train, {len(dataset.val) if dataset.val is not None else 0} "
+        f"val, {len(dataset.test)} test images; loader {plan.loader}",
+        "steps": f"{plan.steps} ({config.num_epochs} epochs x {plan.steps_per_epoch}), batch {config.batch_size} = "
+        f"{plan.world.size} rank(s) x {plan.accumulation} x {images_per_pass}",
+        "memory": f"about {memory / 2**20:,.0f} MiB on each device (estimated)",
+        "device": f"{plan.world.device.type}, {plan.arithmetic}",
+        "folder": str(plan.folder),
+    }
+    if plan.resumed is not None:
+        done = "finished" if plan.progress.finished else f"from step {plan.progress.step}"
+        rows["resume"] = f"{plan.resumed.path}, {done}"
+    return "\n".join(f"{name:8}{value}" for name, value in rows.items())
+
+
+def opening_lines(plan: Plan, parts: Parts) -> list[str]:
+    """What a run prints before its first step."""
+    config, world, progress = plan.config, plan.world, plan.progress
+    architecture = parts.model.architecture
+    dropped = parts.loader.dropped
+    dropped_note = f"; the last {dropped} images of each shuffled epoch are dropped" if dropped else ""
+    lines = [
+        f"{config.model} at {plan.image_size} px, output stride {architecture.output_stride}, on {world.size} x "
+        f"{world.device.type} in {plan.arithmetic}; {plan.loader_reason}",
+        f"{plan.dataset.name}: {len(plan.dataset.train)} training images, {config.num_epochs} epochs of "
+        f"{plan.steps_per_epoch} steps{dropped_note}",
+    ]
+    if plan.recalibrates(architecture.bn_momentum):
+        lines.append(
+            f"a short run ({plan.steps} steps): BatchNorm statistics are re-estimated on "
+            f"{min(CALIBRATION_BATCHES, plan.steps_per_epoch)} training batches before each evaluation"
+        )
+    if plan.accumulation != config.grad_accumulation:
+        lines.append(
+            f"{world.size} rank(s) take {plan.accumulation} accumulation step(s), which keeps the batch of "
+            f"{config.batch_size}"
+        )
+    if plan.resumed is not None and plan.resumed.extends(config):
+        lines.append(
+            f"continuing {plan.resumed.path} with its weights, optimizer and averages; schedule {config.schedule} "
+            f"starts anew over the {plan.steps - plan.schedule_start} steps that are left"
+        )
+    if progress.step:
+        lines.append(f"resuming at step {progress.step} of {plan.steps} (epoch {progress.epoch + 1})")
+    if world.size == 1 and torch.cuda.device_count() > 1:
+        lines.append(
+            f"using one of {torch.cuda.device_count()} GPUs; to use all: torchrun --standalone "
+            f"--nproc_per_node={torch.cuda.device_count()} -m effnet_fast train ..."
+        )
+    return lines
+
+
+def memory_advice(plan: Plan) -> str:
+    """What to do when a device's memory is full, in one line."""
+    from effnet_fast.model.complexity import complexity
+
+    config, device = plan.config, plan.world.device
+    total = torch.cuda.get_device_properties(device).total_memory
+    cost = complexity(build_model(plan, torch.device("cpu")), plan.image_size)
+    passes = plan.world.size * plan.accumulation
+    largest = max((total - cost.state_bytes) // _image_bytes(plan, cost), 0) * passes
+    is_useful = passes <= largest < config.batch_size
+    batch_advice = f"--batch_size {largest} at most" if is_useful else "half the --batch_size"
+    remedies = [
+        f"{batch_advice} (estimated for {total / 2**30:.0f} GiB)",
+        f"more --grad_accumulation than {plan.accumulation}",
+    ]
+    if plan.resumed is not None:  # it keeps its batch, and on as many ranks its accumulation
+        remedies = ["more ranks"]
+    if not config.activation_checkpointing:
+        remedies.append("--activation_checkpointing")
+    remedies.append("PYTORCH_ALLOC_CONF=expandable_segments:True in the environment")
+    return f"the memory of {device} is full at --batch_size {config.batch_size}: try {', '.join(remedies)}"
+
+
+def _image_bytes(plan: Plan, cost: Complexity) -> int:
+    """Estimated device memory per image of one pass."""
+    return cost.training_bytes_per_image(activation_bytes(plan.precision))

@@ -1,0 +1,200 @@
+"""Plan a training run: from its config, the ranks and the checkpoint to resume, decide every `auto`, once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from effnet_fast.config import LoaderName, TrainConfig
+from effnet_fast.data import Dataset
+from effnet_fast.data.augment_params import Augment
+from effnet_fast.data.choose_loader import choose_loader
+from effnet_fast.distributed import World
+from effnet_fast.model import default_output_stride, variant
+from effnet_fast.model.weights import Weights, read_weights
+from effnet_fast.run.resolve import load_dataset, resolve_image_size, resolve_precision, resolve_step
+from effnet_fast.run.resume import Resumed, of_this_version
+from effnet_fast.train import optim
+from effnet_fast.train.loop import Progress
+
+# BatchNorm statistics are re-estimated before an evaluation if the run has fewer steps than this many of their time
+# constants, 1 / momentum.
+STALE_TIME_CONSTANTS = 20
+CALIBRATION_BATCHES = 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run with everything decided and nothing built on a device yet.
+
+    Attributes:
+        resumed: the checkpoint to resume, or None.
+        progress: where the run starts.
+        schedule_start: step at which the learning-rate schedule starts; above 0 in a run that adds epochs to another.
+        dataset: normalised by the mean and std of the checkpoint or of the pretrained weights, if there are any.
+        weights: pretrained weights to start from, or None.
+        image_size: pixels.
+        precision: bf16, fp16 or no.
+        compile: whether torch.compile compiles the model.
+        graph: whether a CUDA graph holds the step.
+        steps_per_epoch: optimizer steps.
+        accumulation: forward and backward passes per step.
+        images_per_pass: largest number of images of one pass on one rank, on any number of ranks.
+        augment: what training does to an image.
+        loader, loader_reason: kind of the loader, and why in one line.
+    """
+
+    config: TrainConfig
+    world: World
+    folder: Path
+    resumed: Resumed | None
+    progress: Progress
+    schedule_start: int
+    dataset: Dataset
+    weights: Weights | None
+    image_size: int
+    precision: str
+    compile: bool
+    graph: bool
+    steps_per_epoch: int
+    accumulation: int
+    images_per_pass: int
+    augment: Augment
+    loader: LoaderName
+    loader_reason: str
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_per_epoch * self.config.num_epochs
+
+    @property
+    def eval_split(self) -> str:
+        """The split that the curves show: val if there is one, else test."""
+        return "val" if self.dataset.val is not None else "test"
+
+    def recalibrates(self, bn_momentum: float) -> bool:
+        """Whether BatchNorm statistics are re-estimated before each evaluation, since the run is short."""
+        return self.steps * bn_momentum < STALE_TIME_CONSTANTS
+
+    @property
+    def arithmetic(self) -> str:
+        """Precision and step mode in words."""
+        words = ["fp32" if self.precision == "no" else self.precision]
+        words += ["compiled"] * self.compile + ["in one CUDA graph"] * self.graph
+        return ", ".join(words)
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The folder that a run writes to."""
+    return Path(config.save_dir) / config.name
+
+
+def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Plan:
+    """Plan a run.
+
+    Raises:
+        ValueError: settings that contradict each other, the data or the checkpoint.
+        OSError: the data or the pretrained weights cannot be read.
+    """
+    # What the config alone decides comes before data is downloaded.
+    variant(config.model)
+    if config.optimizer in optim.APEX:
+        optim.apex_class(config.optimizer)
+    images_per_pass = None if resumed is None else resumed.checkpoint.images_per_pass
+    accumulation = accumulation_steps(config, world.size, images_per_pass)
+
+    weights = None
+    if resumed is None and config.pretrained:
+        weights = read_weights(Path(config.pretrained), config.pretrained_layout)
+    dataset = load_dataset(config)
+    if resumed is not None:
+        resumed.check(config, dataset.fingerprint)
+    steps_per_epoch = len(dataset.train) // config.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(f"--batch_size {config.batch_size} is larger than the {len(dataset.train)} training images")
+
+    image_size = resolve_image_size(config.image_size, config.model, dataset.native_size)
+    stride = config.output_stride or default_output_stride(config.model, image_size)
+    images = steps_per_epoch * config.batch_size * config.num_epochs
+    compiled, graph = resolve_step(config, world, stride, images)
+    progress, schedule_start = _start(config, resumed)
+    augment = augmentation(config)
+    loader, reason = choose_loader(config.loader, dataset.train, world.device, augment)
+    return Plan(
+        config=config,
+        world=world,
+        folder=run_folder(config),
+        resumed=resumed,
+        progress=progress,
+        schedule_start=schedule_start,
+        dataset=_normalised(dataset, resumed, weights),
+        weights=weights,
+        image_size=image_size,
+        precision=resolve_precision(str(config.mixed_precision), world.device),
+        compile=compiled,
+        graph=graph,
+        steps_per_epoch=steps_per_epoch,
+        accumulation=accumulation,
+        images_per_pass=images_per_pass or config.batch_size // (world.size * accumulation),
+        augment=augment,
+        loader=loader,
+        loader_reason=reason,
+    )
+
+
+def accumulation_steps(config: TrainConfig, world_size: int, images_per_pass: int | None) -> int:
+    """Forward and backward passes per optimizer step on each rank.
+
+    Args:
+        config: of the run.
+        world_size: number of ranks now.
+        images_per_pass: of the run that is resumed: passes are the fewest that are no larger. None for a new run,
+            which takes `--grad_accumulation`.
+
+    Raises:
+        ValueError: the batch does not divide evenly.
+    """
+    share, remainder = divmod(config.batch_size, world_size)
+    passes = config.grad_accumulation if images_per_pass is None else 1
+    if remainder or share % passes:
+        raise ValueError(
+            f"--batch_size {config.batch_size} must divide evenly among {world_size} rank(s) x {passes} accumulation "
+            "step(s)"
+        )
+    if images_per_pass is None:
+        return passes
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= images_per_pass)
+
+
+def augmentation(config: TrainConfig) -> Augment:
+    """What training does to an image."""
+    return Augment(
+        rotation=config.rotation,
+        color_jitter=config.color_jitter,
+        random_erasing=config.random_erasing,
+        auto_augment=config.auto_augment,
+    )
+
+
+def _start(config: TrainConfig, resumed: Resumed | None) -> tuple[Progress, int]:
+    """Where the run starts, and where its schedule starts."""
+    if resumed is None:
+        return Progress(), 0
+    with of_this_version(resumed.path):
+        progress = Progress(**resumed.checkpoint.progress)
+    if resumed.from_path and resumed.path.resolve().parent != run_folder(config).resolve():
+        progress.best = -1.0  # this folder has no best.pt yet
+    if not resumed.extends(config):
+        return progress, resumed.checkpoint.schedule_start
+    return dataclasses.replace(progress, finished=False), progress.step
+
+
+def _normalised(dataset: Dataset, resumed: Resumed | None, weights: Weights | None) -> Dataset:
+    """The data set with the mean and std that its model was trained with."""
+    if resumed is not None:
+        return dataclasses.replace(dataset, mean=resumed.checkpoint.mean, std=resumed.checkpoint.std)
+    if weights is not None:
+        return dataclasses.replace(dataset, mean=weights.mean, std=weights.std)
+    return dataset

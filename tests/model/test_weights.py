@@ -10,9 +10,11 @@ import argparse
 import dataclasses
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -395,7 +397,7 @@ def test_timms_older_config_has_mean_and_std_beside_the_architecture(tmp_path: P
     assert (read_weights(path).mean, read_weights(path).std) == ((0.5,) * 3, (1,) * 3)
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict"])
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict", "net"])
 def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapper: str | None) -> None:
     state = random_state(golden("torchvision_densenet201"))
     old = {re.sub(r"(denselayer\d+\.(norm|conv))([12])", r"\1.\3", key): value for key, value in state.items()}
@@ -407,7 +409,9 @@ def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapper: str 
     assert weights.tensors.keys() == {key for key in state if not key.endswith("num_batches_tracked")}
 
 
-@pytest.mark.parametrize(("average", "raw"), [("state_dict_ema", "state_dict"), ("model_ema", "model")])
+@pytest.mark.parametrize(
+    ("average", "raw"), [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("ema_state_dict", "state_dict")]
+)
 def test_a_trainers_moving_average_is_taken_and_that_is_said(tmp_path: Path, capsys, average: str, raw: str) -> None:
     """As timm's and torchvision's trainers save it, with their arguments."""
     state = random_state(golden("torchvision_resnet50"))
@@ -416,12 +420,51 @@ def test_a_trainers_moving_average_is_taken_and_that_is_said(tmp_path: Path, cap
     torch.save({raw: state, average: averaged, "args": arguments}, path)
     model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path)
     assert torch.equal(model.fc.weight, state["fc.weight"] + 1)
-    assert f"the moving average it holds ({average}) is taken" in capsys.readouterr().err
+    assert f"its moving average ({average}) is loaded" in capsys.readouterr().err
     for nothing in (None, {}):
         torch.save({raw: state, average: nothing, "args": arguments}, path)
         model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path)
         assert torch.equal(model.fc.weight, state["fc.weight"])
         assert "moving average" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "scalar", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)], ids=lambda scalar: scalar.dtype.name
+)
+def test_numpy_scalars_beside_the_tensors(tmp_path: Path, scalar: np.generic) -> None:
+    torch.save({"state_dict": {"stem.conv.weight": torch.zeros(1)}, "best_acc1": scalar}, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth").tensors.keys() == {"stem.conv.weight"}
+
+
+def test_numpy_scalars_of_numpy_1(tmp_path: Path) -> None:
+    """NumPy 1 pickles them under numpy.core, which NumPy 2 renamed to numpy._core."""
+    path = tmp_path / "w.pth"
+    torch.save({"stem.conv.weight": torch.zeros(1), "best_acc1": np.float64(0.5)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    renamed = {name: data.replace(b"numpy._core.multi", b"numpy.core.multi") for name, data in records.items()}
+    assert renamed != records
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in renamed.items():
+            archive.writestr(name, data)
+    assert read_weights(path).tensors.keys() == {"stem.conv.weight"}
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "model._orig_mod.", "module.backbone."])
+def test_the_attribute_that_holds_the_network_is_dropped(tmp_path: Path, prefix: str) -> None:
+    """As a LightningModule saves it, with its other tensors and settings."""
+    state = random_state(golden("torchvision_resnet50"))
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in state.items()} | {"loss.weight": torch.ones(2)}
+    torch.save({"state_dict": wrapped, "epoch": 3, "hyper_parameters": {"lr": 0.1}}, tmp_path / "w.ckpt")
+    weights = read_weights(tmp_path / "w.ckpt")
+    expected = {name for name in state if not name.endswith("num_batches_tracked")}
+    assert weights.tensors.keys() == expected | {"loss.weight"}
+
+
+def test_two_networks_in_one_file_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "w.pth", {f"{name}.conv_stem.weight": torch.zeros(1) for name in ("student", "teacher")})
+    with pytest.raises(ValueError, match=r"holds several networks \(student\., teacher\.\): save one"):
+        read_weights(path)
 
 
 def test_a_head_of_another_size_stays_new_and_that_is_said(tmp_path: Path, capsys) -> None:
@@ -447,10 +490,10 @@ def test_what_does_not_match_is_listed_and_refused_unless_allowed(tmp_path: Path
     with pytest.raises(ValueError, match="does not fit this EfficientNet") as refused:
         create_model("efficientnet-b0", 1000, 64, pretrained=path)
     for words in (
-        "1 missing in it (conv_head.weight)",
-        "1 without a place here (extra.weight)",
-        "1 of another shape (blocks.0.0.conv_pw.weight)",
-        "2 not of finite floating-point numbers (bn1.weight, bn1.bias)",
+        "1 missing (conv_head.weight)",
+        "1 unexpected (extra.weight)",
+        "1 mis-shaped (blocks.0.0.conv_pw.weight)",
+        "2 not finite floating-point numbers (bn1.weight, bn1.bias)",
         "--allow_unmatched",
     ):
         assert words in str(refused.value)
@@ -458,9 +501,9 @@ def test_what_does_not_match_is_listed_and_refused_unless_allowed(tmp_path: Path
     assert torch.equal(model.stem.conv.weight, state["conv_stem.weight"])
     said = capsys.readouterr().err
     for words in (
-        "missing in it: conv_head.weight",
-        "without a place here: extra.weight",
-        "of another shape: blocks.0",
+        "missing: conv_head.weight",
+        "unexpected: extra.weight",
+        "mis-shaped: blocks.0",
     ):
         assert words in said
 
@@ -482,7 +525,7 @@ def test_an_efficientnets_weights_never_go_into_a_reference_model(tmp_path: Path
 
 def test_published_weights_do_not_fit_the_small_stem(tmp_path: Path) -> None:
     path = write(tmp_path / "w.pth", random_state(golden("torchvision_resnet50")))
-    with pytest.raises(ValueError, match=r"1 of another shape \(conv1.weight\).*--output_stride 32"):
+    with pytest.raises(ValueError, match=r"1 mis-shaped \(conv1.weight\).*--output_stride 32"):
         create_model("resnet50", 1000, 32, pretrained=path)
 
 
@@ -505,12 +548,12 @@ def test_files_that_are_no_weights(tmp_path: Path, capsys) -> None:
     torch.save({"a.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
     torch.save({1: torch.zeros(1), "conv_stem.weight": torch.zeros(1)}, tmp_path / "numbered.pth")
     expected = {
-        "code.pth": "could run code",
+        "code.pth": r"more than tensors \(print\), which could run code",
         "torn.pth": "damaged",
         "torn.safetensors": "damaged",
-        "empty.pth": "holds no state dict",
+        "empty.pth": r"holds no state dict .* but weights: save the state dict alone",
         "numbered.pth": "holds no state dict",
-        "foreign.pth": "no layout known here",
+        "foreign.pth": "no known layout",
     }
     for name, words in expected.items():
         with pytest.raises(ValueError, match=words):

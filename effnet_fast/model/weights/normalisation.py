@@ -1,0 +1,27 @@
+"""Mean and std as files of weights state them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def checked_normalisation(file: Path, facts: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return `mean` and `std` where the facts have them.
+
+    Raises:
+        ValueError: they are not three finite numbers, or std is not positive.
+    """
+    stated = {name: facts[name] for name in ("mean", "std") if name in facts}
+    for name, values in stated.items():
+        if not (isinstance(values, list | tuple) and len(values) == 3 and all(map(_is_finite_number, values))):
+            raise ValueError(f"{file}: {name} must be three finite numbers, not {values!r}")
+        if name == "std" and min(values) <= 0:
+            raise ValueError(f"{file}: std must be three positive numbers, not {values!r}")
+    return {name: tuple(values) for name, values in stated.items()}
+
+
+def _is_finite_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]

@@ -107,7 +107,7 @@ def summary(folder: Path = RESULTS) -> str:
     """The README's short table: recipe, accuracy, time, machine."""
     rows = [
         [
-            f"[{Path(run['recipe']).stem}]({run['recipe']})",
+            Path(run["recipe"]).stem,
             f"{run['settings'].get('model', 'efficientnet-b0')} on {run['settings']['dataset']}",
             f"{run['last']['top1']:.2f} %",
             duration(run["seconds"]),

@@ -60,6 +60,7 @@ VERBS = {
     "search": Verb(config.SearchConfig, "search", "search", leading="stage"),
     "study": Verb(config.StudyConfig, "study", "study"),
     "cam": Verb(config.CamConfig, "cam", "explain_images"),
+    "doctor": Verb(config.DoctorConfig, "doctor", "doctor"),
 }
 
 

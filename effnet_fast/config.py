@@ -560,6 +560,16 @@ class DataConfig:
     """Number of test images to export (stratified, seeded)."""
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Check this machine: GPU, driver, packages, kernels, loaders, ranks, disk; print what each auto will choose."""
+
+    device: DeviceName = "auto"
+    """auto uses CUDA if a GPU is available."""
+    json: bool = False
+    """Print JSON to stdout and the progress to stderr."""
+
+
 def _precision(value: str | bool) -> str:
     word = _YAML_BOOLEANS.get(value, value)
     return "bf16" if word == "yes" else str(word)

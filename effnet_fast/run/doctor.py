@@ -1,0 +1,53 @@
+"""The verb doctor: a table of what works on this machine, and what every `auto` will choose."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import torch
+
+from effnet_fast import distributed, provenance
+from effnet_fast.config import DoctorConfig, TrainConfig
+from effnet_fast.data.choose_loader import choose_loader
+from effnet_fast.data.synthetic import load_synthetic
+from effnet_fast.distributed import World
+from effnet_fast.run.resolve import resolve_precision, resolve_step
+from effnet_fast.run.self_check import run_checks
+
+
+def doctor(config: DoctorConfig) -> int:
+    """Run `effnet-fast doctor`; returns 1 if something is broken, else 0."""
+    device = distributed.choose_device(config.device)
+    checks = []
+    for check in run_checks(device):
+        checks.append(check)
+        # With --json, stdout holds the JSON alone.
+        print(f"{check.status:7} {check.name:14} {check.detail}", file=sys.stderr if config.json else sys.stdout)
+    choices = choose_automatically(device)
+    broken = [check.name for check in checks if check.status == "broken"]
+    if config.json:
+        rows = [dataclasses.asdict(check) for check in checks]
+        print(json.dumps({"environment": provenance.environment(), "checks": rows, "auto": choices}, indent=2))
+    else:
+        print()
+        for flag, choice in choices.items():
+            print(f"--{flag} auto: {choice}")
+        print(f"broken: {', '.join(broken)}" if broken else "everything that is here works")
+    return 1 if broken else 0
+
+
+def choose_automatically(device: torch.device) -> dict[str, str]:
+    """What each `auto` means on this device for B0 on CIFAR-100, with the reason."""
+    config = TrainConfig()
+    on_gpu = device.type == "cuda"
+    compiled, graph = resolve_step(config, World(0, 1, device), output_stride=8, images=50_000 * config.num_epochs)
+    loader, reason = choose_loader("auto", load_synthetic(8, 8).train, device)
+    return {
+        "device": device.type,
+        "kernels": "triton, on a GPU" if on_gpu else "torch, on a CPU",
+        "mixed_precision": resolve_precision("auto", device),
+        "step": "graph" if graph else "compile" if compiled else "eager",
+        "loader": f"{loader} ({reason})",
+    }

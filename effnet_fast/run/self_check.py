@@ -1,0 +1,271 @@
+"""Checks of this machine: what is installed, whether it works together, and whether it computes the right values."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from effnet_fast import provenance
+from effnet_fast.data import ArraySplit
+from effnet_fast.data.augment_params import Augment
+from effnet_fast.data.choose_loader import make_loader
+from effnet_fast.data.loader import LoaderSpec
+from effnet_fast.distributed import World
+from effnet_fast.model.blocks import Kernels, MBConv, Style
+from effnet_fast.train.optim import make_optimizer
+from effnet_fast.train.step import Step, StepOptions
+
+Status = Literal["ok", "absent", "broken"]
+Answer = tuple[Status, str]
+
+# Oldest NVIDIA driver for each major version of CUDA (NVIDIA, CUDA compatibility, minor version compatibility).
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+
+# Inputs, outputs, kernel, stride, expansion: both kernel sizes and strides, with and without expansion and residual.
+BLOCKS = ((16, 16, 3, 1, 6), (16, 24, 5, 2, 6), (24, 24, 5, 1, 6), (8, 12, 3, 2, 1))
+TOLERANCE = 1e-4  # relative RMS of a block's output and gradients in float32 against float64
+
+SHARED_MEMORY = Path("/dev/shm")
+LEAST_SHARED_MEMORY = 256 * 2**20  # bytes; a container's default is 64 MiB
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table.
+
+    Attributes:
+        name: what was checked.
+        status: ok; absent, if something optional is missing; broken, if the user should act.
+        detail: what was found, and what to do if it is broken.
+    """
+
+    name: str
+    status: Status
+    detail: str
+
+
+def run_checks(device: torch.device) -> Iterator[Check]:
+    """Run every check on `device`, yielding each as it finishes. A check that raises is broken."""
+    for name, check in CHECKS.items():
+        try:
+            yield Check(name, *check(device))
+        except Exception as error:  # any failure is a finding, not the end of the report
+            yield Check(name, "broken", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
+def check_gpu(device: torch.device) -> Answer:
+    driver, cuda = provenance.driver(), torch.version.cuda
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return "ok", (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB, driver {driver}, CUDA {cuda}"
+        )
+    if driver is None:
+        return "absent", "no NVIDIA driver; everything runs on the CPU"
+    if cuda is None:
+        return "broken", f"driver {driver} is installed, but this torch is a CPU build: install a CUDA build of torch"
+    needed = OLDEST_DRIVER.get(int(cuda.partition(".")[0]), 0)
+    if int(driver.partition(".")[0]) < needed:
+        return "broken", (
+            f"driver {driver} is too old for torch's CUDA {cuda}, so torch sees no GPU: install driver {needed} or "
+            "newer, or a torch built for an older CUDA (its cu126 wheels, say)"
+        )
+    if torch.cuda.is_available():
+        return "ok", f"driver {driver}, CUDA {cuda}; not used (--device cpu)"
+    return "broken", f"driver {driver} is installed, but torch sees no GPU: check CUDA_VISIBLE_DEVICES and nvidia-smi"
+
+
+def check_torch(device: torch.device) -> Answer:
+    return "ok", f"torch {torch.__version__}, {provenance.cores()} cores, {torch.get_num_threads()} threads"
+
+
+def check_triton(device: torch.device) -> Answer:
+    triton = provenance.version("triton")
+    if triton is None:
+        return ("broken" if device.type == "cuda" else "absent"), "Triton is not installed: pip install triton"
+    wanted = [r.partition(";")[0] for r in metadata.requires("torch") or [] if r.startswith("triton")]
+    exact = [r.partition("==")[2].strip() for r in wanted if "==" in r]
+    if exact and triton not in exact:
+        return (
+            "broken",
+            f"torch {torch.__version__} needs Triton {exact[0]}: pip install triton=={exact[0]} (not {triton})",
+        )
+    return "ok", f"Triton {triton}" + ("" if device.type == "cuda" else "; its kernels need a GPU")
+
+
+def check_dali(device: torch.device) -> Answer:
+    """One batch with crop, flip and colour by DALI and by the resident loader, in levels of 0 to 255."""
+    version = provenance.version("nvidia-dali-cuda120") or provenance.version("nvidia-dali-cuda130")
+    if version is None:
+        return "absent", "DALI is not installed: pip install nvidia-dali-cuda120"
+    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    split = ArraySplit(images, np.arange(16, dtype=np.int64))
+    spec = LoaderSpec(
+        batch_size=8,
+        image_size=32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        device=device,
+        dtype=torch.float32,
+        seed=0,
+        rank=0,
+        world=1,
+        num_workers=1,
+        augment=Augment(color_jitter=0.2),
+    )
+    batches = []
+    for kind in ("dali", "resident"):
+        loader = make_loader(kind, split, spec)  # type: ignore[arg-type]
+        batches.append(next(iter(loader.epoch(0)))[0].float())
+        loader.close()
+    difference = (batches[0] - batches[1]).abs().max().item() * 0.25 * 255
+    if difference > 2:
+        return "broken", f"DALI {version} differs from --loader resident by {difference:.0f} of 255: use that one"
+    return "ok", f"DALI {version} equals --loader resident within {difference:.1f} of 255"
+
+
+def check_kernels(device: torch.device) -> Answer:
+    """MBConv blocks of odd sizes in training mode, in float32, against PyTorch's operators in float64."""
+    kernels: Kernels = "triton" if device.type == "cuda" else "auto"
+    worst = max(block_error(device, kernels, *block) for block in BLOCKS)
+    if not worst <= TOLERANCE:
+        return "broken", f"a block's relative error against float64 is {worst:.1e}: use --kernels torch"
+    return "ok", f"{len(BLOCKS)} MBConv blocks equal float64 within {worst:.1e} (relative RMS, output and gradients)"
+
+
+def block_error(
+    device: torch.device, kernels: Kernels, inputs: int, outputs: int, kernel: int, stride: int, expand: int
+) -> float:
+    """Largest relative RMS error of an MBConv block's output and gradients in float32, against torch in float64."""
+    torch.manual_seed(0)
+    block = MBConv(inputs, outputs, kernel, stride, expand, style=Style(kernels=kernels)).to(device)
+    exact = MBConv(inputs, outputs, kernel, stride, expand, style=Style(kernels="torch")).to(device, torch.float64)
+    exact.load_state_dict(block.state_dict())
+    x = torch.randn(3, inputs, 9, 7, device=device).to(memory_format=torch.channels_last)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 keeps 10 bits
+    try:
+        pairs = zip(_results(block, x), _results(exact, x.double()), strict=True)
+        return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _results(block: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y = block(x)
+    # A gradient that is constant over a channel would vanish in BatchNorm.
+    y.backward(torch.arange(y.numel(), device=y.device).view(y.shape).sin().to(y.dtype))
+    gradients = [p.grad for p in (x, *block.parameters()) if p.grad is not None]
+    return [t.detach().double() for t in (y, *gradients)]
+
+
+def check_graph(device: torch.device) -> Answer:
+    """Three optimizer steps captured in a CUDA graph against the same steps in eager mode."""
+    if device.type != "cuda":
+        return "absent", "CUDA graphs need a GPU"
+    eager, graph = (_train_three_steps(device, graph=graph) for graph in (False, True))
+    error = ((graph - eager).norm() / eager.norm()).item()
+    if not error <= 1e-3:
+        return "broken", f"weights after 3 captured steps differ by {error:.1e} (relative RMS): use --step compile"
+    return "ok", f"weights after 3 captured steps equal eager ones within {error:.1e} (relative RMS)"
+
+
+def _train_three_steps(device: torch.device, graph: bool) -> Tensor:
+    """The weights, flattened, of a block and a classifier after three steps on fixed batches."""
+    torch.manual_seed(0)
+    block = MBConv(16, 16, 3, 1, 6, style=Style())
+    model = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)).to(device)
+    optimizer = make_optimizer("sgd", model, momentum=0.9, weight_decay=0.0, layer_decay=1.0)
+    options = StepOptions(learning_rate=0.01, graph=graph)
+    step = Step(model, model, optimizer, lambda _: 1.0, options, World(0, 1, device))
+    for number in range(3):
+        images = torch.randn(8, 16, 9, 9, device=device).to(memory_format=torch.channels_last)
+        step(images, torch.arange(8, device=device), number)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def check_ranks(device: torch.device) -> Answer:
+    """A world of one rank on the real backend."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():
+        return "ok", f"{backend}: this process is a rank already"
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
+        try:
+            value = torch.ones(3, device=device)
+            dist.all_reduce(value)
+        finally:
+            dist.destroy_process_group()
+    return ("ok" if value.sum().item() == 3 else "broken"), f"{backend}: one rank joins and reduces"
+
+
+def check_speed(device: torch.device) -> Answer:
+    """Copy bandwidth and the cost of issuing one operator; no verdict depends on them."""
+    size = 2**28 if device.type == "cuda" else 2**25
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = _median_seconds(lambda: target.copy_(source), device, 7)
+    small = torch.zeros(1, device=device)
+    launch = _median_seconds(lambda: [small.add_(1) for _ in range(1000)], device, 5) / 1000
+    return "ok", f"copies {2 * size / copy / 1e9:,.0f} GB/s (read and write), {1e6 * launch:.1f} us an operator"
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device, runs: int) -> float:
+    seconds = []
+    for _ in range(runs + 1):  # the first warms up
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def check_disk(device: torch.device) -> Answer:
+    free = shutil.disk_usage(os.getcwd()).free
+    if free < 2**30:
+        return "broken", f"{free / 2**20:,.0f} MiB free in this folder: free some; a checkpoint takes 50 MiB or more"
+    return "ok", f"{free / 2**30:,.0f} GiB free in this folder"
+
+
+def check_shared_memory(device: torch.device) -> Answer:
+    if not SHARED_MEMORY.is_dir():
+        return "absent", f"no {SHARED_MEMORY} on this system"
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < LEAST_SHARED_MEMORY:
+        return "broken", (
+            f"{free / 2**20:,.0f} MiB free in {SHARED_MEMORY}, too little for --loader torch: start the container with "
+            "--shm-size 1g, or use --num_workers 0"
+        )
+    return "ok", f"{free / 2**20:,.0f} MiB free in {SHARED_MEMORY}"
+
+
+CHECKS: dict[str, Callable[[torch.device], Answer]] = {
+    "gpu": check_gpu,
+    "torch": check_torch,
+    "triton": check_triton,
+    "kernels": check_kernels,
+    "graph": check_graph,
+    "dali": check_dali,
+    "ranks": check_ranks,
+    "speed": check_speed,
+    "disk": check_disk,
+    "shared memory": check_shared_memory,
+}

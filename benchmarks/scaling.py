@@ -23,17 +23,17 @@ from pathlib import Path
 import harness
 import torch
 from harness import Case
-from torch.nn.parallel import DistributedDataParallel
 
 from effnet_fast import distributed
 from effnet_fast.model import batch_norms
+from effnet_fast.run.build import data_parallel
 
 
 def worker(args: argparse.Namespace, case: Case) -> None:
     """One rank: times the step with and without communication; rank 0 writes both."""
     world = distributed.init(harness.DEVICE)
     try:
-        wrap = functools.partial(DistributedDataParallel, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrap = functools.partial(data_parallel, static_graph=False)
         step = harness.make_step(case, args.step, world, wrap if world.size > 1 else None)
         batch = tuple(t.to(world.device) for t in harness.make_batch(case))
 

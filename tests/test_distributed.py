@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from effnet_fast import distributed
 from effnet_fast.model import Architecture, EfficientNet, batch_norms
+from effnet_fast.run.build import data_parallel
 from marks import on_gpu
 
 WORKER = Path(__file__).parent / "workers" / "ddp_gradients.py"
@@ -67,9 +67,7 @@ def test_one_rank_of_ddp_gives_the_plain_gradients(device, backend):
     plain = gradients(model)
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        wrapped = gradients(
-            DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
-        )
+        wrapped = gradients(data_parallel(model, static_graph=True))
     finally:
         dist.destroy_process_group()
     for one, other in zip(plain, wrapped, strict=True):

@@ -324,9 +324,98 @@ def test_two_ranks_train_and_evaluate_every_image_once(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr
     state = checkpoint.load(tmp_path / "ranks" / "last.pt")
     assert state["progress"]["finished"]
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in state["model"])
     # 37 images on 2 ranks: a top-1 in steps of 1/37 shows that each was counted once.
     hits = state["result"]["top1"] * 37 / 100
     assert hits == pytest.approx(round(hits), abs=1e-9)
+
+
+ONE_PIXEL = TINY.replace("--batch_size 16", "--batch_size 4 --grad_accumulation 4")
+
+
+@pytest.mark.parametrize("dry_run", ["", "--dry_run"])
+def test_one_image_per_pass_and_one_pixel_are_refused(tmp_path, capsys, dry_run):
+    run(f"{ONE_PIXEL} --save_dir {tmp_path} {dry_run}", expected=2)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "--batch_size 4 leaves one image per pass (1 rank(s) x 4 accumulation step(s))" in message
+    assert "use a larger --batch_size or --image_size, or a smaller --output_stride" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_image_per_pass_trains_on_a_larger_map(tmp_path):
+    flags = "--output_stride 16 --num_epochs 1 --limit_train 4 --width 0.25 --depth 0.3"
+    run(f"{ONE_PIXEL} {flags} --save_dir {tmp_path} --run_name larger")
+    assert checkpoint.load(tmp_path / "larger" / "last.pt")["progress"]["finished"]
+
+
+SMALL = f"{TINY} --width 0.25 --depth 0.3 --ema_decay 0.9 --log_every_steps 1"
+
+
+@pytest.fixture(scope="module")
+def first_epochs(tmp_path_factory):
+    """A finished run of two epochs, 12 steps."""
+    folder = tmp_path_factory.mktemp("first")
+    run(f"{SMALL} --save_dir {folder} --run_name first")
+    return folder / "first" / "last.pt"
+
+
+def test_more_epochs_for_a_finished_run(first_epochs, tmp_path, capsys):
+    line = f"{SMALL} --save_dir {tmp_path} --run_name more --resume {first_epochs} --num_epochs 4 --warmup_epochs 0"
+    run(f"{line} --learning_rate 0.02")
+    printed = capsys.readouterr().out
+    assert f"continuing {first_epochs} with its weights, optimizer and averages; schedule cosine starts anew" in printed
+    assert "over the 12 steps that are left" in printed
+    training = rows(tmp_path / "more", "train")
+    assert [row["step"] for row in training] == list(range(13, 25))
+    rates = [row["learning_rate"] for row in training]
+    assert rates[0] == pytest.approx(0.02)
+    assert rates == sorted(rates, reverse=True)
+    before, after = (checkpoint.load(path) for path in (first_epochs, tmp_path / "more" / "last.pt"))
+    assert after["progress"] == before["progress"] | {"epoch": 4, "step": 24}
+    assert after["schedule_start"] == 12
+
+
+def test_a_stopped_continuation_resumes_its_own_schedule(first_epochs, tmp_path):
+    line = f"{SMALL} --save_dir {tmp_path} --num_epochs 4"
+    run(f"{line} --run_name whole --resume {first_epochs}")
+    run(f"{line} --run_name halves --resume {first_epochs} --time_budget 0.001")
+    assert checkpoint.load(tmp_path / "halves" / "last.pt")["progress"]["step"] == 13
+    run(f"{line} --run_name halves")
+    whole, halves = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert all(torch.equal(value, halves[name]) for name, value in whole.items())
+
+
+def test_a_continuation_starts_with_the_weights_and_averages(first_epochs, tmp_path):
+    run(
+        f"{SMALL} --save_dir {tmp_path} --run_name same --resume {first_epochs} --num_epochs 3 --learning_rate 0 "
+        "--limit_train 96"
+    )
+    before, after = weights(first_epochs.parent), weights(tmp_path / "same")
+    assert torch.equal(before["model.classifier.weight"], after["model.classifier.weight"])
+    assert not torch.equal(before["ema.classifier.weight"], after["ema.classifier.weight"])  # it still averages
+
+
+def test_more_epochs_under_the_same_name_say_how(first_epochs, capsys):
+    run(f"{SMALL} --save_dir {first_epochs.parents[1]} --run_name first --num_epochs 4", expected=2)
+    message = capsys.readouterr().err
+    assert "num_epochs was 2, now 4" in message
+    assert f"to train it for 4 epochs, --resume {first_epochs} with another --run_name" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--num_epochs 1", "has trained 2 epochs already; give a larger number"),
+        ("--num_epochs 4 --weight_decay 0.1", "weight_decay was 0.0005, now 0.1"),
+        ("--learning_rate 0.01", "learning_rate was 0.05, now 0.01"),
+    ],
+)
+def test_a_continuation_changes_the_schedule_only(first_epochs, tmp_path, capsys, flags, words):
+    run(f"{SMALL} --save_dir {tmp_path} --run_name other --resume {first_epochs} {flags}", expected=2)
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1

@@ -66,7 +66,7 @@ class _Batches(Dataset[Batch | str]):
 
 def _leave_signals(worker: int) -> None:
     """A signal to the whole process group is the run's, which still needs its workers to stop in good order."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effnet_fast.data.augment_params import Augment
@@ -16,6 +19,7 @@ from effnet_fast.run.plan import Plan
 from effnet_fast.run.rank_check import about_model, agree
 from effnet_fast.run.resolve import compile_model, loader_dtype, set_backends, worker_count
 from effnet_fast.run.resume import of_this_version
+from effnet_fast.train.evaluate import evaluating
 from effnet_fast.train.optim import make_optimizer
 from effnet_fast.train.schedule import Schedule, make_schedule
 from effnet_fast.train.step import Step, StepOptions
@@ -78,9 +82,30 @@ def build_model(plan: Plan, device: torch.device) -> Network:
         model.freeze(config.freeze)
     for norm in batch_norms(model):
         norm.synchronised = config.sync_batchnorm
+    _check_batch_norm(plan, model)
     if config.activation_checkpointing:
         recompute_blocks(model)
     return model.to(device)
+
+
+def _check_batch_norm(plan: Plan, model: Network) -> None:
+    """Refuse passes of one image whose final map is one pixel.
+
+    Raises:
+        ValueError: BatchNorm would have one value per channel.
+    """
+    config = plan.config
+    images = plan.images_per_pass * (plan.world.size if config.sync_batchnorm else 1)
+    if images > 1 or not any(norm.weight.requires_grad for norm in batch_norms(model)):
+        return
+    with evaluating(model):
+        height, width = model.forward_features(torch.zeros(1, 3, plan.image_size, plan.image_size)).shape[2:]
+    if height * width == 1:
+        raise ValueError(
+            f"--batch_size {config.batch_size} leaves one image per pass ({plan.world.size} rank(s) x "
+            f"{plan.accumulation} accumulation step(s)), and the final map is 1 x 1: BatchNorm needs more than one "
+            "value per channel; use a larger --batch_size or --image_size, or a smaller --output_stride"
+        )
 
 
 def _new_model(plan: Plan) -> Network:
@@ -128,14 +153,35 @@ def _callable(plan: Plan, module: Network) -> nn.Module:
     """The module, wrapped for several ranks and compiled if the plan says so."""
     model: nn.Module = module
     if plan.world.size > 1:
-        model = DistributedDataParallel(
-            module,
-            broadcast_buffers=False,  # statistics are shared in each step, or averaged before each evaluation
-            gradient_as_bucket_view=True,
-            # With accumulation's no_sync, a static graph aborts in torch 2.13.
-            static_graph=plan.accumulation == 1,
-        )
+        # With accumulation's no_sync, a static graph aborts in torch 2.13.
+        model = data_parallel(module, static_graph=plan.accumulation == 1)
     return compile_model(model, plan.world.device) if plan.compile else model
+
+
+def data_parallel(module: nn.Module, static_graph: bool) -> DistributedDataParallel:
+    """Wrap a module in DDP. Buffers are not broadcast: ranks share BatchNorm statistics in another way.
+
+    Args:
+        module: on its device.
+        static_graph: the same parameters get a gradient in every step.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(partial(_with_strides, tuple(parameter.stride())))
+    # torch 2.13 renames the argument.
+    is_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    buffers: dict[str, Any] = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, static_graph=static_graph, **buffers)
+
+
+def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """The gradient with its parameter's strides if they differ in dimensions of size 1 only.
+
+    Such strides address the same memory, but DDP warns that they do not match its buckets.
+    """
+    pairs = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    same_memory = all(mine == other for size, mine, other in pairs if size > 1)
+    return gradient.as_strided(gradient.shape, strides) if same_memory else gradient
 
 
 def _schedule(plan: Plan) -> Schedule:

@@ -21,8 +21,7 @@ def forecast(plan: Plan) -> str:
     config, dataset = plan.config, plan.dataset
     model = build_model(plan, torch.device("cpu"))
     cost = complexity(model, plan.image_size)
-    images_per_pass = config.batch_size // plan.world.size // plan.accumulation
-    memory = images_per_pass * _image_bytes(plan, cost) + cost.state_bytes
+    memory = plan.images_per_pass * _image_bytes(plan, cost) + cost.state_bytes
     images = plan.steps * config.batch_size
     rows = {
         "model": f"{config.model}, {cost.parameters:,} parameters, {plan.image_size} px, output stride "
@@ -31,7 +30,7 @@ def forecast(plan: Plan) -> str:
         "data": f"{dataset.name}: {len(dataset.train)} train, {len(dataset.val) if dataset.val is not None else 0} "
         f"val, {len(dataset.test)} test images; loader {plan.loader}",
         "steps": f"{plan.steps} ({config.num_epochs} epochs x {plan.steps_per_epoch}), batch {config.batch_size} = "
-        f"{plan.world.size} rank(s) x {plan.accumulation} x {images_per_pass}",
+        f"{plan.world.size} rank(s) x {plan.accumulation} x {plan.images_per_pass}",
         "memory": f"about {memory / 2**20:,.0f} MiB on each device (estimated)",
         "device": f"{plan.world.device.type}, {plan.arithmetic}",
         "folder": str(plan.folder),

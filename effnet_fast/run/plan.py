@@ -40,7 +40,7 @@ class Plan:
         graph: whether a CUDA graph holds the step.
         steps_per_epoch: optimizer steps.
         accumulation: forward and backward passes per step.
-        images_per_pass: largest number of images of one pass on one rank, on any number of ranks.
+        max_images_per_pass: limit of one pass on one rank; kept when the number of ranks changes.
         augment: what training does to an image.
         loader, loader_reason: kind of the loader, and why in one line.
     """
@@ -59,7 +59,7 @@ class Plan:
     graph: bool
     steps_per_epoch: int
     accumulation: int
-    images_per_pass: int
+    max_images_per_pass: int
     augment: Augment
     loader: LoaderName
     loader_reason: str
@@ -68,6 +68,11 @@ class Plan:
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.steps_per_epoch * self.config.num_epochs
+
+    @property
+    def images_per_pass(self) -> int:
+        """Images of one forward and backward pass on one rank."""
+        return self.config.batch_size // self.world.size // self.accumulation
 
     @property
     def eval_split(self) -> str:
@@ -102,8 +107,8 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
     variant(config.model)
     if config.optimizer in optim.APEX:
         optim.apex_class(config.optimizer)
-    images_per_pass = None if resumed is None else resumed.checkpoint.images_per_pass
-    accumulation = accumulation_steps(config, world.size, images_per_pass)
+    max_images = None if resumed is None else resumed.checkpoint.images_per_pass
+    accumulation = accumulation_steps(config, world.size, max_images)
 
     weights = None
     if resumed is None and config.pretrained:
@@ -137,35 +142,35 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
         graph=graph,
         steps_per_epoch=steps_per_epoch,
         accumulation=accumulation,
-        images_per_pass=images_per_pass or config.batch_size // (world.size * accumulation),
+        max_images_per_pass=max_images or config.batch_size // (world.size * accumulation),
         augment=augment,
         loader=loader,
         loader_reason=reason,
     )
 
 
-def accumulation_steps(config: TrainConfig, world_size: int, images_per_pass: int | None) -> int:
+def accumulation_steps(config: TrainConfig, world_size: int, max_images: int | None) -> int:
     """Forward and backward passes per optimizer step on each rank.
 
     Args:
         config: of the run.
         world_size: number of ranks now.
-        images_per_pass: of the run that is resumed: passes are the fewest that are no larger. None for a new run,
-            which takes `--grad_accumulation`.
+        max_images: images per pass of the run that is resumed, which takes as few passes as this allows. None for a
+            new run, which takes `--grad_accumulation`.
 
     Raises:
         ValueError: the batch does not divide evenly.
     """
     share, remainder = divmod(config.batch_size, world_size)
-    passes = config.grad_accumulation if images_per_pass is None else 1
+    passes = config.grad_accumulation if max_images is None else 1
     if remainder or share % passes:
         raise ValueError(
             f"--batch_size {config.batch_size} must divide evenly among {world_size} rank(s) x {passes} accumulation "
             "step(s)"
         )
-    if images_per_pass is None:
+    if max_images is None:
         return passes
-    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= images_per_pass)
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= max_images)
 
 
 def augmentation(config: TrainConfig) -> Augment:

@@ -290,7 +290,7 @@ def _measured(job: _Search, settings: TrainConfig, candidate: Candidate) -> dict
     on_gpu = job.world.device.type == "cuda"
     return {
         "latency_ms": job.latency_ms(candidate.scale),
-        "training_seconds": training_seconds(Path(settings.save_dir) / settings.name, settings.batch_size),
+        "training_seconds": training_seconds(Path(settings.save_dir) / settings.name),
         "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }

@@ -116,7 +116,7 @@ def _train(config: StudyConfig, world: World, family: Family, run: _Run, folder:
             "split": outcome.result["split"],
             "top1": final_top1(outcome.result),
             "loss": outcome.result["loss"],
-            "seconds": training_seconds(folder / "runs" / run.name, config.batch_size),
+            "seconds": training_seconds(folder / "runs" / run.name),
         }
     return outcome.status
 

@@ -173,7 +173,7 @@ class _Training:
             progress=dataclasses.asdict(self.progress),
             result=self.last_result,
             ranks=ranks,
-            images_per_pass=plan.images_per_pass,
+            images_per_pass=plan.max_images_per_pass,
             launch=distributed.launch(),
             schedule_start=plan.schedule_start,
         )

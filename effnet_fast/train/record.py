@@ -155,6 +155,7 @@ class Recorder:
             "skipped": reading.skipped,
             "img_per_s": images / seconds,
             "wait_share": waited / seconds,
+            "seconds": seconds,
         }
         self._write(row)
         self._show(row)

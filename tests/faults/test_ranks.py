@@ -52,7 +52,7 @@ def test_the_dropped_tail_changes_every_epoch():
 @pytest.mark.parametrize(("ranks", "pieces"), [(1, 4), (2, 2), (4, 1), (8, 1), (16, 1)], ids=lambda value: str(value))
 def test_fewer_ranks_take_more_pieces_of_the_size_they_began_with(ranks, pieces):
     config = TrainConfig(batch_size=16)
-    assert accumulation_steps(config, ranks, images_per_pass=4) == pieces
+    assert accumulation_steps(config, ranks, max_images=4) == pieces
 
 
 def test_when_a_run_begins_the_config_decides():

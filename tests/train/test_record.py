@@ -59,6 +59,7 @@ def test_rate_and_waiting_are_shares_of_the_same_time(tmp_path, clock):
     row = rows(tmp_path)[0]
     assert row["wait_share"] == pytest.approx(0.75)
     assert row["img_per_s"] == pytest.approx(2 * 24 / 0.12)
+    assert row["seconds"] == pytest.approx(0.12)
     assert row["epoch"] == 0.6
 
 

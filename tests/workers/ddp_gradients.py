@@ -8,10 +8,10 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from effnet_fast import distributed
 from effnet_fast.model import Architecture, EfficientNet, batch_norms
+from effnet_fast.run.build import data_parallel
 
 B0 = Architecture(num_classes=10, output_stride=32, dropout=0.0, drop_path=0.0)
 NARROW = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, dropout=0.0, drop_path=0.0)
@@ -27,9 +27,7 @@ def gradients(
     images, labels = torch.randn(16, 3, size, size, dtype=dtype), torch.randint(0, 10, (16,))
     wrapped = model
     if world.size > 1:
-        wrapped = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
-        )
+        wrapped = data_parallel(model, static_graph=True)
     logits = wrapped(images.chunk(world.size)[world.rank])
     F.cross_entropy(logits, labels.chunk(world.size)[world.rank]).backward()
     return {f"{name}.grad": p.grad.clone() for name, p in model.named_parameters()} | dict(model.named_buffers())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from effnet_fast import __version__
 
 _PACKAGES = ("triton", "nvidia-dali-cuda120", "numpy")
+_SOURCES = {".py", ".cpp", ".h"}
 
 
 def environment() -> dict[str, Any]:
@@ -27,14 +31,34 @@ def environment() -> dict[str, Any]:
         "effnet_fast": __version__,
         "commit": commit(),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # includes the build tag, which the package metadata may omit
-        **{name: version(name) for name in _PACKAGES},
+        **versions(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "driver": driver(),
         "cpu": _cpu_name(),
         "cores": cores(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that decide what is computed and how fast."""
+    # torch's own version includes the build tag, which the package metadata may omit.
+    return {"torch": str(torch.__version__), **{name: version(name) for name in _PACKAGES}}
+
+
+@cache
+def source_digest() -> str:
+    """A digest of the source files of effnet_fast and effnet_kernels, 16 hexadecimal digits."""
+    content = hashlib.sha256()
+    for folder in _source_folders():
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
+            content.update(path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def _source_folders() -> list[Path]:
+    specs = [find_spec(name) for name in ("effnet_fast", "effnet_kernels")]
+    return [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin is not None]
 
 
 def _command() -> str:

@@ -6,13 +6,35 @@ from collections import namedtuple
 import pytest
 import torch
 
-from effnet_fast.config import DoctorConfig
+from effnet_fast.config import DoctorConfig, TrainConfig
+from effnet_fast.data.augment_params import Augment
+from effnet_fast.data.synthetic import load_synthetic
+from effnet_fast.distributed import World
 from effnet_fast.model.blocks import MBConv
-from effnet_fast.run import self_check
+from effnet_fast.run import doctor as doctor_module
+from effnet_fast.run import self_check, verdicts
 from effnet_fast.run.doctor import doctor
+from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_step
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
 Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of check results."""
+    monkeypatch.setenv("EFFNET_FAST_CACHE", str(tmp_path / "cache"))
+    verdicts._local_verdict.cache_clear()
+    yield tmp_path / "cache"
+    verdicts._local_verdict.cache_clear()
+
+
+def counted(monkeypatch, name, *answer):
+    """Replace a check; the returned list grows by one with each call."""
+    calls = []
+    monkeypatch.setitem(self_check.CHECKS, name, lambda device: calls.append(device) or answer)
+    return calls
 
 
 def test_table(capsys):
@@ -47,10 +69,11 @@ def test_failing_check_exits_1(monkeypatch, capsys):
     def fail(device):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(self_check, "CHECKS", {"gpu": fail, "torch": self_check.check_torch})
+    for module in (self_check, doctor_module):
+        monkeypatch.setattr(module, "CHECKS", {"gpu": fail, "torch": self_check.check_torch})
     assert doctor(DoctorConfig(device="cpu")) == 1
     out = capsys.readouterr().out
-    assert "RuntimeError: first line\n" in out
+    assert "the check gpu failed (RuntimeError: first line)\n" in out
     assert "broken: gpu" in out
 
 
@@ -97,3 +120,63 @@ def test_three_steps_are_deterministic():
     weights = [self_check._train_three_steps(CPU, graph=False) for _ in range(2)]
     assert torch.equal(*weights)
     assert weights[0].isfinite().all()
+
+
+def test_a_check_runs_once_per_key(monkeypatch, cache):
+    calls = counted(monkeypatch, "graph", "ok", "fine")
+    for _ in range(2):
+        verdicts._local_verdict.cache_clear()
+        assert verdicts.works("graph", GPU, "--step auto is compile")
+    assert len(calls) == 1
+    monkeypatch.setattr(verdicts.provenance, "source_digest", lambda: "other code")
+    verdicts._local_verdict.cache_clear()
+    verdicts.works("graph", GPU, "")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"name": "graph"}', '{"other": 1}'])
+def test_torn_and_foreign_cache_files_are_ignored(monkeypatch, cache, content):
+    calls = counted(monkeypatch, "graph", "ok", "fine")
+    verdicts.works("graph", GPU, "")
+    next(cache.iterdir()).write_text(content)
+    verdicts._local_verdict.cache_clear()
+    assert verdicts.works("graph", GPU, "")
+    assert len(calls) == 2
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EFFNET_FAST_CACHE", str(tmp_path / "file"))
+    counted(monkeypatch, "graph", "ok", "fine")
+    assert verdicts.works("graph", GPU, "")
+
+
+@pytest.mark.parametrize(("answer", "graph"), [("ok", True), ("broken", False), ("absent", False)])
+def test_step_auto_follows_the_check(monkeypatch, capsys, answer, graph):
+    counted(monkeypatch, "graph", answer, "what was found")
+    assert resolve_step(TrainConfig(), World(0, 1, GPU), 8, 1000) == (True, graph)
+    warning = "" if graph else "warning: what was found; --step auto is compile (effnet-fast doctor checks again)\n"
+    assert capsys.readouterr().err == warning
+
+
+def test_step_auto_asks_no_check_where_a_graph_is_impossible(monkeypatch):
+    calls = counted(monkeypatch, "graph", "ok", "fine")
+    for config, world in ((TrainConfig(), World(0, 2, GPU)), (TrainConfig(optimizer="apex-sgd"), World(0, 1, GPU))):
+        assert resolve_step(config, world, 8, 1000) == (True, False)
+    assert not calls
+
+
+@pytest.mark.parametrize(("answer", "kernels"), [("ok", "auto"), ("broken", "torch")])
+def test_kernels_auto_follows_the_check(monkeypatch, answer, kernels):
+    counted(monkeypatch, "kernels", answer, "what was found")
+    assert resolve_kernels("auto", GPU) == kernels
+    assert resolve_kernels("triton", GPU) == "triton"
+    assert resolve_kernels("auto", CPU) == "auto"
+
+
+@pytest.mark.parametrize(("answer", "loader"), [("ok", "dali"), ("broken", "resident")])
+def test_loader_auto_follows_the_check(monkeypatch, answer, loader):
+    counted(monkeypatch, "dali", answer, "what was found")
+    monkeypatch.setattr("effnet_fast.run.resolve.choose_loader", lambda *_: ("dali", "DALI is faster"))
+    assert resolve_loader("auto", load_synthetic(8, 8).train, GPU, Augment())[0] == loader
+    assert resolve_loader("dali", load_synthetic(8, 8).train, GPU, Augment())[0] == "dali"

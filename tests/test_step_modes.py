@@ -32,7 +32,6 @@ TINY = (
 @pytest.mark.parametrize(
     ("flags", "world", "compiled", "graph"),
     [
-        ({}, GPU, True, False),
         ({}, CPU, False, False),
         ({"step": "eager"}, GPU, False, False),
         ({"step": "compile"}, CPU, True, False),

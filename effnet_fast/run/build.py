@@ -75,7 +75,7 @@ def build_model(plan: Plan, device: torch.device) -> Network:
     torch.manual_seed(config.seed)
     if plan.resumed is not None:
         with of_this_version(plan.resumed.path):
-            model = from_description(plan.resumed.checkpoint.architecture, config.kernels)
+            model = from_description(plan.resumed.checkpoint.architecture, plan.kernels)
     else:
         model = _new_model(plan)
     if config.freeze:
@@ -119,7 +119,7 @@ def _new_model(plan: Plan) -> Network:
         depth=config.depth,
         dropout=config.dropout,
         drop_path=config.drop_path,
-        kernels=config.kernels,
+        kernels=plan.kernels,
         pretrained=plan.weights,
         allow_unmatched=config.allow_unmatched,
     )

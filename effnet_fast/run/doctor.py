@@ -10,18 +10,21 @@ import torch
 
 from effnet_fast import distributed, provenance
 from effnet_fast.config import DoctorConfig, TrainConfig
-from effnet_fast.data.choose_loader import choose_loader
+from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
-from effnet_fast.run.resolve import resolve_precision, resolve_step
-from effnet_fast.run.self_check import run_checks
+from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_precision, resolve_step
+from effnet_fast.run.self_check import CHECKS
+from effnet_fast.run.verdicts import forget, verdict
 
 
 def doctor(config: DoctorConfig) -> int:
     """Run `effnet-fast doctor`; returns 1 if something is broken, else 0."""
     device = distributed.choose_device(config.device)
+    forget(device)
     checks = []
-    for check in run_checks(device):
+    for name in CHECKS:
+        check = verdict(name, device)
         checks.append(check)
         # With --json, stdout holds the JSON alone.
         print(f"{check.status:7} {check.name:14} {check.detail}", file=sys.stderr if config.json else sys.stdout)
@@ -41,12 +44,12 @@ def doctor(config: DoctorConfig) -> int:
 def choose_automatically(device: torch.device) -> dict[str, str]:
     """What each `auto` means on this device for B0 on CIFAR-100, with the reason."""
     config = TrainConfig()
-    on_gpu = device.type == "cuda"
     compiled, graph = resolve_step(config, World(0, 1, device), output_stride=8, images=50_000 * config.num_epochs)
-    loader, reason = choose_loader("auto", load_synthetic(8, 8).train, device)
+    loader, reason = resolve_loader("auto", load_synthetic(8, 8).train, device, Augment())
+    kernels = resolve_kernels("auto", device)
     return {
         "device": device.type,
-        "kernels": "triton, on a GPU" if on_gpu else "torch, on a CPU",
+        "kernels": "triton" if kernels == "auto" and device.type == "cuda" else "torch",
         "mixed_precision": resolve_precision("auto", device),
         "step": "graph" if graph else "compile" if compiled else "eager",
         "loader": f"{loader} ({reason})",

@@ -9,11 +9,18 @@ from pathlib import Path
 from effnet_fast.config import LoaderName, TrainConfig
 from effnet_fast.data import Dataset
 from effnet_fast.data.augment_params import Augment
-from effnet_fast.data.choose_loader import choose_loader
 from effnet_fast.distributed import World
 from effnet_fast.model import default_output_stride, variant
+from effnet_fast.model.blocks import Kernels
 from effnet_fast.model.weights import Weights, read_weights
-from effnet_fast.run.resolve import load_dataset, resolve_image_size, resolve_precision, resolve_step
+from effnet_fast.run.resolve import (
+    load_dataset,
+    resolve_image_size,
+    resolve_kernels,
+    resolve_loader,
+    resolve_precision,
+    resolve_step,
+)
 from effnet_fast.run.resume import Resumed, of_this_version
 from effnet_fast.train import optim
 from effnet_fast.train.loop import Progress
@@ -42,6 +49,7 @@ class Plan:
         accumulation: forward and backward passes per step.
         max_images_per_pass: limit of one pass on one rank; kept when the number of ranks changes.
         augment: what training does to an image.
+        kernels: auto, triton or torch; torch where the Triton kernels fail their self-check.
         loader, loader_reason: kind of the loader, and why in one line.
     """
 
@@ -61,6 +69,7 @@ class Plan:
     accumulation: int
     max_images_per_pass: int
     augment: Augment
+    kernels: Kernels
     loader: LoaderName
     loader_reason: str
 
@@ -126,7 +135,7 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
     compiled, graph = resolve_step(config, world, stride, images)
     progress, schedule_start = _start(config, resumed)
     augment = augmentation(config)
-    loader, reason = choose_loader(config.loader, dataset.train, world.device, augment)
+    loader, reason = resolve_loader(config.loader, dataset.train, world.device, augment)
     return Plan(
         config=config,
         world=world,
@@ -144,6 +153,7 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
         accumulation=accumulation,
         max_images_per_pass=max_images or config.batch_size // (world.size * accumulation),
         augment=augment,
+        kernels=resolve_kernels(config.kernels, world.device),
         loader=loader,
         loader_reason=reason,
     )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import effnet_fast
-from effnet_fast import distributed
+from effnet_fast import distributed, provenance
 from effnet_fast.checkpoint import Checkpoint
 from effnet_fast.config import TrainConfig, identity
 from effnet_fast.data import Dataset
@@ -46,7 +43,7 @@ def about_start(config: TrainConfig) -> dict[str, Any]:
     """Facts known before data is read: settings and code."""
     settings = identity(config) | {name: getattr(config, name) for name in _COLLECTIVE_SETTINGS}
     return {f"--{name}": value for name, value in settings.items()} | {
-        "the code of effnet_fast": _code(),
+        "the code of effnet_fast": provenance.source_digest(),
         "torch's version": torch.__version__,
     }
 
@@ -66,13 +63,6 @@ def about_model(model: Network) -> dict[str, Any]:
     """Facts known once the model is built."""
     shapes = [(name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
     return {"the model's digest": _digest(repr((model.architecture, shapes)).encode())}
-
-
-@cache
-def _code() -> str:
-    """A digest of the package's source files."""
-    root = Path(effnet_fast.__file__).parent
-    return _digest(b"".join(path.read_bytes() for path in sorted(root.rglob("*.py"))))
 
 
 def _digest(content: bytes) -> str:

@@ -10,9 +10,13 @@ import torch
 from torch import nn
 
 from effnet_fast import data, provenance
-from effnet_fast.config import TrainConfig
+from effnet_fast.config import LoaderName, TrainConfig
+from effnet_fast.data.augment_params import Augment
+from effnet_fast.data.choose_loader import choose_loader
 from effnet_fast.distributed import World
 from effnet_fast.model import scaling, variant
+from effnet_fast.model.blocks import Kernels
+from effnet_fast.run.verdicts import works
 
 # On 2 CPU cores, compiling B0's training step took 97 s. It then ran 1.17 times as fast at output stride 8 (p20 1.04,
 # p80 1.28, alternating with eager) and 0.95 times as fast at 32. So only long runs on large maps gain.
@@ -76,10 +80,39 @@ def resolve_step(config: TrainConfig, world: World, output_stride: int, images: 
         ValueError: `--step graph` without CUDA, with several ranks, or with apex's optimizers.
     """
     if config.step == "auto":
-        return compiling_pays(world.device, output_stride, images), False
+        return compiling_pays(world.device, output_stride, images), _graph_works(config, world)
     if config.step == "graph":
         _check_graph(config, world)
     return config.step in ("compile", "graph"), config.step == "graph"
+
+
+def _graph_works(config: TrainConfig, world: World) -> bool:
+    can_capture = world.device.type == "cuda" and world.size == 1 and not config.optimizer.startswith("apex-")
+    return can_capture and works("graph", world.device, "--step auto is compile")
+
+
+def resolve_kernels(setting: Kernels, device: torch.device) -> Kernels:
+    """`auto` becomes torch on a GPU where the Triton kernels fail their self-check."""
+    if setting != "auto" or device.type != "cuda" or works("kernels", device, "--kernels auto is torch"):
+        return setting
+    return "torch"
+
+
+def resolve_loader(
+    setting: LoaderName, split: data.Split, device: torch.device, augment: Augment
+) -> tuple[LoaderName, str]:
+    """The loader and why; `auto` leaves DALI out on a GPU where it fails its self-check.
+
+    Raises:
+        ValueError: see `choose_loader`.
+    """
+    loader, reason = choose_loader(setting, split, device, augment)
+    if setting != "auto" or loader != "dali" or device.type != "cuda" or augment.auto_augment != "none":
+        return loader, reason
+    other: LoaderName = "resident" if isinstance(split, data.ArraySplit) else "torch"
+    if works("dali", device, f"--loader auto is {other}"):
+        return loader, reason
+    return other, "DALI fails its self-check"
 
 
 def _check_graph(config: TrainConfig, world: World) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from effnet_fast import provenance
 from effnet_fast.config import TrainConfig
 from effnet_fast.data.loader import Shard
 from effnet_fast.data.rng import order
@@ -110,12 +111,11 @@ def test_a_model_of_the_same_shapes_that_computes_otherwise_is_seen():
 
 
 def test_a_changed_line_of_code_is_seen(monkeypatch, tmp_path):
-    here = rank_check._code()
-    rank_check._code.cache_clear()
-    (tmp_path / "__init__.py").write_text("")
-    monkeypatch.setattr(rank_check.effnet_fast, "__file__", str(tmp_path / "__init__.py"))
-    assert rank_check._code() != here
-    rank_check._code.cache_clear()
+    (tmp_path / "one.py").write_text("x = 1\n")
+    monkeypatch.setattr(provenance, "_source_folders", lambda: [tmp_path])
+    before = provenance.source_digest.__wrapped__()
+    (tmp_path / "one.py").write_text("x = 2\n")
+    assert provenance.source_digest.__wrapped__() != before
 
 
 @pytest.mark.slow

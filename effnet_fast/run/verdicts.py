@@ -1,0 +1,65 @@
+"""Results of the self-checks on which `auto` relies. Each check runs once per GPU, driver, versions and code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from effnet_fast import distributed, provenance
+from effnet_fast.checkpoint import write_atomically
+from effnet_fast.run.self_check import Check, run_check
+
+
+def cache_folder() -> Path:
+    """EFFNET_FAST_CACHE, or effnet_fast in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
+    if folder := os.environ.get("EFFNET_FAST_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effnet_fast"
+
+
+def works(name: str, device: torch.device, otherwise: str) -> bool:
+    """Whether a self-check passes on this device. If it does not, rank 0 warns, and says what is used `otherwise`."""
+    check = verdict(name, device)
+    if check.status != "ok" and distributed.is_main():
+        print(f"warning: {check.detail}; {otherwise} (effnet-fast doctor checks again)", file=sys.stderr)
+    return check.status == "ok"
+
+
+def verdict(name: str, device: torch.device) -> Check:
+    """The cached result of a check on this device, or a new one that rank 0 takes; the same on all ranks."""
+    row = dataclasses.asdict(_local_verdict(name, device)) if distributed.is_main() else {}
+    return Check(**distributed.gather_objects(row)[0])
+
+
+@cache
+def _local_verdict(name: str, device: torch.device) -> Check:
+    path = cache_folder() / f"check-{_key(device)}-{name}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # absent, torn, or of another program
+        return Check(**json.loads(path.read_text()))
+    check = run_check(name, device)
+    with contextlib.suppress(OSError):  # a read-only home folder
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(dataclasses.asdict(check)).encode())
+    return check
+
+
+def forget(device: torch.device) -> None:
+    """Remove the cached results of this device, so that the checks run again."""
+    _local_verdict.cache_clear()
+    for path in cache_folder().glob(f"check-{_key(device)}-*.json"):
+        path.unlink(missing_ok=True)
+
+
+def _key(device: torch.device) -> str:
+    """What a result depends on, as 16 hexadecimal digits."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
+    facts = (gpu, provenance.driver(), *provenance.versions().items(), provenance.source_digest())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -1,8 +1,11 @@
-"""Models by name, the arithmetic that scales them, and weights from elsewhere."""
+"""Models by name, their scaling arithmetic, and weights of other libraries."""
 
 from effnet_fast.model.efficientnet import Architecture, EfficientNet, recompute_blocks
+from effnet_fast.model.features import FeaturePyramid
 from effnet_fast.model.network import Network, batch_norms
 from effnet_fast.model.zoo import (
+    ModelOptions,
+    build_model,
     create_model,
     default_output_stride,
     from_description,
@@ -14,8 +17,11 @@ from effnet_fast.model.zoo import (
 __all__ = [
     "Architecture",
     "EfficientNet",
+    "FeaturePyramid",
+    "ModelOptions",
     "Network",
     "batch_norms",
+    "build_model",
     "create_model",
     "default_output_stride",
     "from_description",

@@ -1,4 +1,4 @@
-"""What a model costs, counted on the built model: parameters, MACs, activations, memory, minimum bytes per step."""
+"""Count what a built model costs: parameters, MACs, activations, memory and minimum bytes per step."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from effnet_fast.model.network import Network, batch_norms
 from effnet_fast.model.zoo import create_model
 
 FP32, BF16 = 4, 2  # bytes of an element
-EXAMPLE_BATCH = 256  # images of the step whose traffic `describe` tells
+EXAMPLE_BATCH = 256  # images of the step whose traffic `model_costs` reports
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """The cost of one image, and what does not depend on the number of images.
+    """The costs of a model, per image unless stated otherwise.
 
     Attributes:
-        parameters: trainable numbers.
+        parameters: trainable numbers of the model.
         macs: multiply-accumulates of the convolutions and linear layers of one forward pass. fvcore counts these and
             calls them "flops"; a multiply-accumulate is two floating-point operations, so `flops` is 2 * macs.
         activations: numbers that convolutions and linear layers write in one forward pass (fvcore's convention).
-        inputs_read: numbers that they read in one forward pass, weights not counted.
+        inputs_read: numbers that they read in one forward pass, without weights.
         saved: numbers that autograd keeps of one image for the backward pass.
-        final_map: (C, H, W) of what the global pooling sees.
+        final_map: (C, H, W) of the input of the global pooling.
     """
 
     parameters: int
@@ -47,44 +47,45 @@ class Complexity:
 
     @property
     def state_bytes(self) -> int:
-        """Weights, gradients and the momentum of SGD, in bytes: float32 each, under mixed precision too.
+        """Bytes of weights, gradients and SGD's momentum: float32 each, under mixed precision too.
 
-        AdamW and the paper's RMSprop keep one more; so does an EMA of the weights.
+        AdamW and the paper's RMSprop keep one more copy; so does an EMA of the weights.
         """
         return 3 * self.parameters * FP32
 
     def training_bytes_per_image(self, element_bytes: int) -> int:
-        """Memory that each image of a batch takes in training, in bytes: `saved` numbers of `element_bytes` each.
+        """Bytes of memory that each image of a batch takes in training: `saved` numbers of `element_bytes` each.
 
-        An estimate for the uncompiled PyTorch path: a compiled or fused one recomputes some of them, and workspaces
-        and passing gradients come on top.
+        This estimates the uncompiled PyTorch path. A compiled or fused path recomputes some of these numbers;
+        workspaces and transient gradients are not included.
         """
         return self.saved * element_bytes
 
     def minimum_step_bytes(self, batch_size: int, element_bytes: int) -> int:
-        """Bytes that one training step must move to and from memory at the least, with no two layers fused.
+        """The fewest bytes that one training step can move to and from memory without fusing layers.
 
-        (BatchNorm needs the whole of a layer's output before the next layer can begin, so training cannot fuse two.)
+        Training cannot fuse two layers: BatchNorm needs the whole output of a layer before the next layer starts.
 
         Per image, with x a layer's input, y its output and dx, dy their gradients, each tensor moves once per pass:
-        forward reads x and writes y; backward reads x and dy and writes dx: 3 * inputs_read + 2 * activations in all.
-        BatchNorm, Swish, gate and residual are taken to ride along for free. Per step, the float32 weights are read
-        forward and backward and their gradients written, then SGD reads weight, gradient and momentum and writes
-        weight and momentum: 8 passes. Divided by the memory bandwidth it bounds the time of a step from below.
+        forward reads x and writes y; backward reads x and dy and writes dx: 3 * inputs_read + 2 * activations.
+        BatchNorm, Swish, gate and residual are assumed to be fused into these passes. Per step, the forward and the
+        backward pass read the float32 weights, the backward pass writes their gradients, then SGD reads weight,
+        gradient and momentum and writes weight and momentum: 8 passes. Divided by the memory bandwidth, these bytes
+        are a lower bound of a step's time.
         """
         per_image = 3 * self.inputs_read + 2 * self.activations
         return batch_size * per_image * element_bytes + 8 * self.parameters * FP32
 
 
 def complexity(model: Network, image_size: int) -> Complexity:
-    """Count what a model costs at [3, image_size, image_size] images. The model itself is left as it was.
+    """Count what a model costs on [3, image_size, image_size] images. The model is not changed.
 
-    Counted on copies: one that traces an image through on the CPU (fvcore reads the trace), one without storage whose
-    shapes tell the memory.
+    Two copies are counted: a CPU copy that fvcore traces, and a copy on the meta device that gives the sizes of what
+    autograd saves.
     """
     shapes = copy.deepcopy(model).to("meta").train()
     for norm in batch_norms(shapes):
-        norm.synchronised = False  # one rank may count alone
+        norm.synchronised = False  # so that one rank can count without the others
     counts = _layer_counts(model, image_size)
     channels, height, width = shapes.forward_features(_images(2, image_size, "meta")).shape[1:]
     return Complexity(
@@ -92,13 +93,13 @@ def complexity(model: Network, image_size: int) -> Complexity:
         macs=counts["macs"],
         activations=counts["activations"],
         inputs_read=counts["inputs_read"],
-        # The difference drops what is kept once per batch: weights and the statistics of BatchNorm.
+        # The difference leaves out what is saved once per batch: weights and BatchNorm statistics.
         saved=_saved_numbers(shapes, 3, image_size) - _saved_numbers(shapes, 2, image_size),
         final_map=(channels, height, width),
     )
 
 
-def describe(
+def model_costs(
     name: str,
     num_classes: int,
     image_size: int,
@@ -107,11 +108,11 @@ def describe(
     width: float | None = None,
     depth: float | None = None,
 ) -> dict[str, Any]:
-    """What `effnet-fast info` tells of a model: plain numbers and lists, fit for JSON.
+    """Count what `effnet-fast info` prints about a model: numbers and lists that JSON can hold.
 
     Args:
-        output_stride: None is 8 below 128 px and 32 from there on.
-        width, depth: multipliers of the baseline; None is the variant's own.
+        output_stride: None is `default_output_stride`.
+        width, depth: multipliers of the baseline; None is the variant's.
 
     Raises:
         ValueError: an unknown model or an impossible value.
@@ -141,17 +142,17 @@ def describe(
     }
 
 
-def info_table(description: dict[str, Any]) -> str:
-    """What `describe` returns, laid out for people: one quantity a line, at most 80 characters wide."""
-    side = description["image_size"]
-    memory, traffic = description["training_bytes_per_image"], description["minimum_step_bytes"]
+def costs_table(costs: dict[str, Any]) -> str:
+    """Format `model_costs` as a table: one quantity a line, at most 80 characters wide."""
+    side = costs["image_size"]
+    memory, traffic = costs["training_bytes_per_image"], costs["minimum_step_bytes"]
     rows = [
-        ("parameters", f"{description['parameters']:,}", "trainable numbers"),
-        ("MACs", f"{description['macs']:,}", "multiply-accumulates, one image forward"),
-        ("FLOPs", f"{description['flops']:,}", '2 x MACs (fvcore\'s "flops" are MACs)'),
-        ("activations", f"{description['activations']:,}", "numbers its layers write, one image"),
-        ("final map", " x ".join(map(str, description["final_map"])), "channels x height x width"),
-        ("training state", _size(description["state_bytes"]), "weights, gradients, momentum; fp32"),
+        ("parameters", f"{costs['parameters']:,}", "trainable numbers"),
+        ("MACs", f"{costs['macs']:,}", "multiply-accumulates, one image forward"),
+        ("FLOPs", f"{costs['flops']:,}", '2 x MACs (fvcore\'s "flops" are MACs)'),
+        ("activations", f"{costs['activations']:,}", "numbers its layers write, one image"),
+        ("final map", " x ".join(map(str, costs["final_map"])), "channels x height x width"),
+        ("training state", _size(costs["state_bytes"]), "weights, gradients, momentum; fp32"),
         ("memory per image", f"{_size(memory['bf16'])} / {_size(memory['fp32'])}", "kept for backward; bf16 / fp32"),
         (
             "traffic per step",
@@ -160,14 +161,13 @@ def info_table(description: dict[str, Any]) -> str:
         ),
     ]
     title = (
-        f"{description['model']}, {description['num_classes']} classes, {side} x {side} px, "
-        f"output stride {description['output_stride']}"
+        f"{costs['model']}, {costs['num_classes']} classes, {side} x {side} px, output stride {costs['output_stride']}"
     )
     return "\n".join([title, *(f"  {name:16}  {value:>19}  {meaning}" for name, value, meaning in rows)])
 
 
 def _size(count: int) -> str:
-    """Bytes in decimal units: 42.09 MB."""
+    """Format bytes in decimal units, such as 42.09 MB."""
     scale, unit = next(row for row in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (0, "MB")) if count >= row[0])
     return f"{count / (scale or 1e6):.4g} {unit}"
 
@@ -197,7 +197,7 @@ def _counts(macs: int, inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 
 def _saved_numbers(model: Network, batch_size: int, image_size: int) -> int:
-    """Numbers in the floating-point storages that a forward pass leaves to autograd, each storage once."""
+    """Count the numbers in the floating-point storages that autograd saves, each storage once."""
     storages: dict[int, tuple[Tensor, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:

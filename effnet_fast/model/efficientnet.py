@@ -52,7 +52,7 @@ class EfficientNet(Network):
     def __init__(self, architecture: Architecture, kernels: Kernels = "auto") -> None:
         super().__init__()
         self.architecture = architecture
-        plan = scaling.layout(architecture.width, architecture.depth, architecture.output_stride)
+        self.layout = plan = scaling.layout(architecture.width, architecture.depth, architecture.output_stride)
         style = Style(architecture.padding, architecture.bn_eps, architecture.bn_momentum, kernels)
         self.stem = ConvNormAct(3, plan.stem_channels, 3, plan.stem_stride, style=style)
         self.stages = _stages(plan, architecture.drop_path, style)

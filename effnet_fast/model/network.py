@@ -1,4 +1,4 @@
-"""What every model of the zoo is: features, a linear classifier, and layers in the order of the data."""
+"""The interface of all models: features, a linear classifier, and layers in the order of the data."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Network(nn.Module, ABC):
     """[N, 3, H, W] -> logits [N, num_classes].
 
     Attributes:
-        architecture: a frozen dataclass with all that decides the computation; a checkpoint keeps it.
-        classifier: the linear layer behind the pooling.
+        architecture: a frozen dataclass that fixes the computation; checkpoints hold it.
+        classifier: the linear layer after the pooling.
     """
 
     architecture: Any
@@ -25,27 +25,27 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
-        """What the global pooling sees: [N, C, H / output_stride, W / output_stride], after the activation."""
+        """The input of the global pooling: [N, C, H / output_stride, W / output_stride], after the activation."""
 
     @abstractmethod
     def layers(self) -> dict[str, list[nn.Module]]:
-        """Name -> modules in the order of the data: stem, stages.0, stages.1 and on, perhaps a head, classifier."""
+        """Name -> modules, in the order of the data: stem, stages.0, stages.1 and so on, (head,) classifier."""
 
     def freeze(self, until: str) -> None:
-        """Hold the layers up to and including `until` as they are: no gradients, and evaluation mode in training too.
+        """Freeze the layers up to and including `until`: no gradients, and evaluation mode even while training.
 
         Args:
-            until: a name of `layers()`, or backbone for all but the classifier.
+            until: a name of `layers()`, or `backbone` for all layers but the classifier.
 
         Raises:
-            ValueError: no such layer, or nothing would be left to train.
+            ValueError: there is no such layer, or nothing would be left to train.
         """
         layers = self.layers()
         names = list(layers)[:-1]
         if until not in (*names, "backbone"):
             raise ValueError(f"cannot freeze up to {until!r}; choose one of {', '.join(names)}, backbone")
-        held = names if until == "backbone" else names[: names.index(until) + 1]
-        self._frozen = [module for name in held for module in layers[name]]
+        frozen = names if until == "backbone" else names[: names.index(until) + 1]
+        self._frozen = [module for name in frozen for module in layers[name]]
         for module in self._frozen:
             module.requires_grad_(False).eval()
 

@@ -15,8 +15,8 @@ from effnet_fast.checkpoint import Checkpoint
 from effnet_fast.data.dataset import Channels
 from effnet_fast.data.image import load_image, preprocess
 from effnet_fast.model.blocks import Kernels
-from effnet_fast.model.export import fold_batch_norms
 from effnet_fast.model.network import Network
+from effnet_fast.model.serialize import fold_batch_norms
 from effnet_fast.model.weights import read_safetensors
 from effnet_fast.model.zoo import from_description
 

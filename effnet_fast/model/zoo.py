@@ -1,16 +1,19 @@
-"""Models by name, and from the description that a checkpoint keeps."""
+"""Build models: by name, or from the description that a checkpoint holds."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from effnet_fast.config import LayoutName
 from effnet_fast.model import reference, scaling
 from effnet_fast.model.blocks import Kernels, Padding
 from effnet_fast.model.efficientnet import Architecture, EfficientNet
+from effnet_fast.model.features import FeaturePyramid
 from effnet_fast.model.network import Network
 from effnet_fast.model.reference import DENSENETS, RESNETS, DenseNet, ReferenceArchitecture, ResNet
 from effnet_fast.model.weights import Weights, load_weights, read_weights
@@ -21,16 +24,51 @@ _REFERENCES: dict[str, type[ResNet] | type[DenseNet]] = {
 }
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """A model by name, and where its architecture differs from the variant's.
+
+    Attributes:
+        name: one of `list_models()`.
+        num_classes: outputs of the classifier.
+        image_size: side of the input, in pixels.
+        output_stride: 32, 16, 8 or 4 (reference models: 32 or 8); None is `default_output_stride`.
+        width, depth: multipliers of EfficientNet's baseline; None is the variant's.
+        dropout: before the classifier; None is the variant's, 0 for reference models.
+        drop_path: stochastic depth of EfficientNets; None is 0.2.
+        padding, bn_eps: None is what the pretrained weights need, else symmetric, and 1e-3 (reference models: 1e-5).
+        bn_momentum: None is 0.01 (reference models: 0.1).
+        kernels: auto, triton or torch, see `blocks.Style`. Not part of the architecture, so checkpoints do not hold it.
+    """
+
+    name: str = "efficientnet-b0"
+    num_classes: int = 100
+    image_size: int = 32
+    output_stride: int | None = None
+    width: float | None = None
+    depth: float | None = None
+    dropout: float | None = None
+    drop_path: float | None = None
+    padding: Padding | None = None
+    bn_eps: float | None = None
+    bn_momentum: float | None = None
+    kernels: Kernels = "auto"
+
+
 def list_models() -> list[str]:
-    """Names that `create_model` knows."""
+    """Names that `create_model` accepts.
+
+    >>> list_models()[:3]
+    ['densenet201', 'efficientnet-b0', 'efficientnet-b1']
+    """
     return sorted([*scaling.VARIANTS, *_REFERENCES])
 
 
 def model_name(name: str) -> str:
-    """The name as `list_models` has it: `efficientnet_b0` is read as `efficientnet-b0`.
+    """The name as `list_models` spells it: `efficientnet_b0` becomes `efficientnet-b0`.
 
     Raises:
-        ValueError: an unknown name, with the nearest known ones.
+        ValueError: an unknown name; the message lists the nearest known ones.
     """
     known = list_models()
     key = name.lower()
@@ -45,15 +83,39 @@ def variant(name: str) -> scaling.Variant:
     """The multipliers behind a name; those of a reference model are all 1.
 
     Raises:
-        ValueError: an unknown name, with the nearest known ones.
+        ValueError: an unknown name; the message lists the nearest known ones.
     """
     return scaling.VARIANTS.get(model_name(name), scaling.Variant(dropout=0.0))
 
 
 def default_output_stride(name: str, image_size: int) -> int:
-    """8 for small images, 32 for others; small is below 128 px for EfficientNets, up to 64 for reference models."""
+    """8 for small images, else 32. Small is below 128 px for EfficientNets, up to 64 px for reference models."""
     family = scaling if model_name(name) in scaling.VARIANTS else reference
     return family.default_output_stride(image_size)
+
+
+@overload
+def create_model(
+    name: str,
+    num_classes: int = ...,
+    image_size: int = ...,
+    output_stride: int | None = ...,
+    *,
+    features_only: Literal[True],
+    **options: Any,
+) -> FeaturePyramid: ...
+
+
+@overload
+def create_model(
+    name: str,
+    num_classes: int = ...,
+    image_size: int = ...,
+    output_stride: int | None = ...,
+    *,
+    features_only: Literal[False] = ...,
+    **options: Any,
+) -> Network: ...
 
 
 def create_model(
@@ -62,85 +124,99 @@ def create_model(
     image_size: int = 32,
     output_stride: int | None = None,
     *,
-    width: float | None = None,
-    depth: float | None = None,
-    dropout: float | None = None,
-    drop_path: float | None = None,
-    padding: Padding | None = None,
-    bn_eps: float | None = None,
-    bn_momentum: float | None = None,
-    kernels: Kernels = "auto",
     pretrained: str | Path | Weights | None = None,
     pretrained_layout: LayoutName = "auto",
     allow_unmatched: bool = False,
-) -> Network:
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    **options: Any,
+) -> Network | FeaturePyramid:
     """Build a model by name.
 
     Args:
-        name: one of `list_models()`.
-        num_classes: outputs.
-        image_size: pixels of the input.
-        output_stride: 32, 16, 8 or 4 (reference models: 32 or 8); None is `default_output_stride`.
-        width, depth: multipliers of EfficientNet's baseline; None is the variant's own.
-        dropout: before the classifier; None is the variant's own, 0 for reference models.
-        drop_path: of EfficientNets; None is 0.2.
-        padding, bn_eps: None is what the pretrained weights need, else symmetric, and 1e-3 (reference models: 1e-5).
-        bn_momentum: None is 0.01 (reference models: 0.1).
-        kernels: auto, triton or torch, see `blocks.Style`; no part of the architecture, so a checkpoint lacks it.
-        pretrained: weights to start from, see `weights.read_weights`. A head of another size stays new; that and
-            what else is to be known is said on stderr.
-        pretrained_layout: whose names the file has; auto tells by the names.
-        allow_unmatched: take the tensors that fit and leave out the others, which are listed, rather than refuse.
+        name, num_classes, image_size, output_stride: see `ModelOptions`.
+        pretrained: weights to start from, see `weights.read_weights`. A head of another size keeps its initial values;
+            stderr says so, and which layout was read.
+        pretrained_layout: whose names the file has; with auto, the layout is inferred from tensor names.
+        allow_unmatched: load the tensors that fit and list the others, instead of refusing the file.
+        features_only: return the feature maps of an EfficientNet instead of logits, see `FeaturePyramid`.
+        out_indices: levels of the feature pyramid to return; None returns all.
+        options: the other fields of `ModelOptions`: width, depth, dropout, drop_path, padding, bn_eps, bn_momentum,
+            kernels.
 
     Raises:
         ValueError: an unknown name, an impossible value, or weights that do not fit.
         OSError: the weights cannot be read.
+
+    >>> import torch
+    >>> model = create_model("efficientnet-b0", num_classes=10, image_size=32)
+    >>> model(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
-    key = model_name(name)
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
     if isinstance(pretrained, str | Path):
         pretrained = read_weights(Path(pretrained), pretrained_layout)
-    common: dict[str, Any] = {
-        "num_classes": num_classes,
-        "image_size": image_size,
-        "output_stride": output_stride or default_output_stride(key, image_size),
-        "dropout": variant(key).dropout if dropout is None else dropout,
-    }
-    if pretrained is not None:
-        bn_eps = bn_eps or pretrained.bn_eps(key)
-    common |= {k: v for k, v in (("bn_eps", bn_eps), ("bn_momentum", bn_momentum)) if v is not None}
-    if key in _REFERENCES:
-        _refuse_flags(key, width=width, depth=depth, drop_path=drop_path, padding=padding)
-        model: Network = _REFERENCES[key](ReferenceArchitecture(key, **common), kernels)
-    else:
-        chosen = variant(key)
-        architecture = Architecture(
-            width=chosen.width if width is None else width,
-            depth=chosen.depth if depth is None else depth,
-            drop_path=0.2 if drop_path is None else drop_path,
-            padding=padding or (pretrained.padding if pretrained else "symmetric"),
-            **common,
-        )
-        model = EfficientNet(architecture, kernels)
-    if pretrained is not None:
-        load_weights(model, pretrained, allow_unmatched)
+    model = build_model(
+        ModelOptions(name, num_classes, image_size, output_stride, **options), pretrained, allow_unmatched
+    )
+    if features_only:
+        return FeaturePyramid(model, out_indices)
+    if out_indices is not None:
+        raise ValueError("out_indices chooses levels of the feature pyramid: add features_only=True")
     return model
 
 
-def _refuse_flags(name: str, **flags: object) -> None:
-    for flag, value in flags.items():
-        if value not in (None, 0, "symmetric"):
-            raise ValueError(f"{name} has no {flag}: that is EfficientNet's; leave it out")
+def build_model(options: ModelOptions, weights: Weights | None = None, allow_unmatched: bool = False) -> Network:
+    """Build the model that the options describe, and load weights into it; see `create_model`."""
+    key = model_name(options.name)
+    if options.num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, not {options.num_classes}")
+    if key in _REFERENCES:
+        model: Network = _REFERENCES[key](_reference_architecture(key, options, weights), options.kernels)
+    else:
+        model = EfficientNet(_architecture(key, options, weights), options.kernels)
+    if weights is not None:
+        load_weights(model, weights, allow_unmatched)
+    return model
+
+
+def _architecture(name: str, options: ModelOptions, weights: Weights | None) -> Architecture:
+    multipliers = variant(name)
+    return Architecture(
+        width=multipliers.width if options.width is None else options.width,
+        depth=multipliers.depth if options.depth is None else options.depth,
+        drop_path=0.2 if options.drop_path is None else options.drop_path,
+        padding=options.padding or (weights.padding if weights else "symmetric"),
+        **_shared_fields(name, options, weights),
+    )
+
+
+def _reference_architecture(name: str, options: ModelOptions, weights: Weights | None) -> ReferenceArchitecture:
+    for field in ("width", "depth", "drop_path", "padding"):
+        if getattr(options, field) not in (None, 0, "symmetric"):
+            raise ValueError(f"{name} has no {field}: that is EfficientNet's; leave it out")
+    return ReferenceArchitecture(name, **_shared_fields(name, options, weights))
+
+
+def _shared_fields(name: str, options: ModelOptions, weights: Weights | None) -> dict[str, Any]:
+    """The fields that both kinds of architecture have."""
+    fields = {
+        "num_classes": options.num_classes,
+        "image_size": options.image_size,
+        "output_stride": options.output_stride or default_output_stride(name, options.image_size),
+        "dropout": variant(name).dropout if options.dropout is None else options.dropout,
+        "bn_eps": options.bn_eps or (weights.bn_eps(name) if weights else None),
+        "bn_momentum": options.bn_momentum,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def from_description(description: dict[str, Any], kernels: Kernels = "auto") -> Network:
-    """Rebuild the model a checkpoint describes (`dataclasses.asdict` of its architecture).
+    """Rebuild the model that a checkpoint describes (`dataclasses.asdict` of its architecture).
 
     Raises:
-        ValueError: the description is of no model known here.
+        ValueError: the description is of an unknown kind of model.
     """
-    # Checkpoints from before there were reference models name no family.
+    # The first checkpoints, from before there were reference models, name no family.
     family = description.get("family", "efficientnet")
     architecture = ReferenceArchitecture if family == "reference" else Architecture
     known = {field.name for field in dataclasses.fields(architecture)}

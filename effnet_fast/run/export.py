@@ -10,7 +10,7 @@ from pathlib import Path
 from effnet_fast import __version__, checkpoint
 from effnet_fast.config import ExportConfig
 from effnet_fast.model import Network
-from effnet_fast.model.export import fold_batch_norms, to_onnx, to_safetensors, to_torch_export
+from effnet_fast.model.serialize import fold_batch_norms, to_onnx, to_safetensors, to_torch_export
 from effnet_fast.model.trained import TrainedModel, load
 
 _FORMATS: dict[str, tuple[str, Callable[[Network, Mapping[str, str]], bytes]]] = {

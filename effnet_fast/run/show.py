@@ -23,18 +23,18 @@ def plot(config: PlotConfig) -> int:
 
 def info(config: InfoConfig) -> int:
     """Run `effnet-fast info`: what a model costs."""
-    from effnet_fast.model.complexity import describe, info_table
+    from effnet_fast.model.complexity import costs_table, model_costs
 
     size = resolve_image_size(config.image_size, config.model, native=32)
-    facts = describe(
+    facts = model_costs(
         config.model, config.num_classes, size, config.output_stride, width=config.width, depth=config.depth
     )
-    print(json.dumps(facts, indent=2) if config.json else info_table(facts))
+    print(json.dumps(facts, indent=2) if config.json else costs_table(facts))
     return 0
 
 
 def show_data(config: DataConfig) -> int:
-    """Run `effnet-fast data`: download, verify and describe a data set, draw a sheet of samples, export test images."""
+    """Run `effnet-fast data`: download, verify and summarize a data set, draw samples, export test images."""
     from effnet_fast.data.dataset import limit
     from effnet_fast.data.sheet import sample_sheet, save_images, summarize
 

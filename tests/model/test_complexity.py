@@ -14,7 +14,7 @@ from fvcore.nn import ActivationCountAnalysis
 from torch import nn
 
 from effnet_fast.model import batch_norms, create_model
-from effnet_fast.model.complexity import BF16, FP32, Complexity, complexity, describe, info_table
+from effnet_fast.model.complexity import BF16, FP32, Complexity, complexity, costs_table, model_costs
 
 GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden_complexity.json").read_text())
 
@@ -90,7 +90,7 @@ def test_hooks_agree_with_golden(row):
 
 @pytest.mark.parametrize("row", traced(GOLDEN))
 def test_complexity_is_golden(row):
-    described = describe(row["model"], row["num_classes"], row["image_size"], row["output_stride"])
+    described = model_costs(row["model"], row["num_classes"], row["image_size"], row["output_stride"])
     assert {key: described[key] for key in row} == row
 
 
@@ -186,20 +186,20 @@ def test_padding_of_tensorflow_costs_the_same():
 
 
 def test_describe_chooses_the_stride_and_is_fit_for_json():
-    described = describe("efficientnet-b0", 10, 32, None)
+    described = model_costs("efficientnet-b0", 10, 32, None)
     assert (described["output_stride"], described["final_map"]) == (8, [1280, 4, 4])
     assert json.loads(json.dumps(described)) == described
 
 
 def test_describe_refuses_an_unknown_model():
     with pytest.raises(ValueError, match="did you mean efficientnet-b1"):
-        describe("efficientnet-b11", 100, 32, None)
+        model_costs("efficientnet-b11", 100, 32, None)
 
 
 @pytest.mark.parametrize("size", [32, 224])
 def test_table_names_macs_and_flops_and_fits_a_terminal(size):
-    described = describe("efficientnet-b0", 100, size, None)
-    lines = info_table(described).splitlines()
+    described = model_costs("efficientnet-b0", 100, size, None)
+    lines = costs_table(described).splitlines()
     assert max(map(len, lines)) <= 80
     assert any("MACs" in line and f"{described['macs']:,}" in line for line in lines)
     assert any("FLOPs" in line and f"{described['flops']:,}" in line for line in lines)
@@ -207,4 +207,4 @@ def test_table_names_macs_and_flops_and_fits_a_terminal(size):
 
 @pytest.mark.slow
 def test_table_of_the_largest_model_fits_a_terminal():
-    assert max(map(len, info_table(describe("efficientnet-b7", 1000, 600, 32)).splitlines())) <= 80
+    assert max(map(len, costs_table(model_costs("efficientnet-b7", 1000, 600, 32)).splitlines())) <= 80

@@ -13,9 +13,9 @@ from torch import nn
 from effnet_fast import create_model, list_models
 from effnet_fast.model import Network, batch_norms, default_output_stride, from_description
 from effnet_fast.model.blocks import Conv, ConvNormAct, Kernels, MBConv, Style
-from effnet_fast.model.complexity import describe
-from effnet_fast.model.export import fold_batch_norms
+from effnet_fast.model.complexity import model_costs
 from effnet_fast.model.reference import Bottleneck, ReferenceArchitecture
+from effnet_fast.model.serialize import fold_batch_norms
 from effnet_fast.train.evaluate import recalibrate
 
 KERNELS: tuple[Kernels, ...] = ("triton", "torch")
@@ -59,7 +59,7 @@ def test_final_map_and_classifier(name: str) -> None:
 
 
 def test_macs_are_the_published_ones() -> None:
-    described = describe("resnet50", 1000, 224, None)
+    described = model_costs("resnet50", 1000, 224, None)
     assert described["parameters"] == PARAMETERS["resnet50"]
     assert described["macs"] == pytest.approx(4.09e9, rel=0.01)  # torchvision's table
     assert described["final_map"] == [2048, 7, 7]

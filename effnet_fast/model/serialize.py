@@ -1,6 +1,6 @@
-"""A model for use elsewhere: BatchNorm folded away, and the bytes of a safetensors, ONNX or torch.export file.
+"""Fold BatchNorm, and serialize a model as safetensors, ONNX or torch.export.
 
-All three carry the same metadata, strings each of which is JSON; `run/export.py` lists them.
+All three formats carry the same metadata, a JSON string for each key; `run/export.py` writes them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from effnet_fast.model.blocks import BatchNorm, Conv
 from effnet_fast.model.network import Network
 
-_EXAMPLE_BATCH = 2  # images of the trace; torch.export takes 1 for a constant
+_EXAMPLE_BATCH = 2  # images of the trace; torch.export specialises on a batch of 1
 
 
 @torch.no_grad()
 def fold_batch_norms(model: Network) -> None:
-    """Fold every BatchNorm that follows a convolution into it, in place: conv(x) W gamma rstd + beta - mean gamma rstd.
+    """Fold BatchNorm into the convolution before it, in place: W' = W gamma rstd, b' = beta - mean gamma rstd.
 
-    The model must be built with kernels="torch" and computes the same in evaluation. A BatchNorm before a convolution,
-    as DenseNet has, stays.
+    The model must be built with kernels="torch". In evaluation mode it computes the same as before. A BatchNorm in
+    front of a convolution, as in DenseNet, stays.
     """
     for parent in model.modules():
         for (_, conv), (name, norm) in pairwise(parent.named_children()):
@@ -40,7 +40,7 @@ def fold_batch_norms(model: Network) -> None:
 
 
 def to_safetensors(model: Network, metadata: Mapping[str, str]) -> bytes:
-    """The state dict and the metadata."""
+    """Serialize the state dict and the metadata as a safetensors file."""
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -48,8 +48,8 @@ def to_safetensors(model: Network, metadata: Mapping[str, str]) -> bytes:
 
 
 def to_torch_export(model: Network, metadata: Mapping[str, str]) -> bytes:
-    """A program for `torch.export.load`, whose `extra_files` hold the metadata; images [N, 3, S, S] for any N."""
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # saving warns of other strides
+    """Serialize a program for `torch.export.load`: images [N, 3, S, S], any N; `extra_files` hold the metadata."""
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch warns about other strides
     program = torch.export.export(model, _example(model), dynamic_shapes=_any_batch())
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files=dict(metadata))
@@ -57,16 +57,16 @@ def to_torch_export(model: Network, metadata: Mapping[str, str]) -> bytes:
 
 
 def to_onnx(model: Network, metadata: Mapping[str, str]) -> bytes:
-    """An ONNX model of `images` [N, 3, S, S] -> `logits` [N, num_classes] for any N; the metadata are its properties.
+    """Serialize an ONNX model: `images` [N, 3, S, S], any N -> `logits` [N, num_classes]; properties hold the metadata.
 
     Raises:
         ValueError: onnx or onnxscript is not installed.
     """
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise ValueError("--format onnx needs onnx and onnxscript: pip install 'effnet-fast[export]'")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it regrets that torchvision is not here
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # a note that torchvision is missing
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.onnx.export(
             model,
             _example(model),

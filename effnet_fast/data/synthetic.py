@@ -8,6 +8,7 @@ the bit.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 
@@ -87,8 +88,9 @@ TEXTURES: dict[str, Pattern] = {
 CLASSES = tuple(f"{shape} on {texture}" for shape in SHAPES for texture in TEXTURES)
 
 
+@functools.lru_cache(maxsize=2)  # a search trains many models in one process; rendering takes a second each time
 def load_synthetic(seed: int = 0, train_size: int = 10_000, test_size: int = 2_000, size: int = 32) -> Dataset:
-    """Render a hundred classes of procedural images; image i is of class i % 100.
+    """Render a hundred classes of procedural images, as read-only arrays; image i is of class i % 100.
 
     Args:
         seed: key of every image.
@@ -113,6 +115,7 @@ def _split(seed: int, purpose: int, count: int, size: int) -> ArraySplit:
     for start in range(0, count, _CHUNK):
         chunk = indices[start : start + _CHUNK]
         images[chunk] = _render(seed, purpose, chunk, size)
+    images.setflags(write=False)
     return ArraySplit(images, indices % len(CLASSES))
 
 

@@ -141,8 +141,10 @@ class TrainConfig:
     activation_checkpointing: bool = operational(False)
     """Recompute the activations of each MBConv block in the backward pass: less memory, about a third more arithmetic,
     the same result."""
-    sync_batchnorm: bool = True
-    """Share BatchNorm statistics among ranks, so that a step does not depend on the number of ranks."""
+    sync_batchnorm: Literal["auto"] | bool = "auto"
+    """Share BatchNorm statistics among ranks, so that a step does not depend on the number of ranks. auto shares them
+    up to 32 images per rank; above, a rank's own statistics are accurate enough, and sharing costs two small
+    collectives per BatchNorm and step. Statistics that are not shared are averaged before each evaluation."""
     deterministic: bool = False
     """Use only deterministic algorithms on CUDA, at some cost in speed; CPU runs are always deterministic."""
 

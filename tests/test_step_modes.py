@@ -20,6 +20,7 @@ from effnet_fast.model import recompute_blocks
 from effnet_fast.model.blocks import MBConv, Style
 from effnet_fast.model.complexity import complexity
 from effnet_fast.run import training
+from effnet_fast.run.plan import make_plan
 from effnet_fast.run.resolve import compile_model, compile_options, resolve_step, set_backends
 
 CPU, GPU = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda"))
@@ -216,3 +217,18 @@ def test_ddp_cuts_graphs_between_blocks_and_never_a_checkpointed_one(one_rank, m
     model(torch.randn(2, 4, 6, 6)).square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in blocks.parameters())
     assert (len(graphs) > 2) is not recomputes
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "shared"),
+    [
+        ({"batch_size": 64}, 2, True),
+        ({"batch_size": 66}, 2, False),
+        ({"batch_size": 66, "grad_accumulation": 3}, 2, True),
+        ({"batch_size": 66, "sync_batchnorm": True}, 2, True),
+        ({"batch_size": 64, "sync_batchnorm": False}, 2, False),
+    ],
+)
+def test_small_shares_of_a_batch_share_their_statistics(flags, ranks, shared):
+    config = TrainConfig(dataset="synthetic", limit_train=100, device="cpu", **flags)
+    assert make_plan(config, World(0, ranks, torch.device("cpu")), None).sync_batchnorm == shared

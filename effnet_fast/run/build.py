@@ -81,7 +81,7 @@ def build_model(plan: Plan, device: torch.device) -> Network:
     if config.freeze:
         model.freeze(config.freeze)
     for norm in batch_norms(model):
-        norm.synchronised = config.sync_batchnorm
+        norm.synchronised = plan.sync_batchnorm
     _check_batch_norm(plan, model)
     if config.activation_checkpointing:
         recompute_blocks(model)
@@ -95,7 +95,7 @@ def _check_batch_norm(plan: Plan, model: Network) -> None:
         ValueError: BatchNorm would have one value per channel.
     """
     config = plan.config
-    images = plan.images_per_pass * (plan.world.size if config.sync_batchnorm else 1)
+    images = plan.images_per_pass * (plan.world.size if plan.sync_batchnorm else 1)
     if images > 1 or not any(norm.weight.requires_grad for norm in batch_norms(model)):
         return
     with evaluating(model):

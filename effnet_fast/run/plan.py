@@ -30,6 +30,9 @@ from effnet_fast.train.loop import Progress
 STALE_TIME_CONSTANTS = 20
 CALIBRATION_BATCHES = 50
 
+# `--sync_batchnorm auto` shares statistics among ranks up to this many images per rank and pass.
+MOST_SHARED_IMAGES = 32
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -82,6 +85,13 @@ class Plan:
     def images_per_pass(self) -> int:
         """Images of one forward and backward pass on one rank."""
         return self.config.batch_size // self.world.size // self.accumulation
+
+    @property
+    def sync_batchnorm(self) -> bool:
+        """Whether ranks share BatchNorm statistics; the same however many ranks resume the run."""
+        if self.config.sync_batchnorm == "auto":
+            return self.max_images_per_pass <= MOST_SHARED_IMAGES
+        return self.config.sync_batchnorm
 
     @property
     def eval_split(self) -> str:

@@ -153,7 +153,7 @@ class _Training:
     def _save(self) -> None:
         plan, config = self.plan, self.plan.config
         # Ranks have statistics of their own unless BatchNorm is synchronised.
-        differs = plan.world.size > 1 and not config.sync_batchnorm
+        differs = plan.world.size > 1 and not plan.sync_batchnorm
         mine = {
             "loader": self.parts.loader.state_dict(),
             "statistics": self.step.statistics.copy().cpu() if differs else None,
@@ -206,7 +206,7 @@ class _Training:
 
     def _evaluate(self) -> None:
         start = time.perf_counter()
-        if not self.plan.config.sync_batchnorm:
+        if not self.plan.sync_batchnorm:
             self.step.statistics.average_over_ranks()
         raw = self._evaluate_weights()
         row: dict[str, Any] = {"split": self.plan.eval_split, "loss": raw.loss, "top1": raw.top1, "top5": raw.top5}

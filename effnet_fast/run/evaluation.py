@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-from effnet_fast import distributed
+import torch
+
+from effnet_fast import data, distributed
 from effnet_fast.checkpoint import Checkpoint
-from effnet_fast.config import EvalConfig
+from effnet_fast.config import EvalConfig, TrainConfig
+from effnet_fast.data import Dataset, Split
 from effnet_fast.data.choose_loader import choose_loader, make_loader
+from effnet_fast.data.dataset import limit
 from effnet_fast.data.loader import LoaderSpec
-from effnet_fast.model.trained import from_checkpoint
-from effnet_fast.run.resolve import load_dataset, loader_dtype, resolve_precision, set_backends, worker_count
+from effnet_fast.model.trained import TrainedModel, from_checkpoint
+from effnet_fast.run.output import check_writable
+from effnet_fast.run.resolve import loader_dtype, resolve_precision, set_backends, worker_count
 from effnet_fast.run.restore import config_of
 from effnet_fast.train.evaluate import evaluate
 
@@ -20,59 +24,102 @@ def evaluate_checkpoint(config: EvalConfig) -> int:
     """Run `effnet-fast eval`: print loss, top-1 and top-5; write per-class accuracy (CSV) and confusion matrix (PNG).
 
     Raises:
-        ValueError, OSError: for what the user can mend, each with one line.
+        ValueError, OSError: a user's mistake, in one line.
     """
     from effnet_fast.report.confusion import plot_confusion, write_per_class
 
     path = Path(config.checkpoint)
-    saved = Checkpoint.read(path)
-    settings = config_of(saved)
+    checkpoint = Checkpoint.read(path)
+    folder = Path(config.output_dir) if config.output_dir else path.parent
+    check_writable(folder, "--output_dir", create=True)
     device = distributed.choose_device(config.device)
     set_backends(deterministic=False)
-    source = config.data_dir or settings.data_dir
-    dataset = load_dataset(
-        dataclasses.replace(settings, data_dir=source, limit_train=None, limit_eval=config.limit_eval)
-    )
-    if list(dataset.classes) != list(saved.classes):
-        present, expected = (", ".join(classes[:3]) for classes in (list(dataset.classes), saved.classes))
-        raise ValueError(
-            f"{source} has {len(dataset.classes)} classes ({present}, ...), {path} was trained on "
-            f"{len(saved.classes)} others ({expected}, ...): give the --data_dir of its data set"
-        )
-    split = getattr(dataset, config.split)
-    if split is None:
-        raise ValueError(
-            f"the run held out no validation images (--val_fraction 0); use --split test, not {config.split}"
-        )
-    trained = from_checkpoint(saved, config.weights, device)
+    split = _load_split(config, checkpoint)
+    trained = from_checkpoint(checkpoint, config.weights, device)
     precision = resolve_precision(str(config.mixed_precision), device)
-    spec = LoaderSpec(
-        batch_size=min(config.batch_size, len(split)),
-        image_size=trained.image_size,
-        mean=trained.mean,
-        std=trained.std,
-        device=device,
-        dtype=loader_dtype(precision, device),
-        seed=0,
-        rank=0,
-        world=1,
-        num_workers=worker_count(config.num_workers),
-        augment=None,
-    )
     kind, reason = choose_loader(config.loader, split, device)
-    loader = make_loader(kind, split, spec)
+    loader = make_loader(kind, split, _loader_spec(config, trained, len(split), loader_dtype(precision, device)))
     result = evaluate(
-        trained.model, loader.epoch(0), num_classes=len(saved.classes), precision=precision, device=device
+        trained.model, loader.epoch(0), num_classes=len(trained.classes), precision=precision, device=device
     )
     loader.close()
     print(
         f"{path}: {config.split} loss {result.loss:.4f}  top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %"
         f"  ({result.images} images; {reason})"
     )
-    folder = Path(config.output_dir) if config.output_dir else path.parent
-    folder.mkdir(parents=True, exist_ok=True)
     table, picture = folder / f"{config.split}-per-class.csv", folder / f"{config.split}-confusion.png"
-    write_per_class(table, saved.classes, result.confusion.numpy())
-    plot_confusion(picture, saved.classes, result.confusion.numpy())
+    write_per_class(table, trained.classes, result.confusion.numpy())
+    plot_confusion(picture, trained.classes, result.confusion.numpy())
     print(f"written: {table}, {picture}")
     return 0
+
+
+def _load_split(config: EvalConfig, checkpoint: Checkpoint) -> Split:
+    """Load the images to evaluate.
+
+    Raises:
+        ValueError: the data set has other classes, or is not the run's where that decides the split; there is no such
+            split; a limit does not fit.
+        OSError: the data set cannot be read.
+    """
+    settings = config_of(checkpoint)
+    dataset = _load_dataset(config, settings)
+    _check_dataset(config, settings, checkpoint, dataset)
+    split = getattr(dataset, config.split)
+    if split is None:
+        raise ValueError(
+            f"the run held out no validation images (--val_fraction 0); use --split test, not {config.split}"
+        )
+    limit_train = settings.limit_train if config.split == "train" else None
+    for count in (limit_train, config.limit_eval):
+        split = split if count is None else limit(split, count, settings.seed)
+    return split
+
+
+def _load_dataset(config: EvalConfig, settings: TrainConfig) -> Dataset:
+    try:
+        return data.load_dataset(
+            settings.dataset,
+            config.data_dir or settings.data_dir,
+            seed=settings.seed,
+            val_fraction=0.0 if config.split == "test" else settings.val_fraction,
+            on_bad_image=settings.on_bad_image,
+            download=config.data_dir is not None,  # the run had its data
+        )
+    except FileNotFoundError as error:
+        if config.data_dir is not None:
+            raise
+        raise FileNotFoundError(f"{error}; if the run's data set has moved, name its folder with --data_dir") from error
+
+
+def _check_dataset(config: EvalConfig, settings: TrainConfig, checkpoint: Checkpoint, dataset: Dataset) -> None:
+    source, path = config.data_dir or settings.data_dir, config.checkpoint
+    if list(dataset.classes) != list(checkpoint.classes):
+        present, expected = (", ".join(classes[:3]) for classes in (dataset.classes, checkpoint.classes))
+        raise ValueError(
+            f"{source} has {len(dataset.classes)} classes ({present}, ...), {path} was trained on "
+            f"{len(checkpoint.classes)} others ({expected}, ...): give the --data_dir of its data set"
+        )
+    # Which training images were held out, or left out by a limit, depends on all of them.
+    is_drawn = config.split == "train" or (config.split == "val" and settings.val_fraction > 0)
+    if is_drawn and dataset.fingerprint != checkpoint.fingerprint:
+        raise ValueError(
+            f"{source} is not the data that {path} was trained on (the images or labels differ), so its {config.split} "
+            "split cannot be drawn again: restore the data, or use --split test"
+        )
+
+
+def _loader_spec(config: EvalConfig, trained: TrainedModel, images: int, dtype: torch.dtype) -> LoaderSpec:
+    return LoaderSpec(
+        batch_size=min(config.batch_size, images),
+        image_size=trained.image_size,
+        mean=trained.mean,
+        std=trained.std,
+        device=trained.device,
+        dtype=dtype,
+        seed=0,
+        rank=0,
+        world=1,
+        num_workers=worker_count(config.num_workers),
+        augment=None,
+    )

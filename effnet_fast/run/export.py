@@ -12,6 +12,7 @@ from effnet_fast.config import ExportConfig
 from effnet_fast.model import Network
 from effnet_fast.model.serialize import fold_batch_norms, to_onnx, to_safetensors, to_torch_export
 from effnet_fast.model.trained import TrainedModel, load
+from effnet_fast.run.output import check_writable
 
 _FORMATS: dict[str, tuple[str, Callable[[Network, Mapping[str, str]], bytes]]] = {
     "safetensors": (".safetensors", to_safetensors),
@@ -33,6 +34,7 @@ def export(config: ExportConfig) -> int:
         raise ValueError(f"--output {output}: the name of a {config.format} file must end in {suffix}")
     if output.resolve() == path.resolve():
         raise ValueError(f"{output} is the file to export: choose another --output")
+    check_writable(output.parent, "--output")
     trained = load(path, config.weights, "cpu", kernels="torch")
     if config.fold_batchnorm and not trained.folded:
         fold_batch_norms(trained.model)

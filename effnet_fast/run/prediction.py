@@ -15,6 +15,7 @@ import torch
 from effnet_fast import checkpoint
 from effnet_fast.config import PredictConfig
 from effnet_fast.model.trained import Prediction, TrainedModel, load
+from effnet_fast.run.output import check_writable
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -26,8 +27,8 @@ def predict(config: PredictConfig) -> int:
         ValueError, OSError: a user's mistake, in one line.
     """
     paths = _image_files(config.images)
-    if config.output and not Path(config.output).parent.is_dir():
-        raise ValueError(f"--output {config.output}: there is no folder {Path(config.output).parent}; make it first")
+    if config.output:
+        check_writable(Path(config.output).parent, "--output")
     model = load(config.checkpoint, config.weights, config.device)
     predictions: dict[Path, list[Prediction]] = {}
     try:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,7 +169,8 @@ class _Training:
             classes=list(plan.dataset.classes),
             mean=plan.dataset.mean,
             std=plan.dataset.std,
-            config=dataclasses.asdict(config),
+            # An absolute path, so that `eval` finds the data from any folder.
+            config=dataclasses.asdict(config) | {"data_dir": str(Path(config.data_dir).absolute())},
             fingerprint=plan.dataset.fingerprint,
             progress=dataclasses.asdict(self.progress),
             result=self.last_result,

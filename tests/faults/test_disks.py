@@ -1,14 +1,19 @@
 """Full and read-only disks: the old checkpoint stays, training goes on, and stops if it cannot save twice."""
 
+import dataclasses
 import errno
 import os
+import subprocess
 import threading
 import time
 
 import pytest
 import torch
 
-from effnet_fast import checkpoint, cli
+from command_line import run
+from effnet_fast import checkpoint, cli, create_model
+from effnet_fast.config import TrainConfig
+from effnet_fast.data import load_dataset
 from effnet_fast.train import record
 from effnet_fast.train.writer import Writer, snapshot
 
@@ -156,8 +161,6 @@ def test_rows_that_a_full_disk_refuses_come_later(tmp_path, tmpfs, fill):
 
 
 def test_a_read_only_folder_is_one_line(tmpfs, small, capsys):
-    import subprocess
-
     disk = tmpfs(4)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(SystemExit) as done:
@@ -198,3 +201,28 @@ def test_a_run_that_cannot_save_twice_stops_and_keeps_what_it_had(runs, tmpfs, f
     again = runs.train("full", f"--save_dir {disk} --num_epochs 40")
     assert again.end() == 0, again.said
     assert "resuming at step" in again.said
+
+
+def test_outputs_beside_read_only_files_name_the_flag(tmpfs, capsys):
+    """As on Kaggle, where data and checkpoints lie in a read-only folder."""
+    disk = tmpfs(16)
+    model = create_model("efficientnet-b0", width=0.25, depth=0.3)
+    state = {
+        "model": model.state_dict(),
+        "ema": None,
+        "config": dataclasses.asdict(TrainConfig(dataset="synthetic")),
+        "architecture": dataclasses.asdict(model.architecture),
+        "classes": list(load_dataset("synthetic", "").classes),
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
+    checkpoint.save(disk / "last.pt", state)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for line, flag in (
+        (f"eval --checkpoint {disk}/last.pt --device cpu", "--output_dir"),
+        (f"export --checkpoint {disk}/last.pt", "--output"),
+        (f"data --dataset synthetic --data_dir {disk}", "--output"),
+    ):
+        run(line, expected=2)
+        message = f"error: cannot write to {disk} (Read-only file system): choose another place with {flag}\n"
+        assert capsys.readouterr().err == message

@@ -1,0 +1,26 @@
+"""Check the folder of an output before the work starts."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+
+def check_writable(folder: Path, flag: str, create: bool = False) -> None:
+    """Check that files can be written to a folder.
+
+    Args:
+        folder: of the output.
+        flag: that names another place for the output.
+        create: create the folder if it is missing.
+
+    Raises:
+        OSError: the folder is missing, read-only or not permitted; the message names the flag.
+    """
+    try:
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another place with {flag}") from error

@@ -1,0 +1,130 @@
+"""The verb eval: which images a split has, and where data and outputs are."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from command_line import run
+from effnet_fast import checkpoint
+
+QUICK = "--loader torch --num_workers 0 --device cpu"
+
+
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    start = len(list(folder.iterdir()))
+    for i in range(start, start + count):
+        random = np.random.default_rng([len(folder.name), i])
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i:02}.png")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("cat", "horse"):
+        write_images(folder / "train" / name, 20)
+        write_images(folder / "test" / name, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on 12 of the 30 images that are left after 10 of 40 are held out; it names its data by a relative path."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(data_dir.parent)
+        run(
+            f"train --dataset folder --data_dir {data_dir.name} --width 0.25 --depth 0.3 --batch_size 4 --num_epochs 1 "
+            f"--val_fraction 0.25 --limit_train 12 --save_dir {folder} --run_name tiny {QUICK}"
+        )
+    return folder / "tiny" / "last.pt"
+
+
+@pytest.mark.parametrize(
+    ("flags", "images"),
+    [
+        ("--split test", 8),
+        ("--split val", 10),
+        ("--split train", 12),  # the run's --limit_train
+        ("--split train --limit_eval 5", 5),
+        ("--split val --limit_eval 5", 5),
+    ],
+)
+def test_images_of_a_split(trained: Path, tmp_path: Path, capsys, flags: str, images: int) -> None:
+    run(f"eval --checkpoint {trained} --output_dir {tmp_path} {flags} {QUICK}")
+    assert re.search(rf"\({images} images; ", capsys.readouterr().out)
+    (table,) = tmp_path.glob("*-per-class.csv")
+    assert sum(int(row["images"]) for row in csv.DictReader(table.open())) == images
+
+
+@pytest.fixture
+def changed(data_dir: Path, tmp_path: Path) -> Path:
+    """The data set with one more training image."""
+    folder = tmp_path / "changed"
+    shutil.copytree(data_dir, folder)
+    write_images(folder / "train" / "cat", 1)
+    return folder
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_drawn_splits_of_changed_data_are_refused(trained: Path, changed: Path, capsys, split: str) -> None:
+    """The added image changes which images are held out."""
+    run(f"eval --checkpoint {trained} --data_dir {changed} --split {split} {QUICK}", expected=2)
+    message = capsys.readouterr().err
+    assert f"{changed} is not the data that {trained} was trained on (the images or labels differ)" in message
+    assert "use --split test" in message
+    assert message.count("\n") == 1
+
+
+def test_test_images_may_be_of_other_data(trained: Path, changed: Path, tmp_path: Path, capsys) -> None:
+    write_images(changed / "test" / "cat", 3)
+    run(f"eval --checkpoint {trained} --data_dir {changed} --output_dir {tmp_path}/out {QUICK}")
+    assert "(11 images; " in capsys.readouterr().out
+
+
+def test_a_relative_data_dir_is_found_from_another_folder(
+    trained: Path, data_dir: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    assert checkpoint.load(trained)["config"]["data_dir"] == str(data_dir)
+    monkeypatch.chdir(tmp_path)
+    run(f"eval --checkpoint {trained} --output_dir {tmp_path} {QUICK}")
+    assert "(8 images; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset", ["folder", "cifar100"])
+def test_moved_data_is_not_downloaded_and_the_flag_is_named(
+    trained: Path, tmp_path: Path, capsys, monkeypatch, dataset: str
+) -> None:
+    """Older checkpoints hold relative paths, which may name another folder now."""
+    state = checkpoint.load(trained)
+    state["config"] |= {"data_dir": "data", "dataset": dataset}
+    torch.save(state, tmp_path / "last.pt")
+    monkeypatch.chdir(tmp_path)
+    run(f"eval --checkpoint last.pt {QUICK}", expected=2)
+    message = capsys.readouterr().err
+    assert "if the run's data set has moved, name its folder with --data_dir" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "data" / "cifar-100-python.tar.gz.part").exists()
+
+
+def test_an_unwritable_place_is_refused_with_the_flag(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "folder"  # whoever the user is, no folder can be created in a file
+    for line, flag in (
+        (f"eval --checkpoint {trained} --output_dir {place} {QUICK}", "--output_dir"),
+        (f"export --checkpoint {trained} --output {place}/model.safetensors", "--output"),
+        (f"data --dataset folder --data_dir {data_dir} --output {place}/samples.png", "--output"),
+        (f"predict --checkpoint {trained} {data_dir} --output {place}/table.csv", "--output"),
+    ):
+        run(line, expected=2)
+        message = capsys.readouterr().err
+        assert f"cannot write to {place} (Not a directory): choose another place with {flag}\n" in message
+        assert message.count("\n") == 1

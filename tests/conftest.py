@@ -22,6 +22,25 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cached_costs():
+    """Searches and studies of all tests count the cost of a model once, since fvcore takes a second for it."""
+    from effnet_fast.search import family
+
+    counted = {}
+    complexity = family.complexity
+
+    def cached(model, image_size):
+        key = repr(model), image_size
+        if key not in counted:
+            counted[key] = complexity(model, image_size)
+        return counted[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family, "complexity", cached)
+        yield
+
+
 @pytest.fixture(scope="session")
 def cifar100_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the real cifar-100-python/: EFFNET_FAST_CIFAR100, or unpacked from beside the repository."""

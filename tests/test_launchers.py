@@ -194,8 +194,8 @@ def test_a_slurm_job_that_ends_is_not_queued_again(stand_ins, status):
 
 
 @needs_installation
-def test_all_ranks_of_a_machine_train_and_only_the_first_writes(tmp_path):
-    """For real, under torchrun; a hook in the interpreter of the other rank notes each file opened for writing."""
+def test_two_ranks_train_evaluate_every_image_once_and_only_the_first_writes(tmp_path):
+    """Under torchrun; a hook in each rank's interpreter notes the files it opens for writing."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "def note(event, arguments):\n"
@@ -209,13 +209,20 @@ def test_all_ranks_of_a_machine_train_and_only_the_first_writes(tmp_path):
         "    sys.addaudithook(note)\n"
     )
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    flags = f"{SMALL} --val_fraction 0.1 --save_dir {tmp_path}/results --run_name node".split()
-    done = launch("train_node.sh", *flags, env=environment(NPROC_PER_NODE="2", PYTHONPATH=path))
+    flags = f"{SMALL} --sync_batchnorm true --grad_accumulation 2 --val_fraction 0.1 --limit_eval 37"
+    flags += f" --save_dir {tmp_path}/results --run_name node"
+    done = launch("train_node.sh", *flags.split(), env=environment(NPROC_PER_NODE="2", PYTHONPATH=path))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr
     assert done.stdout.startswith("+ torchrun --rdzv-backend bound --rdzv-endpoint localhost:0 --rdzv-id ")
     assert " --nproc-per-node 2 --max-restarts 3 -m effnet_fast train " in done.stdout.splitlines()[0]
     assert "on 2 x cpu" in done.stdout
-    assert checkpoint.load(tmp_path / "results" / "node" / "last.pt")["progress"]["finished"]
+    state = checkpoint.load(tmp_path / "results" / "node" / "last.pt")
+    assert state["progress"]["finished"]
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in state["model"])
+    # Of 37 images, an odd number for two ranks: a top-1 in steps of 1/37 shows that each was counted once.
+    hits = state["result"]["top1"] * 37 / 100
+    assert hits == pytest.approx(round(hits), abs=1e-9)
     wrote = {rank: (tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)}
     assert any("last.pt" in path for path in wrote[0])
     assert [path for path in wrote[1] if "results" in path] == []

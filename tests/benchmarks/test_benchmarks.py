@@ -253,7 +253,8 @@ def test_roofline_of_a_named_chip_needs_no_gpu(tmp_path, capsys):
         roofline.main(["--chip", "h100", "--model", "resnet50"])
 
 
-def test_loader_measures_and_records(tmp_path):
+def test_loader_measures_and_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "IMAGES", 1000)
     out, speeds = tmp_path / "l.json", tmp_path / "speeds.json"
     speeds.write_text('{"another GPU": {"dali": 1}}')
     words = ["--batches", "1", "--rounds", "1", "--num-workers", "1", "--step-rate", "1000", "--record"]

@@ -47,6 +47,7 @@ def kill_again_and_again(runs, flags, seed, kills):
         run.kill()
     last = runs.train("killed", flags)
     assert last.end() == 0, last.said
+    assert "resuming at step" in last.said
 
 
 def check(runs, undisturbed, small, assert_same_state, flags, seed, kills):
@@ -57,20 +58,20 @@ def check(runs, undisturbed, small, assert_same_state, flags, seed, kills):
     assert {row["images"] for row in rows} == {16}
 
 
-def test_killed_twice_a_run_ends_with_the_same_bits(runs, undisturbed, small, assert_same_state):
-    check(runs, undisturbed, small, assert_same_state, FLAGS, seed=0, kills=2)
+SLOW = [(loader, 3, seed) for loader in ("resident", "dali") for seed in range(1, 8)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 8))
-@pytest.mark.parametrize("kind", ["resident", "dali"])
-def test_killed_three_times_a_run_ends_with_the_same_bits(runs, undisturbed, small, assert_same_state, seed, kind):
-    """21 kills with each loader; DALI draws RandAugment itself, so its own state is saved and put back."""
+@pytest.mark.parametrize(
+    ("loader", "kills", "seed"),
+    [("resident", 2, 0), ("dali", 1, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
+def test_a_killed_run_ends_with_the_same_bits(runs, undisturbed, small, assert_same_state, loader, kills, seed):
+    """45 kills in all; DALI draws RandAugment itself, so its own state is saved and restored."""
     flags = FLAGS
-    if kind == "dali":
+    if loader == "dali":
         pytest.importorskip("nvidia.dali")
         flags += " --loader dali --auto_augment rand"
-    check(runs, undisturbed, small, assert_same_state, flags, seed, kills=3)
+    check(runs, undisturbed, small, assert_same_state, flags, seed, kills)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""The bricks: convolution + BatchNorm + Swish, squeeze-and-excitation, and the inverted bottleneck MBConv.
+"""The blocks: convolution + BatchNorm + Swish, squeeze-and-excitation, and the inverted bottleneck MBConv.
 
-This is the one door to effnet_kernels: no other file of effnet_fast imports it.
+Only this file of effnet_fast imports effnet_kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Padding = Literal["symmetric", "same"]
 
 @dataclass(frozen=True)
 class Style:
-    """What all blocks of a network share.
+    """Settings that all blocks of a network share.
 
     Attributes:
         padding: see `Conv`.
@@ -45,18 +45,18 @@ class Style:
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm over [N, C, H, W], whose statistics can be shared among ranks on any device (Ioffe and Szegedy 2015).
+    """BatchNorm over [N, C, H, W] (Ioffe and Szegedy 2015), with optional statistics over all ranks on any device.
 
-    torch's SyncBatchNorm refuses CPU tensors; this one computes the same on gloo and nccl. Ranks must bring equally
-    many values. Parameters and running statistics are float32 [C], whatever the activations' type.
+    torch's SyncBatchNorm rejects CPU tensors; this one computes the same on gloo and nccl. All ranks must have the same
+    number of values. Parameters and running statistics are float32 [C] for activations of any dtype.
 
     Args:
         channels: C.
         eps: added to the variance.
-        momentum: share of the new batch in the running statistics (torch's convention).
+        momentum: weight of the new batch in the running statistics (torch's convention).
 
     Raises:
-        ValueError: in training mode, one value per channel.
+        ValueError: in training mode, there is one value per channel.
     """
 
     running_mean: Tensor
@@ -80,7 +80,7 @@ class BatchNorm(nn.Module):
         )
 
     def fused(self) -> bn_ops.BatchNorm:
-        """This layer as effnet_kernels takes it."""
+        """The parameters and statistics for effnet_kernels."""
         shared = self.training and self.synchronised and distributed.world_size() > 1
         return bn_ops.BatchNorm(
             self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps, shared
@@ -91,7 +91,7 @@ class BatchNorm(nn.Module):
         var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
         means, variances = distributed.gather_rows(torch.cat([mean, var])).chunk(2, dim=1)
         mean = means.mean(0)
-        # Chan et al. 1983 for equal counts: no cancellation however large the mean.
+        # Chan et al. 1983 for equal counts: accurate for large means.
         var = variances.mean(0) + (means - mean).square().mean(0)
         count = x.numel() // x.shape[1] * distributed.world_size()
         with torch.no_grad():
@@ -106,16 +106,16 @@ class BatchNorm(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """Convolution that keeps ceil(size / stride) pixels.
+    """Convolution with ceil(size / stride) output pixels.
 
-    On a map of one or two pixels a side the outer taps of a larger kernel meet nothing but padding, so they are left
-    out; of single pixels a dense convolution is a matrix product, and a depthwise one a product by channel. The results
-    are the same; in oneDNN, for training on the CPU, the backward of a 5x5 depthwise convolution over single pixels
-    takes 100 times as long, that of a dense one 2 to 4 times.
+    On maps of one or two pixels a side, the outer taps of a larger kernel only multiply padding, so they are skipped.
+    On single pixels, a dense convolution is computed as a matrix product and a depthwise one as a product by channel.
+    The results are the same. On the CPU, oneDNN's backward pass over single pixels takes 100 times as long for a 5x5
+    depthwise convolution, and 2 to 4 times as long for a dense one.
 
     Args:
-        padding: `symmetric` pads k // 2 on every side; `same` pads as TensorFlow's SAME does: as little as
-            serves, the odd pixel at the bottom and right. They differ where a stride meets an even size.
+        padding: `symmetric` pads k // 2 on every side; `same` pads like TensorFlow's SAME: as few pixels as
+            possible, an odd one at the bottom and right. The two differ for a stride of 2 on an even size.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Conv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.asymmetric:
             return super().forward(F.pad(x, self.pads(x)))
-        # What is traced or exported may meet other sizes than now.
+        # A traced or exported model must work for other sizes too.
         fixed = torch.jit.is_tracing() or torch.compiler.is_exporting()
         return super().forward(x) if fixed or min(x.shape[-2:]) > 2 else self._forward_small(x)
 
@@ -150,12 +150,12 @@ class Conv(nn.Conv2d):
             return F.conv2d(x, taps, self.bias, self.stride, (rows, columns))
         if x.shape[-2:] == (1, 1) and self.groups == self.in_channels == self.out_channels and self.bias is None:
             return x * taps[:, 0].to(x.dtype)
-        # The backward of oneDNN's own padding takes 4 times as long on 2 x 2 pixels.
+        # With oneDNN's own padding, the backward pass takes 4 times as long on 2 x 2 pixels.
         x = F.pad(x, (columns, columns, rows, rows))
         return F.conv2d(x, taps, self.bias, self.stride, groups=self.groups)
 
     def pads(self, x: Tensor) -> tuple[int, int, int, int]:
-        """Pixels left, right, above and below `x`."""
+        """Padding of `x`, in pixels: left, right, top, bottom."""
         if not self.asymmetric:
             return (self.kernel_size[0] // 2,) * 4
         return (*self._same_padding(x.shape[-1]), *self._same_padding(x.shape[-2]))
@@ -194,7 +194,7 @@ class ConvNormAct(nn.Module):
         return self.act(self.norm(y))
 
     def finish(self, y: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """All behind the convolution as one op, times `scale` [N], plus `residual`."""
+        """Everything after the convolution as one op, times `scale` [N], plus `residual`."""
         return bn_ops.batch_norm(
             y,
             self.norm.fused(),
@@ -206,14 +206,14 @@ class ConvNormAct(nn.Module):
         )
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The spatial mean [N, C'] of `forward(x)`; in training on Triton the map itself is never written."""
+        """The spatial mean [N, C'] of `forward(x)`. In training on Triton, the map itself is never written."""
         if self.norm.training and use_triton(self.kernels, x):
             return squeeze_ops.bn_silu_squeeze(self.conv(x), self.norm.fused(), kernels=self.kernels)
         return self(x).mean((2, 3))
 
 
 def norm_relu(x: Tensor, norm: BatchNorm, relu: nn.ReLU, kernels: Kernels, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual); on Triton normalisation and residual are one op, and hooks on `norm` see nothing."""
+    """relu(norm(x) + residual). On Triton, normalisation and residual are one op, which bypasses hooks on `norm`."""
     if use_triton(kernels, x):
         fused = bn_ops.batch_norm(x, norm.fused(), training=norm.training, residual=residual, kernels=kernels)
         return relu(fused)
@@ -222,7 +222,7 @@ def norm_relu(x: Tensor, norm: BatchNorm, relu: nn.ReLU, kernels: Kernels, resid
 
 
 class SqueezeExcite(nn.Module):
-    """Channel gate from the spatial mean: x * sigmoid(W2 swish(W1 mean(x) + b1) + b2) (Hu et al. 2018)."""
+    """Channel gate (Hu et al. 2018): x * sigmoid(W2 swish(W1 mean(x) + b1) + b2), with the mean over pixels."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -241,9 +241,9 @@ class SqueezeExcite(nn.Module):
 
 
 def drop_path_scale(x: Tensor, rate: float) -> Tensor:
-    """Stochastic depth: for each sample of [N, ...] zero with probability `rate`, else 1 / (1 - rate); [N].
+    """Stochastic depth (Huang et al. 2016): 0 with probability `rate`, else 1 / (1 - rate), for each sample.
 
-    Huang et al. 2016; the scaling at training time follows the EfficientNet authors' code.
+    The scaling at training time follows the EfficientNet authors' code. Returns [N] for [N, ...], with the dtype of `x`.
     """
     keep = 1 - rate
     return torch.empty(x.shape[0], dtype=x.dtype, device=x.device).bernoulli_(keep) / keep
@@ -251,7 +251,7 @@ def drop_path_scale(x: Tensor, rate: float) -> Tensor:
 
 @contextmanager
 def _frozen_statistics(norms: list[BatchNorm]) -> Iterator[None]:
-    """Within, a training pass normalises by the batch but leaves the running statistics, bit for bit."""
+    """In this context, a training pass normalises by the batch and does not change the running statistics."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -265,19 +265,19 @@ def _frozen_statistics(norms: list[BatchNorm]) -> Iterator[None]:
 class MBConv(nn.Module):
     """Inverted bottleneck with squeeze-and-excitation (Sandler et al. 2018, Tan and Le 2019).
 
-    1x1 expansion (none where `expand` is 1), depthwise k x k, gate, 1x1 projection without activation; with a
-    residual under stochastic depth where input and output have one shape.
+    1x1 expansion (none if `expand` is 1), depthwise k x k, gate, 1x1 projection without activation. Blocks whose input
+    and output have the same shape have a residual with stochastic depth.
 
     Args:
         inputs, outputs: channels.
         kernel, stride: of the depthwise convolution.
-        expand: channels of the depthwise convolution per input channel.
+        expand: ratio of the depthwise convolution's channels to the input's.
         style: padding and BatchNorm's constants.
-        se_ratio: channels of the gate's bottleneck per input channel.
+        se_ratio: ratio of the gate's bottleneck channels to the input's.
         drop_path: probability that a sample skips the block in training.
 
-    Where the attribute `recompute` is set, the backward pass computes the block's activations anew, so that only its
-    input is kept (Chen et al. 2016): same gradients, statistics and random draws, less memory, one more forward pass.
+    If the attribute `recompute` is set, only the block's input is saved and the backward pass recomputes the activations
+    (Chen et al. 2016): the same gradients, statistics and random draws, less memory, one more forward pass.
     """
 
     expand: ConvNormAct | nn.Identity
@@ -310,12 +310,12 @@ class MBConv(nn.Module):
         return self.residual and self.training and self.drop_path > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        # Drawn here, outside of what is recomputed, so that no state of a generator has to be kept and set back: a
-        # CUDA graph could not, and compiled code is known to draw another mask the second time (pytorch #198333).
+        # Drawn outside of the recomputed part, so that no generator state has to be restored: a CUDA graph cannot do
+        # that, and compiled code can draw another mask the second time (pytorch #198333).
         scale = drop_path_scale(x, self.drop_path) if self.drops else None
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return self._block(x, scale)
-        # Compiled, the statistics' update is an output of the forward graph, which the backward does not repeat.
+        # When compiled, the statistics' update is an output of the forward graph; the backward does not repeat it.
         contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": self._contexts}
         return checkpoint(self._block, x, scale, use_reentrant=False, preserve_rng_state=False, **contexts)
 

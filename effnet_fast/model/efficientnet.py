@@ -16,18 +16,18 @@ from effnet_fast.model.network import Network
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that decides an EfficientNet's computation; a checkpoint keeps it beside the weights.
+    """Everything that fixes an EfficientNet's computation; checkpoints hold it beside the weights.
 
     Attributes:
         width, depth: multipliers of the baseline.
         num_classes: outputs of the classifier.
-        image_size: pixels of the input it is meant for; any size runs.
+        image_size: intended side of the input, in pixels; any size runs.
         output_stride: input pixels per pixel of the final map: 32, 16, 8 or 4.
         dropout: before the classifier.
-        drop_path: stochastic depth; block i of n has drop_path * i / n.
-        padding: symmetric, or TensorFlow's SAME.
+        drop_path: stochastic depth; block i of n is skipped with probability drop_path * i / n.
+        padding: of the convolutions, see `blocks.Conv`.
         bn_eps, bn_momentum: of every BatchNorm.
-        family: which class of model this describes.
+        family: kind of model that this describes.
     """
 
     width: float = 1.0
@@ -44,9 +44,9 @@ class Architecture:
 
 
 class EfficientNet(Network):
-    """[N, 3, H, W] -> logits [N, num_classes]. Built channels-last; float32 parameters.
+    """[N, 3, H, W] -> logits [N, num_classes]. Parameters are float32 and channels-last.
 
-    Sub-modules in the order of the data: `stem`, `stages`, `head`, `classifier`. `kernels` as in `create_model`.
+    Sub-modules, in the order of the data: `stem`, `stages`, `head`, `classifier`. For `kernels` see `blocks.Style`.
     """
 
     def __init__(self, architecture: Architecture, kernels: Kernels = "auto") -> None:
@@ -92,7 +92,7 @@ def _stages(plan: scaling.Layout, drop_path: float, style: Style) -> nn.Sequenti
 
 
 def _initialise(module: nn.Module) -> None:
-    """Variance scaling as the authors' code: normal by fan-out for convolutions, uniform for the classifier."""
+    """Initialise as the authors' code does: normal by fan-out for convolutions, uniform for the classifier."""
     if isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
@@ -104,13 +104,13 @@ def _initialise(module: nn.Module) -> None:
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Keep only the input of each MBConv block for the backward pass, which computes the rest anew.
+    """Save only the input of each MBConv block for the backward pass, which recomputes the rest.
 
     Raises:
-        ValueError: the model has no such block.
+        ValueError: the model has no MBConv block.
     """
     blocks = [module for module in model.modules() if isinstance(module, MBConv)]
     if not blocks:
-        raise ValueError("--activation_checkpointing is for models of MBConv blocks, which this one is not")
+        raise ValueError("--activation_checkpointing needs a model of MBConv blocks, an EfficientNet")
     for block in blocks:
         block.recompute = True

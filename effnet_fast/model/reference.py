@@ -1,10 +1,10 @@
-"""ResNet-50, ResNet-152 and DenseNet-201 for the same images, under torchvision's state-dict names.
+"""Reference models: ResNet-50, ResNet-152 and DenseNet-201, with torchvision's state-dict names.
 
 He et al., Deep Residual Learning for Image Recognition, 2016 (with the stride in the 3x3 convolution, as Goyal et al.
 2017), and Huang et al., Densely Connected Convolutional Networks, 2017. At output stride 32 they are the published
-networks; at 8, for small images, the stem is a 3x3 convolution of stride 1 without the max-pool.
+networks. At output stride 8, for small images, the stem is a 3x3 convolution of stride 1 without the max-pool.
 
-Every ReLU is a module of its own, used once and not in place, so that hooks on it see one tensor.
+Every ReLU is a separate module, used once and not in place, so that a hook on it sees one tensor.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from effnet_fast.model.blocks import BatchNorm, Conv, Kernels, norm_relu
 from effnet_fast.model.network import Network
 
-SMALL_IMAGE = 64  # pixels; up to it the small stem serves
-EXPANSION = 4  # of a bottleneck's output over its width
-GROWTH = 32  # channels that a dense layer adds
+SMALL_IMAGE = 64  # pixels; largest image for the small stem
+EXPANSION = 4  # ratio of a bottleneck's output channels to its width
+GROWTH = 32  # channels that each dense layer adds
 DENSE_BOTTLENECK = 4 * GROWTH
 
 RESNETS = {"resnet50": (3, 4, 6, 3), "resnet152": (3, 8, 36, 3)}
@@ -30,16 +30,16 @@ DENSENETS = {"densenet201": (6, 12, 48, 32)}
 
 @dataclass(frozen=True)
 class ReferenceArchitecture:
-    """All that decides a reference model's computation.
+    """Everything that fixes a reference model's computation; checkpoints hold it beside the weights.
 
     Attributes:
         name: resnet50, resnet152 or densenet201.
         num_classes: outputs of the classifier.
-        image_size: pixels of the input it is meant for; any size runs.
+        image_size: intended side of the input, in pixels; any size runs.
         output_stride: input pixels per pixel of the final map: 8 with the small stem, 32 with the published one.
         dropout: before the classifier.
         bn_eps, bn_momentum: of every BatchNorm.
-        family: which class of model this describes.
+        family: kind of model that this describes.
     """
 
     name: str
@@ -62,7 +62,7 @@ class ReferenceArchitecture:
 
 
 def default_output_stride(image_size: int) -> int:
-    """8, the small stem, up to 64 px; else the published 32."""
+    """8 (the small stem) up to 64 px, else 32 (the published stem)."""
     return 8 if image_size <= SMALL_IMAGE else 32
 
 
@@ -89,7 +89,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(Network):
-    """ResNet of bottlenecks. Built channels-last; float32 parameters; `kernels` as in `create_model`."""
+    """ResNet of bottlenecks. Parameters are float32 and channels-last. For `kernels` see `blocks.Style`."""
 
     def __init__(self, architecture: ReferenceArchitecture, kernels: Kernels = "auto") -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class ResNet(Network):
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU, 1x1, BatchNorm, ReLU, 3x3: the 32 channels that a layer adds to its inputs."""
+    """BatchNorm, ReLU, 1x1, BatchNorm, ReLU, 3x3: [N, inputs, H, W] -> [N, 32, H, W]."""
 
     def __init__(self, inputs: int, build: ReferenceArchitecture, kernels: Kernels) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.ModuleDict):
-    """Layers each of which sees the input and all earlier layers: [N, C, H, W] -> [N, C + 32 layers, H, W]."""
+    """Layers that each read the block's input and all earlier layers: [N, C, H, W] -> [N, C + 32 layers, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
         maps = [x]
@@ -173,7 +173,7 @@ class Transition(nn.Module):
 
 
 class DenseNet(Network):
-    """DenseNet-BC of growth 32. Built channels-last; float32 parameters; `kernels` as in `create_model`."""
+    """DenseNet-BC of growth 32. Parameters are float32 and channels-last. For `kernels` see `blocks.Style`."""
 
     def __init__(self, architecture: ReferenceArchitecture, kernels: Kernels = "auto") -> None:
         super().__init__()

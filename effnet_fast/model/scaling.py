@@ -1,6 +1,6 @@
-"""Compound scaling: from multipliers of depth, width and resolution to the layout of a network.
+"""Compound scaling: from multipliers of depth, width and resolution to a network's channels, strides and repeats.
 
-Pure arithmetic. Source: Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks,
+Source: Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks,
 ICML 2019 (arXiv 1905.11946), table 1 (the baseline), equation 3 (the compound rule), and the authors' code for the
 rounding of channels and repeats.
 """
@@ -14,12 +14,12 @@ PAPER_FACTORS = (1.2, 1.1, 1.15)  # alpha, beta, gamma: depth, width, resolution
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
 BASE_RESOLUTION = 224
-SMALL_IMAGE = 128  # pixels; below it 32-fold reduction leaves too little of an image to classify
+SMALL_IMAGE = 128  # pixels; for smaller images the final map at stride 32 is too small
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of MBConv blocks; the stride belongs to the first of them."""
+    """A sequence of MBConv blocks; the stride is that of the first one."""
 
     kernel: int
     stride: int
@@ -38,13 +38,13 @@ BASELINE = (
     Stage(kernel=3, stride=1, expand=6, channels=320, repeats=1),
 )
 
-# What loses its stride of 2 first: the stem, then the 24-channel stage, then the 40-channel stage.
-_KEPT_EARLY_STRIDES = {32: (2, 2, 2), 16: (1, 2, 2), 8: (1, 1, 2), 4: (1, 1, 1)}
+# Strides of the stem, the 24-channel stage and the 40-channel stage, by output stride.
+_EARLY_STRIDES = {32: (2, 2, 2), 16: (1, 2, 2), 8: (1, 1, 2), 4: (1, 1, 1)}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Multipliers of the baseline's width, depth and input resolution, and the dropout that goes with them."""
+    """Multipliers of the baseline's width, depth and input resolution, and the variant's dropout."""
 
     width: float = 1.0
     depth: float = 1.0
@@ -92,12 +92,12 @@ def round_repeats(repeats: int, depth: float) -> int:
 
 
 def scaled_size(native: int, resolution: float) -> int:
-    """Input pixels for a data set whose images come at `native` pixels (B1 at 32: 34, B7: 86)."""
+    """Input pixels for a data set with images of `native` pixels (for 32: B1 34, B7 86)."""
     return round(native * resolution)
 
 
 def default_output_stride(image_size: int) -> int:
-    """8 for small images, else the paper's 32."""
+    """8 below 128 px, else 32 as in the paper."""
     return 8 if image_size < SMALL_IMAGE else 32
 
 
@@ -109,13 +109,13 @@ def layout(width: float, depth: float, output_stride: int) -> Layout:
         output_stride: input pixels per pixel of the final map: 32, 16, 8 or 4.
 
     Raises:
-        ValueError: for any other value.
+        ValueError: another value.
     """
-    if output_stride not in _KEPT_EARLY_STRIDES:
+    if output_stride not in _EARLY_STRIDES:
         raise ValueError(f"output_stride must be 32, 16, 8 or 4, not {output_stride}")
     if width <= 0 or depth <= 0:
         raise ValueError(f"width and depth multipliers must be above 0, not {width} and {depth}")
-    stem_stride, *early = _KEPT_EARLY_STRIDES[output_stride]
+    stem_stride, *early = _EARLY_STRIDES[output_stride]
     strides = {1: early[0], 2: early[1]}
     stages = tuple(
         replace(

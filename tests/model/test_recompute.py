@@ -94,5 +94,5 @@ def test_evaluation_is_untouched():
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(ValueError, match="--activation_checkpointing is for models of MBConv blocks"):
+    with pytest.raises(ValueError, match="--activation_checkpointing needs a model of MBConv blocks"):
         recompute_blocks(nn.Linear(2, 2))

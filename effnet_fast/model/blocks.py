@@ -243,7 +243,7 @@ class SqueezeExcite(nn.Module):
 def drop_path_scale(x: Tensor, rate: float) -> Tensor:
     """Stochastic depth (Huang et al. 2016): 0 with probability `rate`, else 1 / (1 - rate), for each sample.
 
-    The scaling at training time follows the EfficientNet authors' code. Returns [N] for [N, ...], with the dtype of `x`.
+    Scaling at training time follows the EfficientNet authors' code. Returns [N] for [N, ...], with `x`'s dtype.
     """
     keep = 1 - rate
     return torch.empty(x.shape[0], dtype=x.dtype, device=x.device).bernoulli_(keep) / keep
@@ -276,7 +276,7 @@ class MBConv(nn.Module):
         se_ratio: ratio of the gate's bottleneck channels to the input's.
         drop_path: probability that a sample skips the block in training.
 
-    If the attribute `recompute` is set, only the block's input is saved and the backward pass recomputes the activations
+    If the attribute `recompute` is set, only the block's input is saved, and the backward pass recomputes activations
     (Chen et al. 2016): the same gradients, statistics and random draws, less memory, one more forward pass.
     """
 

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "cli": {"run"} | GROUND,
     "run": VERBS | FLOOR,
     **dict.fromkeys(VERBS, FLOOR),
+    "explain": FLOOR | {"report"},
     "model": GROUND | {"data", "effnet_kernels"},
     "data": GROUND,
     **{room: set() for room in GROUND},

@@ -1,4 +1,4 @@
-"""Why a model decides as it does: class activation maps, their scores and their pictures."""
+"""Class activation maps, their scores and their pictures. No module here may be called `cam`: it is a function."""
 
 from effnet_fast.explain.maps import METHODS, cam
 

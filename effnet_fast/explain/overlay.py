@@ -1,4 +1,4 @@
-"""Pictures: an image and the maps of several models side by side, as figure 7 of the EfficientNet paper."""
+"""Pictures of an image beside the maps of several models, like figure 7 of the EfficientNet paper."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -15,20 +16,24 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-LARGEST_SIDE = 1024  # pixels of an image as it is drawn
-_CELL, _GAP, _CAPTION, _HEADING, _BAR = 1.75, 0.1, 0.5, 0.5, 0.95  # inches: an image's side, and what is around it
-_NAME = 24  # letters of a name that fit under an image
-_RIGHT, _WRONG, _PLAIN = "#1a7f37", "#b42318", "black"
+from effnet_fast.data.resize import central_square
+from effnet_fast.explain.maps import place
+from effnet_fast.explain.tables import Record
+
+LARGEST_SIDE = 1024  # pixels; larger images are drawn smaller
+_CELL, _GAP, _CAPTION, _HEADING, _BAR = 1.75, 0.1, 0.5, 0.5, 0.95  # inches: an image's side and the space around it
+_NAME_LENGTH = 24  # characters that fit under an image
+_CORRECT, _WRONG, _UNKNOWN = "#1a7f37", "#b42318", "black"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A model's map of an image, and what the model says.
+    """A model's map of an image and its prediction.
 
     Attributes:
-        map: float32 [H, W] from 0 to 1; NaN where the model saw nothing.
+        map: float32 [H, W] from 0 to 1; NaN outside the central square.
         prediction, confidence: the most probable class and its probability.
-        target, target_probability: the class whose evidence the map shows.
+        target, target_probability: the class that the map explains and its probability.
     """
 
     map: NDArray[np.float32]
@@ -40,7 +45,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
-    """An image uint8 [H, W, 3], its name, its true class where one is known, and a panel for each model."""
+    """An image uint8 [H, W, 3], its name, its true class (None if unknown), and a panel for each model."""
 
     name: str
     image: NDArray[np.uint8]
@@ -49,34 +54,54 @@ class Row:
 
 
 def check_colormap(name: str) -> None:
-    """Raise ValueError unless matplotlib has the colour map."""
+    """Raise ValueError unless matplotlib knows the colormap."""
     if name not in colormaps:
-        raise ValueError(
-            f"matplotlib has no colour map {name!r}: try jet, viridis, magma, turbo or another of its maps"
-        )
+        raise ValueError(f"matplotlib has no colormap {name!r}: try jet, viridis, magma, turbo or another of its maps")
 
 
-def reduced(image: Image.Image, largest: int = LARGEST_SIDE) -> Image.Image:
-    """The image, made smaller where a side passes `largest` pixels."""
+def shrink(image: Image.Image, largest: int = LARGEST_SIDE) -> Image.Image:
+    """Return a copy with no side longer than `largest` pixels."""
     small = image.copy()
     small.thumbnail((largest, largest))
     return small
 
 
-@rc_context({"text.parse_math": False})  # a file or a class name may hold dollar signs
+def make_row(record: Record, image: Image.Image, maps: dict[str, NDArray[np.float32]]) -> Row:
+    """Combine an image with its record and each model's map [h, w] of the central square."""
+    small = shrink(image)
+    panels = [
+        Panel(
+            _over_image(maps[model], small),
+            *(facts[key] for key in ("prediction", "confidence", "target", "target_probability")),
+        )
+        for model, facts in record["models"].items()
+    ]
+    return Row(record["image"], np.asarray(small), record["label"], panels)
+
+
+def _over_image(square: NDArray[np.float32], image: Image.Image) -> NDArray[np.float32]:
+    """Resize a map [h, w] of the central square to the image, with NaN outside the square."""
+    whole = np.full((image.height, image.width), np.nan, np.float32)
+    left, top, side = central_square(image.width, image.height)
+    inside = np.s_[top : top + side, left : left + side]
+    whole[inside] = place(torch.from_numpy(square), image.height, image.width).numpy()[inside]
+    return whole
+
+
+@rc_context({"text.parse_math": False})  # file and class names may contain dollar signs
 def draw(rows: Sequence[Row], models: Sequence[str], colormap: str = "jet", opacity: float = 0.5) -> Figure:
-    """A grid: a row for each image, the original first, then each model's map over it; predictions below; a colour bar.
+    """Draw a grid with one row per image: the original, then each model's map over it; predictions below each map.
 
     Args:
         rows: the images.
         models: headings of the panels.
-        colormap: a matplotlib colour map.
+        colormap: of matplotlib.
         opacity: of the maps, 0 to 1.
     """
     columns = len(models) + 1
     heights = [_CELL * min(1, row.image.shape[0] / row.image.shape[1]) for row in rows]
     width, height = _CELL * columns + _BAR, sum(heights) + _CAPTION * len(rows) + _HEADING
-    # Laid out by hand: matplotlib's own layout engines take twice as long, which counts over thousands of images.
+    # Manual layout: matplotlib's layout engines take twice as long, which matters for thousands of images.
     figure = Figure(figsize=(width, height), dpi=110)
     axes = figure.subplots(
         len(rows),
@@ -95,12 +120,8 @@ def draw(rows: Sequence[Row], models: Sequence[str], colormap: str = "jet", opac
     for cells, row in zip(axes, rows, strict=True):
         _draw_row(cells, row, colormap, opacity)
     for cell, heading in zip(axes[0], ["original", *models], strict=True):
-        cell.set_title(textwrap.fill(heading, _NAME), fontsize=9)
-    length = min(_CELL, height - _HEADING - _CAPTION) / height
-    bar = figure.add_axes((1 - (_BAR - 0.15) / width, 1 - _HEADING / height - length, 0.13 / width, length))
-    figure.colorbar(ScalarMappable(Normalize(0, 1), colormap), cax=bar)
-    bar.set_ylabel("evidence for the class\n(1: the map's largest)", fontsize=8)
-    bar.tick_params(labelsize=8)
+        cell.set_title(textwrap.fill(heading, _NAME_LENGTH), fontsize=9)
+    _draw_colorbar(figure, colormap)
     return figure
 
 
@@ -109,22 +130,31 @@ def _draw_row(cells: Sequence[Axes], row: Row, colormap: str, opacity: float) ->
         cell.imshow(row.image)
         cell.set(xticks=[], yticks=[])
         cell.spines[:].set_visible(False)
-    cells[0].set_xlabel("\n".join([_short(row.label or ""), _short(row.name)]).strip("\n"), fontsize=8)
+    cells[0].set_xlabel("\n".join([_shorten(row.label or ""), _shorten(row.name)]).strip("\n"), fontsize=8)
     for cell, panel in zip(cells[1:], row.panels, strict=True):
-        shown = np.ma.masked_invalid(panel.map)
-        cell.imshow(shown, cmap=colormap, vmin=0, vmax=1, alpha=opacity, interpolation="bilinear")
-        colour = _PLAIN if row.label is None else _RIGHT if panel.prediction == row.label else _WRONG
-        cell.set_xlabel(_caption(panel), fontsize=8, color=colour)
+        visible = np.ma.masked_invalid(panel.map)
+        cell.imshow(visible, cmap=colormap, vmin=0, vmax=1, alpha=opacity, interpolation="bilinear")
+        color = _UNKNOWN if row.label is None else _CORRECT if panel.prediction == row.label else _WRONG
+        cell.set_xlabel(_caption(panel), fontsize=8, color=color)
+
+
+def _draw_colorbar(figure: Figure, colormap: str) -> None:
+    width, height = figure.get_size_inches()
+    length = min(_CELL, height - _HEADING - _CAPTION) / height
+    bar = figure.add_axes((1 - (_BAR - 0.15) / width, 1 - _HEADING / height - length, 0.13 / width, length))
+    figure.colorbar(ScalarMappable(Normalize(0, 1), colormap), cax=bar)
+    bar.set_ylabel("evidence for the class\n(1: the map's maximum)", fontsize=8)
+    bar.tick_params(labelsize=8)
 
 
 def _caption(panel: Panel) -> str:
-    lines = [f"{_short(panel.prediction)} {panel.confidence:.0%}"]
+    lines = [f"{_shorten(panel.prediction)} {panel.confidence:.0%}"]
     if panel.target != panel.prediction:
-        lines.append(f"map: {_short(panel.target)} {panel.target_probability:.0%}")
+        lines.append(f"map: {_shorten(panel.target)} {panel.target_probability:.0%}")
     if not np.nanmax(panel.map) > 0:
         lines.append("no positive evidence")
     return "\n".join(lines)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= _NAME else "..." + name[3 - _NAME :]
+def _shorten(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else "..." + name[3 - _NAME_LENGTH :]

@@ -1,4 +1,4 @@
-"""Checkpoints of tiny models, not trained: enough for what the verb does with them."""
+"""Checkpoints of tiny untrained models, and a study of them."""
 
 import dataclasses
 import json
@@ -17,28 +17,33 @@ def write_checkpoint(path, seed, image_size=32, width=0.25, depth=0.3, mean=(0.5
     model = create_model(
         "efficientnet-b0", len(CLASSES), image_size, 8, width=width, depth=depth, drop_path=0, bn_momentum=1.0
     )
-    # BatchNorm statistics of their own activations, which else shrink to nothing, and a classifier that is sure of
-    # itself: predictions and maps then differ between images and models.
+    # Realistic BatchNorm statistics keep activations from vanishing, and a larger classifier gives confident
+    # predictions, so that predictions and maps differ between images and models.
     with torch.no_grad():
         model(torch.randn(8, 3, image_size, image_size))
         model.classifier.weight.mul_(10)
     path.parent.mkdir(parents=True)
-    absent = dict.fromkeys(field.name for field in dataclasses.fields(checkpoint.Checkpoint))
-    state = absent | {
-        "model": model.state_dict(),
-        "ema": None,
-        "config": dataclasses.asdict(TrainConfig(width=width, depth=depth)),
-        "architecture": dataclasses.asdict(model.architecture),
-        "classes": CLASSES,
-        "mean": list(mean),
-        "std": [0.25, 0.25, 0.25],
-    }
-    checkpoint.save(path, state)
+    state = checkpoint.Checkpoint(
+        model=model.state_dict(),
+        ema=None,
+        optimizer={},
+        scaler={},
+        meters=None,
+        progress={},
+        config=dataclasses.asdict(TrainConfig(width=width, depth=depth)),
+        architecture=dataclasses.asdict(model.architecture),
+        classes=CLASSES,
+        mean=list(mean),
+        std=[0.25, 0.25, 0.25],
+        fingerprint="",
+        result={},
+    )
+    checkpoint.save(path, state.to_dict())
 
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
-    """A study's folder, as `effnet-fast study` leaves it, with three models and two seeds."""
+    """The folder of a study with three models and two seeds, as `effnet-fast study` writes it."""
     folder = tmp_path_factory.mktemp("study")
     models = []
     for name, seed, size in [("baseline", 1, 32), ("baseline", 0, 32), ("deeper", 0, 32), ("higher-resolution", 0, 40)]:

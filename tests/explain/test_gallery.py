@@ -1,4 +1,4 @@
-"""Pictures and the page: what is drawn where, and that the page works from the disk in a browser without network."""
+"""The pictures, and the gallery in a browser without network."""
 
 import html.parser
 import re
@@ -33,7 +33,7 @@ def record(name, label, agreement, predictions=("bear", "cat"), size=(60, 40)):
     }
 
 
-def page():
+def render():
     records = [
         record("bear/1.png", "bear", 0.9, ("bear", "bear")),
         record("cat/2.png", "cat", -0.4),
@@ -42,21 +42,21 @@ def page():
     ramp = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
     cards = [
         gallery.Card(
-            r, Image.new("RGB", (r["width"], r["height"]), (40, 160, 40)), {"baseline": ramp, "wider": 0 * ramp}
+            r, {"baseline": ramp, "wider": 0 * ramp}, Image.new("RGB", (r["width"], r["height"]), (40, 160, 40))
         )
         for r in records
     ]
     summary = tables.Summary()
-    for r in records:
-        summary.add(r)
+    for row in (row for r in records for row in tables.map_rows(r)):
+        summary.add(row)
     labels = {"baseline": "the baseline", "wider": "wider (w 1.4)"}
-    return gallery.page("Where", cards, labels, summary.rows(), "A note.", "jet")
+    return gallery.render_gallery("Where", cards, labels, summary.rows(), "A note.", "jet")
 
 
 @pytest.fixture
 def address(tmp_path):
     path = tmp_path / "gallery.html"
-    path.write_text(page(), encoding="utf-8")
+    path.write_text(render(), encoding="utf-8")
     return path.as_uri()
 
 
@@ -78,34 +78,37 @@ def visible(dom):
 class Tags(html.parser.HTMLParser):
     def __init__(self):
         super().__init__()
-        self.found, self.open = [], []
+        self.tags, self.open, self.text = [], [], []
 
     def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
+        self.tags.append((tag, dict(attributes)))
         if tag not in ("meta", "input", "img", "br", "link"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
+    def handle_data(self, data):
+        self.text.append(data)
 
-def test_the_page_holds_all_it_shows_and_asks_no_network():
-    text = page()
+
+def test_gallery_is_valid_escaped_and_loads_nothing():
+    text = render()
     parser = Tags()
     parser.feed(text)
     assert parser.open == []
-    for tag, attributes in parser.found:
+    for tag, attributes in parser.tags:
         for name in ("src", "href", "action"):
             assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
     assert "http" not in text.replace("http-equiv", "")
     assert "default-src 'none'" in text
-    assert len([tag for tag, _ in parser.found if tag == "img"]) == 6
+    assert len([tag for tag, _ in parser.tags if tag == "img"]) == 6
     assert "<b><b>" not in text
-    assert "&lt;b&gt;&amp;&quot;&#x27;.png" in text
+    assert "<b>&\"'.png" in parser.text
 
 
-def test_the_map_lies_on_the_central_square():
-    assert "left: 16.667%; top: 0.000%; width: 66.667%; height: 100.000%" in page()
+def test_map_covers_central_square():
+    assert "left: 16.667%; top: 0.000%; width: 66.667%; height: 100.000%" in render()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_the_map_lies_on_the_central_square():
     [
         ("class=cat", [2, 3]),
         ("low=0.5", [1]),
-        ("alike=0&high=0", [2]),
+        ("same=0&high=0", [2]),
         ("low=0.95", []),
     ],
 )
@@ -123,22 +126,22 @@ def test_filters(address, state, expected):
     assert f"{len(expected)} of 3 images" in dom
 
 
-def test_order_overlay_and_tables(address):
+def test_order_opacity_and_tables(address):
     dom = browse(f"{address}#order=1&opacity=30&tables=1", "--dump-dom")
     assert re.findall(r'data-agreement="([^"]*)"', dom) == ["-0.4", "0.9", ""]
     assert re.search(r"<html[^>]*--opacity: 0.3", dom)
     assert len(re.findall(r'<details open="">', dom)) == 3
 
 
-def test_the_overlay_s_slider_changes_what_is_seen(address, tmp_path):
-    def shot(opacity):
+def test_opacity_slider(address, tmp_path):
+    def screenshot(opacity):
         path = tmp_path / f"{opacity}.png"
         browse(f"{address}#opacity={opacity}", "--window-size=1000,900", f"--screenshot={path}")
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB")).astype(int)
 
-    none, full = shot(0), shot(100)
-    green, blue = (40, 160, 40), (0, 0, 127)  # the photo's colour, and jet's for no evidence
+    none, full = screenshot(0), screenshot(100)
+    green, blue = (40, 160, 40), (0, 0, 127)  # the photo's colour, and jet's colour for no evidence
     assert count(none, green) > 30_000
     assert count(none, blue) == 0
     assert count(full, blue) > 5_000
@@ -167,7 +170,7 @@ def labels_of(figure):
     return [axes.get_xlabel() for axes in figure.axes]
 
 
-def test_a_grid_has_the_original_the_maps_their_captions_and_a_colour_bar():
+def test_grid_layout():
     figure = overlay.draw([row(), row((90, 40))], ["baseline", "wider"])
     assert [axes.get_title() for axes in figure.axes[:3]] == ["original", "baseline", "wider"]
     assert labels_of(figure)[:3] == ["bear\nbear/1.png", "bear 83%", "bear 83%"]
@@ -175,20 +178,20 @@ def test_a_grid_has_the_original_the_maps_their_captions_and_a_colour_bar():
     assert "evidence for the class" in figure.axes[-1].get_ylabel()
 
 
-def test_captions_say_another_target_and_a_map_without_evidence():
+def test_caption_of_other_target_without_evidence():
     figure = overlay.draw([row(target="eel", empty=True)], ["a", "b"])
     assert labels_of(figure)[1] == "bear 83%\nmap: eel 50%\nno positive evidence"
 
 
-def test_colours_say_right_and_wrong_only_where_the_truth_is_known():
-    def colour(label):
+def test_caption_colors():
+    def color(label):
         return overlay.draw([row(label=label)], ["a", "b"]).axes[1].xaxis.label.get_color()
 
-    assert len({colour("bear"), colour("cat"), colour(None)}) == 3
+    assert len({color("bear"), color("cat"), color(None)}) == 3
 
 
 @pytest.mark.parametrize(("colormap", "expected"), [("jet", (128, 0, 0)), ("viridis", (253, 231, 37))])
-def test_the_map_is_drawn_in_its_colours_at_its_opacity(colormap, expected):
+def test_map_colors_and_opacity(colormap, expected):
     def middle(opacity):
         figure = overlay.draw([row()], ["a", "b"], colormap, opacity)
         canvas = FigureCanvasAgg(figure)
@@ -202,7 +205,7 @@ def test_the_map_is_drawn_in_its_colours_at_its_opacity(colormap, expected):
     np.testing.assert_allclose(middle(0.0), (128, 128, 128), atol=1)
 
 
-def test_long_names_and_dollar_signs_are_drawn_as_they_are():
+def test_long_names_and_dollar_signs():
     strange = overlay.Row("a" * 80 + "$x$.png", np.zeros((8, 8, 3), np.uint8), "$_class_$", row((8, 8)).panels)
     figure = overlay.draw([strange], ["$w$", "b"])
     figure.canvas.draw()
@@ -210,6 +213,6 @@ def test_long_names_and_dollar_signs_are_drawn_as_they_are():
     assert len(labels_of(figure)[0].split("\n")[1]) <= 24
 
 
-def test_an_unknown_colour_map_is_refused():
-    with pytest.raises(ValueError, match="no colour map 'jett'"):
+def test_unknown_colormap():
+    with pytest.raises(ValueError, match="no colormap 'jett'"):
         overlay.check_colormap("jett")

@@ -1,4 +1,4 @@
-"""Maps against hand computations and against the equations of the papers, written out here."""
+"""Maps against values computed by hand and against the papers' equations."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ from torch import nn
 import effnet_fast
 from effnet_fast import create_model
 from effnet_fast.explain import METHODS, cam
-from effnet_fast.explain.maps import evidence, map_layers, place, pooled_layer
+from effnet_fast.explain.layers import map_layers, pooled_layer
+from effnet_fast.explain.maps import evidence, place
 
 
 class TinyHead(nn.Module):
@@ -32,12 +33,12 @@ class TinyHead(nn.Module):
 RED = torch.tensor([[1.0, 2], [3, 4]])
 GREEN = torch.tensor([[4.0, 0], [0, 2]])
 TINY_IMAGE = torch.stack([RED, GREEN, torch.zeros(2, 2)])[None]
-# ReLU(2 red - green), 3 green, and nothing, by hand.
+# By hand: ReLU(2 red - green), 3 green, and no positive evidence.
 BY_HAND = torch.tensor([[[0.0, 4], [6, 6]], [[12, 0], [0, 6]], [[0, 0], [0, 0]]])
 
 
 class SmallReLU(nn.Module):
-    """Two convolutions with ReLU, in a network that has no forward_features."""
+    """Two convolutions with ReLU, without forward_features."""
 
     def __init__(self, pool=True):
         super().__init__()
@@ -55,7 +56,7 @@ class SmallReLU(nn.Module):
 
 @pytest.fixture(scope="module")
 def b0():
-    """Not trained, but with BatchNorm statistics of its own activations, which else shrink to nothing."""
+    """Untrained, with realistic BatchNorm statistics so that activations do not vanish."""
     torch.manual_seed(0)
     model = create_model("efficientnet-b0", 10, 32, 8, drop_path=0, bn_momentum=1.0, kernels="torch")
     with torch.no_grad():
@@ -69,18 +70,18 @@ def images():
 
 
 def paper_grad_cam(model, layer, images, targets):
-    """Equations 1 and 2 of Selvaraju et al. 2017, by a hook and autograd, without Captum."""
-    kept = {}
-    handle = model.get_submodule(layer).register_forward_hook(lambda module, inputs, output: kept.update(a=output))
+    """Equations 1 and 2 of Selvaraju et al. 2017, with a hook and autograd, without Captum."""
+    outputs = {}
+    handle = model.get_submodule(layer).register_forward_hook(lambda module, inputs, output: outputs.update(a=output))
     logits = model(images)
     handle.remove()
     chosen = logits.gather(1, targets[:, None]).sum()
-    (gradient,) = torch.autograd.grad(chosen, kept["a"])
+    (gradient,) = torch.autograd.grad(chosen, outputs["a"])
     weights = gradient.mean(dim=(2, 3))
-    return F.relu((weights[:, :, None, None] * kept["a"]).sum(1)).detach()
+    return F.relu((weights[:, :, None, None] * outputs["a"]).sum(1)).detach()
 
 
-def test_maps_equal_a_hand_computation():
+def test_maps_computed_by_hand():
     model, targets = TinyHead(), torch.arange(3)
     images = TINY_IMAGE.expand(3, -1, -1, -1)
     assert torch.equal(evidence(model, images, targets, method="cam"), BY_HAND)
@@ -90,7 +91,7 @@ def test_maps_equal_a_hand_computation():
     assert torch.allclose(cam(model, images, targets), BY_HAND / largest)
 
 
-def test_cam_equals_grad_cam_up_to_the_number_of_pixels(b0, images):
+def test_cam_equals_grad_cam_times_pixels(b0, images):
     targets = torch.tensor([3, 7])
     by_zhou = evidence(b0, images, targets, method="cam")
     assert by_zhou.shape == (2, 4, 4)
@@ -100,13 +101,13 @@ def test_cam_equals_grad_cam_up_to_the_number_of_pixels(b0, images):
 
 
 @pytest.mark.parametrize("layer", ["head", "stages.5", "stages.4.1.depthwise.act", "head.conv"])
-def test_grad_cam_equals_the_paper_s_equation(b0, images, layer):
+def test_grad_cam_equals_paper(b0, images, layer):
     targets = torch.tensor([3, 7])
     expected = paper_grad_cam(b0, layer, images, targets)
     torch.testing.assert_close(evidence(b0, images, targets, layer=layer), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_default_layer_is_what_the_pooling_sees_after_the_activation(b0, images):
+def test_default_layer(b0, images):
     assert pooled_layer(b0, images) == "head"
     assert torch.equal(map_layers(b0, images)["head"], b0.forward_features(images[:1]))
     assert pooled_layer(SmallReLU(), images) == "relu2"
@@ -114,14 +115,14 @@ def test_the_default_layer_is_what_the_pooling_sees_after_the_activation(b0, ima
     assert F.cosine_similarity(before.flatten(1), after.flatten(1)).max() < 0.99
 
 
-def test_captum_leaves_the_relu_out_and_we_put_it_in(b0, images):
+def test_relu_that_captum_omits(b0, images):
     bare = LayerGradCam(b0, b0.head).attribute(images, torch.tensor([3, 7]))[:, 0].detach()
     assert bare.min() < 0
     assert torch.equal(evidence(b0, images, torch.tensor([3, 7])), bare.clamp_min(0))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_api_returns_maps_from_0_to_1_and_leaves_the_model_as_it_was(method):
+def test_cam_range_and_unchanged_model(method):
     model = SmallReLU().train()
     images = torch.randn(3, 3, 8, 12, generator=torch.Generator().manual_seed(2))
     maps = effnet_fast.explain.cam(model, images, target=4, method=method)
@@ -137,7 +138,7 @@ def test_the_api_returns_maps_from_0_to_1_and_leaves_the_model_as_it_was(method)
     assert torch.equal(maps, cam(model, images, target=4, method=method))
 
 
-def test_target_is_the_prediction_a_class_or_one_class_an_image(images):
+def test_targets(images):
     model = SmallReLU()
     predicted = model(images).argmax(1)
     assert torch.equal(cam(model, images), cam(model, images, predicted))
@@ -148,7 +149,7 @@ def test_target_is_the_prediction_a_class_or_one_class_an_image(images):
             cam(model, images, wrong)
 
 
-def test_integrated_gradients_of_a_linear_model_are_weight_times_input():
+def test_integrated_gradients_of_linear_model():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False))
     images = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     expected = (model[1].weight[1].view(1, 3, 2, 2) * images).sum(1).clamp_min(0)
@@ -156,7 +157,7 @@ def test_integrated_gradients_of_a_linear_model_are_weight_times_input():
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_occlusion_finds_the_only_pixel_that_counts():
+def test_occlusion_finds_the_relevant_pixel():
     class OnePixel(nn.Module):
         def forward(self, x):
             return torch.stack([x[:, 0, 5, 10], x[:, 0, 0, 0]], 1)
@@ -170,7 +171,7 @@ def test_occlusion_finds_the_only_pixel_that_counts():
     assert found[:2].max() == found[8:].max() == found[:, :7].max() == 0
 
 
-def test_guided_grad_cam_is_guided_backpropagation_times_grad_cam(images):
+def test_guided_grad_cam(images):
     model, targets = SmallReLU(), torch.tensor([2, 4])
     x = images[:, :, :8, :8].clone().requires_grad_()
     handles = [
@@ -190,7 +191,7 @@ def test_guided_grad_cam_is_guided_backpropagation_times_grad_cam(images):
     ("name", "layer"),
     [("resnet50", "layer4"), pytest.param("densenet201", "features.relu5", marks=pytest.mark.slow)],
 )
-def test_the_reference_models_have_maps_guided_ones_too(images, name, layer):
+def test_reference_models(images, name, layer):
     torch.manual_seed(0)
     model, targets = create_model(name, 10, 32, kernels="torch"), torch.tensor([3, 7])
     assert pooled_layer(model, images) == layer
@@ -201,7 +202,7 @@ def test_the_reference_models_have_maps_guided_ones_too(images, name, layer):
     assert cam(model, images, targets, method="guided-grad-cam").shape == (2, 32, 32)
 
 
-def test_what_does_not_fit_the_model_is_refused(b0, images):
+def test_methods_that_do_not_fit_the_model(b0, images):
     with pytest.raises(ValueError, match="needs a model with ReLU modules"):
         cam(b0, images, method="guided-grad-cam")
     with pytest.raises(ValueError, match="not linear on its pooled map"):
@@ -214,7 +215,7 @@ def test_what_does_not_fit_the_model_is_refused(b0, images):
         cam(b0, images, method="gradcam")
 
 
-def test_a_wrong_layer_lists_the_choices(b0, images):
+def test_wrong_layer_lists_choices(b0, images):
     with pytest.raises(ValueError, match=r"'stages.7' is not in the model; did you mean .*choices: head, .*stages.6"):
         cam(b0, images, layer="stages.7")
     with pytest.raises(ValueError, match=r"'classifier' gives no map"):
@@ -224,7 +225,7 @@ def test_a_wrong_layer_lists_the_choices(b0, images):
 
 
 @pytest.mark.slow  # Triton's interpreter
-def test_a_module_that_the_fused_path_passes_by_is_refused_and_runs_on_the_torch_path():
+def test_layer_inside_fused_block():
     def tiny(kernels):
         torch.manual_seed(0)
         return create_model("efficientnet-b0", 4, 8, 8, width=0.1, depth=0.1, dropout=0, drop_path=0, kernels=kernels)
@@ -237,14 +238,14 @@ def test_a_module_that_the_fused_path_passes_by_is_refused_and_runs_on_the_torch
     assert cam(tiny("torch"), images, layer="stages.1.0.depthwise.act").shape == (1, 8, 8)
 
 
-def test_a_compiled_model_is_explained_by_its_module(images):
+def test_compiled_model(images):
     model = SmallReLU()
     compiled = torch.compile(model, backend="eager")
     compiled(images)
     assert torch.equal(cam(compiled, images), cam(model, images))
 
 
-def test_a_frozen_model_has_maps_too(b0, images):
+def test_frozen_model(b0, images):
     expected = cam(b0, images, layer="stem")
     for parameter in b0.parameters():
         parameter.requires_grad_(False)
@@ -255,7 +256,7 @@ def test_a_frozen_model_has_maps_too(b0, images):
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 50), (50, 30), (31, 32), (7, 7), (1, 9)])
-def test_a_map_comes_back_to_the_central_square(height, width):
+def test_place_on_central_square(height, width):
     side = min(height, width)
     placed = place(torch.ones(4, 4), height, width)
     expected = np.zeros((height, width), np.float32)
@@ -264,10 +265,10 @@ def test_a_map_comes_back_to_the_central_square(height, width):
     np.testing.assert_allclose(placed.numpy(), expected, atol=1e-6)
 
 
-def test_a_map_is_brought_back_pixel_by_pixel():
+def test_place_keeps_pixel_positions():
     square = torch.arange(16.0).view(4, 4)
     assert torch.allclose(place(square, 4, 6)[:, 1:5], square)
     big = place(square, 400, 600)
     assert big[:, :100].max() == big[:, 500:].max() == 0
-    # The centre of each of the map's pixels is at the centre of its 100 x 100 pixels of the image.
+    # Each map pixel becomes 100 x 100 image pixels, with its value at their centre.
     assert torch.allclose(big[50:400:100, 150:500:100], square, atol=0.1)

@@ -1,4 +1,4 @@
-"""Scores against values computed by hand, and the sanity check of Adebayo et al. 2018 on a trained model."""
+"""Scores against values computed by hand, and the sanity check of Adebayo et al. (2018) on a trained model."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ def test_entropy_of_known_distributions():
     assert scores.entropy(torch.stack([flat, point, half])).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_spearman_ranks_and_shares_ties():
+def test_spearman_with_ties():
     a = torch.tensor([[[1.0, 2], [3, 4]]])
     assert scores.spearman(a, a**3).item() == pytest.approx(1)
     assert scores.spearman(a, -a).item() == pytest.approx(-1)
@@ -48,26 +48,26 @@ def test_a_map_without_evidence_has_no_scores():
 
 
 class CountsPixels(nn.Module):
-    """Its probability for class 0 is the mean of the red pixels, for class 1 the rest."""
+    """The probability of class 0 is the mean of the red channel."""
 
     def forward(self, x):
         p = x[:, 0].mean((1, 2)).clamp(1e-9, 1 - 1e-9)
         return torch.stack([p.log(), (1 - p).log()], 1)
 
 
-def test_deletion_and_insertion_equal_a_hand_computation():
-    """Four of 16 pixels hold all the evidence; the map ranks them first, or last."""
+def test_deletion_computed_by_hand():
+    """Four of 16 pixels carry the evidence; the map ranks them first, or last."""
     images = torch.zeros(1, 3, 4, 4)
     images[0, 0, 1:3, 1:3] = 4 * 0.8  # mean 0.8
     good = (images[:, 0] > 0).float()
     deletion, _ = scores.deletion_insertion(CountsPixels(), images, good, torch.tensor([0]), steps=16)
-    # 0.8, 0.6, 0.4, 0.2, 0, ... over sixteen steps, by trapezoids.
+    # 0.8, 0.6, 0.4, 0.2, 0, ... over 16 steps, by the trapezoid rule.
     assert deletion.item() == pytest.approx((0.4 + 0.6 + 0.4 + 0.2) / 16, abs=1e-6)
     worst, _ = scores.deletion_insertion(CountsPixels(), images, 1 - good, torch.tensor([0]), steps=16)
     assert worst.item() == pytest.approx((0.4 + 11 * 0.8 + 0.8 + 0.6 + 0.4 + 0.2) / 16, abs=1e-6)
 
 
-def test_insertion_starts_from_the_blurred_image_and_ends_at_the_image():
+def test_first_and_last_inputs_of_the_curves():
     torch.manual_seed(0)
     images = torch.rand(1, 3, 16, 16)
     seen = []
@@ -86,7 +86,7 @@ def test_insertion_starts_from_the_blurred_image_and_ends_at_the_image():
     assert (deleted[1] == 0).all(1).sum() == 128
 
 
-def test_blur_keeps_a_flat_image_and_smooths_the_rest():
+def test_blur():
     flat = torch.full((1, 3, 32, 32), 0.7)
     assert torch.allclose(scores.blur(flat), flat, atol=1e-5)
     noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -94,9 +94,9 @@ def test_blur_keeps_a_flat_image_and_smooths_the_rest():
     assert scores.blur(torch.ones(1, 3, 1, 1)).shape == (1, 3, 1, 1)
 
 
-def test_infidelity_is_nought_for_a_linear_model_s_own_weights_and_repeats_itself():
+def test_infidelity_of_linear_model():
     grey = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-    with torch.no_grad():  # the same weight for all colours, as a map cannot tell them apart
+    with torch.no_grad():  # the same weight for all colours, because a map has no colours
         weights = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))
         grey[1].weight.copy_(weights.expand(2, 3, 16).reshape(2, 48))
     image, target = torch.randn(1, 3, 4, 4), torch.tensor([1])
@@ -107,7 +107,7 @@ def test_infidelity_is_nought_for_a_linear_model_s_own_weights_and_repeats_itsel
     assert wrong == scores.infidelity(grey, image, true_map.flip(2), target, seed=1)
 
 
-def test_sensitivity_is_nought_for_a_map_that_never_changes():
+def test_sensitivity():
     image, target = torch.rand(1, 3, 4, 4), torch.tensor([0])
     constant = scores.sensitivity(lambda x, t: torch.ones(len(x), 4, 4), image, target, seed=0)
     follows = scores.sensitivity(lambda x, t: x.sum(1), image, target, seed=0)
@@ -120,7 +120,7 @@ def test_sensitivity_is_nought_for_a_map_that_never_changes():
 
 
 def squares(count, seed):
-    """Noise with a bright square whose colour is its class: images [N, 3, 32, 32], classes, and where the square is."""
+    """Noise with a bright square whose colour is its class: images [N, 3, 32, 32], classes, masks of the squares."""
     draw = torch.Generator().manual_seed(seed)
     images = 0.3 * torch.randn(count, 3, 32, 32, generator=draw)
     classes = torch.arange(count) % 3
@@ -149,20 +149,20 @@ def trained():
     return model.eval()
 
 
-def test_a_trained_model_s_maps_lie_on_what_it_learnt(trained):
+def test_maps_of_trained_model_cover_the_object(trained):
     images, classes, inside = squares(30, seed=2)
     assert (trained(images).argmax(1) == classes).float().mean() > 0.9
     maps = cam(trained, images, classes)
     share = (maps * inside).sum((1, 2)) / maps.sum((1, 2))
     assert share.mean() > 1.2 * inside.mean()
     deletion, insertion = scores.deletion_insertion(trained, images, maps, classes)
-    backwards = scores.deletion_insertion(trained, images, 1 - maps, classes)
-    assert deletion.mean() < backwards[0].mean()
-    assert insertion.mean() > backwards[1].mean()
+    reversed_scores = scores.deletion_insertion(trained, images, 1 - maps, classes)
+    assert deletion.mean() < reversed_scores[0].mean()
+    assert insertion.mean() > reversed_scores[1].mean()
 
 
 @pytest.mark.parametrize("method", ["grad-cam", "cam"])
-def test_randomising_the_weights_destroys_the_agreement(trained, method):
+def test_random_weights_change_the_maps(trained, method):
     images, classes, _ = squares(30, seed=2)
 
     def explain(model, inputs):

@@ -1,4 +1,4 @@
-"""`effnet-fast cam` from end to end: images of every kind in; pictures, tables and a page out."""
+"""`effnet-fast cam` from end to end: images of many kinds in; pictures, tables and a gallery out."""
 
 import csv
 import io
@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 from command_line import run
+from effnet_fast.config import CamConfig
 from effnet_fast.data import FileSplit
+from effnet_fast.data.image import load_image
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.torch_loader import TorchLoader
-from effnet_fast.explain.maps import cam
-from effnet_fast.explain.sources import find_sources
-from effnet_fast.run import cam as verb
+from effnet_fast.explain import cam, explainer, output
+from effnet_fast.explain.image_files import list_image_files
+from effnet_fast.explain.models import load_models
 
 QUICK = "--curve_steps 4 --device cpu"
 
@@ -27,14 +29,14 @@ def table(path):
 
 
 def picture(seed, width, height):
-    """Coloured blotches."""
+    """A random picture."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def write(folder, *sizes):
-    """Images in class folders, in turn."""
+    """Write images of these sizes, cycling through the class folders bear, cat and dog."""
     for i, (width, height) in enumerate(sizes):
         path = folder / ("bear", "cat", "dog")[i % 3] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,9 +44,9 @@ def write(folder, *sizes):
     return folder
 
 
-def subjects(study, **settings):
-    config = verb.CamConfig(images_path="", output_path="", checkpoints=str(study), **settings)
-    return verb.load_subjects(config, torch.device("cpu"))
+def models_of(study, **settings):
+    config = CamConfig(images_path="", output_path="", checkpoints=str(study), **settings)
+    return load_models(config, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def done(study, tmp_path_factory):
     return folder
 
 
-def test_what_a_run_leaves(done):
+def test_output_files(done):
     out = done / "out"
     names = ["bear/0.png", "bear/3.png", "cat/1.png", "cat/4.png", "dog/2.png"]
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
@@ -74,24 +76,25 @@ def test_what_a_run_leaves(done):
     assert len(table(out / "agreement.csv")) == 5 * 3
 
 
-def test_the_numbers_are_those_of_the_api(done, study):
+def test_tables_match_python_api(done, study):
     rows = {(row["image"], row["model"]): row for row in table(done / "out" / "maps.csv")}
-    for subject in subjects(study):
-        x = subject.prepare([Image.open(done / "images" / "cat" / "1.png")])
-        probabilities = subject.model(x).softmax(1)[0]
-        row = rows["cat/1.png", subject.name]
-        assert row["prediction"] == row["target"] == subject.classes[probabilities.argmax()]
+    for model in models_of(study):
+        trained = model.trained
+        x = trained.prepare([Image.open(done / "images" / "cat" / "1.png")])
+        probabilities = trained.model(x).softmax(1)[0]
+        row = rows["cat/1.png", model.name]
+        assert row["prediction"] == row["target"] == trained.classes[probabilities.argmax()]
         assert float(row["confidence"]) == pytest.approx(probabilities.max().item(), abs=1e-5)
         with np.load(done / "out" / "maps" / "cat" / "1.png.npz") as maps:
-            side = subject.image_size
+            side = trained.image_size
             kept = torch.nn.functional.interpolate(
-                torch.from_numpy(maps[subject.name])[None, None], (side, side), mode="bilinear"
+                torch.from_numpy(maps[model.name])[None, None], (side, side), mode="bilinear"
             )
-        ours = cam(subject.model, x)[0]
+        ours = cam(trained.model, x)[0]
         assert torch.allclose(kept[0, 0] / kept.max().clamp_min(1e-9), ours, atol=1e-5)
 
 
-def test_the_summary_is_the_mean_and_spread_of_the_rows(done):
+def test_summary_is_mean_and_std_of_rows(done):
     rows = table(done / "out" / "maps.csv")
     for line in table(done / "out" / "summary.csv"):
         own = [row for row in rows if row["model"] == line["model"]]
@@ -104,37 +107,38 @@ def test_the_summary_is_the_mean_and_spread_of_the_rows(done):
         assert float(line["top1_mean"]) == pytest.approx(100 * np.mean(right))
 
 
-def test_images_are_prepared_as_the_model_s_evaluation_path_does(tmp_path, study):
-    """Sizes, aspects and an EXIF turn, against the torch loader."""
+def test_preprocessing_equals_evaluation_loader(tmp_path, study):
+    """Several sizes, aspects and an EXIF rotation, against the torch loader."""
     paths = []
     for i, (width, height) in enumerate([(32, 32), (90, 41), (40, 97), (16, 20)]):
         exif = Image.Exif()
-        exif[0x0112] = 6 if i == 1 else 1  # turned by a quarter
+        exif[0x0112] = 6 if i == 1 else 1  # rotated by 90 degrees
         paths.append(tmp_path / f"{i}.jpg")
         picture(i, width, height).save(paths[-1], quality=95, exif=exif)
-    for subject in subjects(study):
+    for model in (model.trained for model in models_of(study)):
         spec = LoaderSpec(
-            4, subject.image_size, subject.mean, subject.std, torch.device("cpu"), torch.float32, 0, 0, 1, 0, None
+            4, model.image_size, model.mean, model.std, torch.device("cpu"), torch.float32, 0, 0, 1, 0, None
         )
         loader = TorchLoader(FileSplit(tuple(paths), np.zeros(4, np.int64)), spec)
         ((expected, _),) = loader.epoch(0)
-        prepared = subject.prepare([verb.load_image(path) for path in paths])
-        assert prepared.shape == (4, 3, subject.image_size, subject.image_size)
+        prepared = model.prepare([load_image(path) for path in paths])
+        assert prepared.shape == (4, 3, model.image_size, model.image_size)
         assert torch.equal(prepared, expected)
 
 
-def test_a_study_gives_one_seed_of_each_model_on_the_torch_path(study):
-    found = subjects(study)
-    assert [(s.name, s.image_size) for s in found] == [("baseline", 32), ("deeper", 32), ("higher-resolution", 40)]
+def test_study_loads_one_seed_of_each_model_with_torch_kernels(study):
+    found = models_of(study)
+    sizes = {"baseline": 32, "deeper": 32, "higher-resolution": 40}
+    assert {m.name: m.trained.image_size for m in found} == sizes
     assert found[0].label == "baseline (32 px)"
-    assert not any(s.model.training for s in found)
-    assert {m.kernels for s in found for m in s.model.modules() if hasattr(m, "kernels")} == {"torch"}
-    other = subjects(study, seed=1)
-    assert [s.name for s in other] == ["baseline"]
+    assert not any(m.trained.model.training for m in found)
+    assert {part.kernels for m in found for part in m.trained.model.modules() if hasattr(part, "kernels")} == {"torch"}
+    other = models_of(study, seed=1)
+    assert [m.name for m in other] == ["baseline"]
     assert other[0].digest != found[0].digest
 
 
-def test_named_runs_and_single_checkpoints(study, tmp_path):
+def test_run_flag_and_single_checkpoint(study, tmp_path):
     images = write(tmp_path / "images", (32, 32))
     one, two = study / "runs" / "deeper-0", study / "runs" / "baseline-0" / "last.pt"
     run(f"cam --images_path {images}/bear/0.png --output_path {tmp_path}/a --run x={one} --run y={two} {QUICK}")
@@ -145,11 +149,30 @@ def test_named_runs_and_single_checkpoints(study, tmp_path):
     assert "agreement_mean" not in row
 
 
-def test_a_second_run_skips_what_is_done_and_does_what_is_new(done, study, capsys):
+@pytest.mark.parametrize("flags", ["", "--fold_batchnorm"])
+def test_safetensors_export(study, tmp_path, flags):
+    images = write(tmp_path / "images", (32, 32), (50, 40))
+    checkpoint = study / "runs" / "baseline-0" / "last.pt"
+    export = tmp_path / "exported" / "model.safetensors"
+    export.parent.mkdir()
+    run(f"export --checkpoint {checkpoint} --output {export} {flags}")
+    for name, path in (("checkpoint", checkpoint), ("export", export)):
+        run(f"cam --images_path {images} --output_path {tmp_path}/{name} --run a={path} {QUICK}")
+    first, second = (table(tmp_path / name / "maps.csv") for name in ("checkpoint", "export"))
+    assert len(first) == 2
+    for row, exported in zip(first, second, strict=True):
+        assert row["prediction"] == exported["prediction"]
+        for score in ("confidence", "entropy", "energy_top10", "deletion", "insertion"):
+            assert float(row[score]) == pytest.approx(float(exported[score]), abs=1e-3)
+    run(f"cam --images_path {images} --output_path {tmp_path}/single --checkpoints {export} {QUICK}")
+    assert [row["model"] for row in table(tmp_path / "single" / "summary.csv")] == ["exported"]
+
+
+def test_second_run_computes_only_new_and_changed_images(done, study, capsys):
     folder = done.parent / "again"
     shutil.copytree(done, folder)
     line = f"cam --images_path {folder}/images --output_path {folder}/out --checkpoints {study} --batch_size 2 {QUICK}"
-    # The folder's name is among the settings, so that maps of other images are never taken for these.
+    # The images' folder is one of the settings, so maps of other images are never mistaken for these.
     run(line, expected=2)
     assert "images_path" in capsys.readouterr().err
     line = f"cam --images_path {done}/images --output_path {done}/out --checkpoints {study} --batch_size 2 {QUICK}"
@@ -157,7 +180,7 @@ def test_a_second_run_skips_what_is_done_and_does_what_is_new(done, study, capsy
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png*")}
     tables = {name: (out / name).read_bytes() for name in ("maps.csv", "agreement.csv", "summary.csv", "gallery.html")}
     run(line)
-    assert "5 images explained, 5 of them before; models: 3" in capsys.readouterr().out
+    assert "5 images explained, 5 of them by an earlier run; models: 3" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png*")} == before
     assert {name: (out / name).read_bytes() for name in tables} == tables
 
@@ -165,7 +188,7 @@ def test_a_second_run_skips_what_is_done_and_does_what_is_new(done, study, capsy
     kept = changed.read_bytes()
     picture(77, 50, 50).save(changed)
     run(line)
-    assert "5 images explained, 4 of them before" in capsys.readouterr().out
+    assert "5 images explained, 4 of them by an earlier run" in capsys.readouterr().out
     now = {path.relative_to(out).as_posix() for path, time in before.items() if path.stat().st_mtime_ns != time}
     names = {
         f"{kind}/dog/2.png.{suffix}" for kind, suffix in (("pictures", "png"), ("maps", "npz"), ("records", "json"))
@@ -176,7 +199,20 @@ def test_a_second_run_skips_what_is_done_and_does_what_is_new(done, study, capsy
     assert {name: (out / name).read_bytes() for name in tables} == tables
 
 
-def test_a_run_that_was_killed_goes_on(study, tmp_path, monkeypatch):
+def test_each_record_is_read_once(done, study, monkeypatch):
+    reads = []
+    load_record = output.OutputFolder.load_record
+    monkeypatch.setattr(
+        output.OutputFolder, "load_record", lambda self, name: reads.append(name) or load_record(self, name)
+    )
+    line = f"cam --images_path {done}/images --output_path {done}/out --checkpoints {study} --batch_size 2 {QUICK}"
+    run(f"{line} --gallery_images 1")
+    names = ["bear/0.png", "bear/3.png", "cat/1.png", "cat/4.png", "dog/2.png"]
+    assert reads == [*names, names[0]], "once for the tables, and the gallery's image again"
+    run(line)
+
+
+def test_resume_after_interrupt(study, tmp_path, monkeypatch):
     images = write(tmp_path / "images", (32, 32), (32, 32), (32, 32))
     line = f"cam --images_path {images} --run a={study}/runs/baseline-0 --batch_size 1 {QUICK} --output_path"
     calls = []
@@ -185,29 +221,29 @@ def test_a_run_that_was_killed_goes_on(study, tmp_path, monkeypatch):
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return examine(*arguments)
+        return explain_batch(*arguments)
 
-    examine = verb.examine
-    monkeypatch.setattr(verb, "examine", killed)
-    run(f"{line} {tmp_path}/cut", expected=130)
-    assert len(list((tmp_path / "cut" / "records").rglob("*.json"))) == 2
-    run(f"{line} {tmp_path}/cut")
+    explain_batch = explainer.explain_batch
+    monkeypatch.setattr(explainer, "explain_batch", killed)
+    run(f"{line} {tmp_path}/killed", expected=130)
+    assert len(list((tmp_path / "killed" / "records").rglob("*.json"))) == 2
+    run(f"{line} {tmp_path}/killed")
     assert len(calls) == 3 + 1
-    assert {len(arguments[1]) for arguments in calls} == {1}, "no more than a batch is held at a time"
+    assert {len(arguments[1]) for arguments in calls} == {1}, "one batch is in memory at a time"
     monkeypatch.undo()
     run(f"{line} {tmp_path}/whole")
     for name in ("maps.csv", "agreement.csv", "summary.csv"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_other_settings_are_refused_unless_started_afresh(study, tmp_path, capsys):
+def test_other_settings_are_refused_unless_restarted(study, tmp_path, capsys):
     images = write(tmp_path / "images", (32, 32), (32, 32))
     line = f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {study} {QUICK}"
     run(line)
     run(f"{line} --method cam", expected=2)
-    said = capsys.readouterr().err
-    assert "other settings (method grad-cam there, cam here)" in said
-    assert said.count("\n") == 1
+    messages = capsys.readouterr().err
+    assert "other settings (method was grad-cam, now cam)" in messages
+    assert messages.count("\n") == 1
     run(f"{line} --seed 1", expected=2)
     assert "models" in capsys.readouterr().err
     run(f"{line} --method cam --resume no --format svg")
@@ -215,18 +251,18 @@ def test_other_settings_are_refused_unless_started_afresh(study, tmp_path, capsy
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_a_folder_of_other_files_is_left_alone(study, tmp_path, capsys):
+def test_output_folder_with_other_files_is_refused(study, tmp_path, capsys):
     images = write(tmp_path / "images", (32, 32))
     (tmp_path / "out" / "pictures").mkdir(parents=True)
     (tmp_path / "out" / "pictures" / "holiday.png").write_bytes(b"mine")
     for resume in ("auto", "no"):
         run(f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {study} --resume {resume}", 2)
-        assert "holds other files" in capsys.readouterr().err
+        assert "contains other files" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["holiday.png"]
 
 
 def odd_files(folder):
-    """A corrupt file, a non-image, and images of unusual kinds."""
+    """Write a corrupt file, a text file, and images of unusual kinds."""
     folder.mkdir(parents=True)
     base = picture(5, 48, 36)
     base.save(folder / "plain.png")
@@ -242,26 +278,26 @@ def odd_files(folder):
     frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
     base.convert("RGBA").save(folder / "alpha.png")
     base.convert("P").save(folder / "palette.png")
-    (folder / ".hidden").write_text("not looked at")
+    (folder / ".hidden").write_text("ignored")
     return folder
 
 
-def test_odd_files_are_handled_or_named_and_the_exit_status_says_so(study, tmp_path, capsys):
+def test_unusual_images_are_explained_and_bad_files_skipped(study, tmp_path, capsys):
     images = odd_files(tmp_path / "images" / "bear")
     one = f"--run baseline={study}/runs/baseline-0"
     run(f"cam --images_path {images} --output_path {tmp_path}/out {one} {QUICK}", expected=1)
-    said = capsys.readouterr()
-    named = {line.split(":")[1].split("/")[-1] for line in said.err.splitlines() if line.startswith("skipped:")}
+    messages = capsys.readouterr()
+    named = {line.split(":")[1].split("/")[-1] for line in messages.err.splitlines() if line.startswith("skipped:")}
     assert named == {"corrupt.png", "notes.txt", "empty.jpg", "sixteen.png"}
-    assert "grey of 16 bits: save it with 8" in said.err
-    assert "4 of 10 files were skipped" in said.err
-    assert "6 images explained" in said.out
+    assert "grey of 16 bits: save it with 8" in messages.err
+    assert "4 of 10 files were skipped" in messages.err
+    assert "6 images explained" in messages.out
     rows = {row["image"]: row for row in table(tmp_path / "out" / "maps.csv") if row["model"] == "baseline"}
     assert rows.keys() == {"plain.png", "grey.png", "cmyk.jpg", "animated.gif", "alpha.png", "palette.png"}
     assert float(rows["alpha.png"]["confidence"]) == float(rows["plain.png"]["confidence"])
 
 
-def test_no_image_at_all_is_an_error(study, tmp_path, capsys):
+def test_no_images(study, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "notes.txt").write_text("no image")
     run(f"cam --images_path {tmp_path}/images --output_path {tmp_path}/out --checkpoints {study}", expected=2)
@@ -270,7 +306,7 @@ def test_no_image_at_all_is_an_error(study, tmp_path, capsys):
     assert "there is no folder or image at" in capsys.readouterr().err
 
 
-def test_the_target_is_predicted_true_or_a_class(study, tmp_path, capsys):
+def test_target(study, tmp_path, capsys):
     images = write(tmp_path / "images", (32, 32), (32, 32))
     line = f"cam --images_path {images} --run baseline={study}/runs/baseline-0 {QUICK}"
     run(f"{line} --output_path {tmp_path}/true --target true")
@@ -284,18 +320,18 @@ def test_the_target_is_predicted_true_or_a_class(study, tmp_path, capsys):
     run(f"{line} --output_path {tmp_path}/none --target eal", expected=2)
     assert "no class 'eal'; did you mean eel" in capsys.readouterr().err
     with np.load(tmp_path / "true" / "maps" / "bear" / "0.png.npz") as maps, Image.open(images / "bear/0.png") as image:
-        subject = subjects(study)[0]
-        own = cam(subject.model, subject.prepare([image]), subject.classes.index("bear"))[0]
-        assert own.argmax() == cam(subject.model, subject.prepare([image]), 0)[0].argmax()
+        model = models_of(study)[0].trained
+        ours = cam(model.model, model.prepare([image]), model.classes.index("bear"))[0]
+        assert ours.argmax() == cam(model.model, model.prepare([image]), 0)[0].argmax()
         assert maps["baseline"].max() in (0, 1)
 
 
-def test_true_classes_from_a_csv(study, tmp_path, capsys):
+def test_true_classes_from_csv(study, tmp_path, capsys):
     images = tmp_path / "flat"
     images.mkdir()
     for i in range(3):
         picture(i, 32, 32).save(images / f"{i}.png")
-    labels = images / "labels.csv"  # beside the images, and not taken for one
+    labels = images / "labels.csv"  # in the same folder, but not an image
     labels.write_text("image,class\n0.png,dog\n1.png,eel\n")
     line = f"cam --images_path {images} --run a={study}/runs/baseline-0 --target true --labels {labels} {QUICK}"
     run(f"{line} --output_path {tmp_path}/out", expected=1)
@@ -307,7 +343,7 @@ def test_true_classes_from_a_csv(study, tmp_path, capsys):
     assert "must be a CSV with the header image,class" in capsys.readouterr().err
 
 
-def test_captum_s_metrics_come_by_flag_and_do_not_depend_on_the_batch(study, tmp_path):
+def test_captum_scores_do_not_depend_on_batch_size(study, tmp_path):
     images = write(tmp_path / "images", (32, 32), (32, 32))
     line = f"cam --images_path {images} --run a={study}/runs/baseline-0 --infidelity --sensitivity {QUICK}"
     run(f"{line} --output_path {tmp_path}/one --batch_size 1")
@@ -320,7 +356,7 @@ def test_captum_s_metrics_come_by_flag_and_do_not_depend_on_the_batch(study, tmp
     assert "infidelity_mean" in table(tmp_path / "one" / "summary.csv")[0]
 
 
-def test_bf16_changes_little(study, tmp_path):
+def test_bf16(study, tmp_path):
     images = write(tmp_path / "images", (40, 32))
     for precision in ("no", "bf16"):
         run(
@@ -333,7 +369,7 @@ def test_bf16_changes_little(study, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["cam", "integrated-gradients", "occlusion"])
-def test_every_method_runs(study, tmp_path, method):
+def test_methods(study, tmp_path, method):
     images = write(tmp_path / "images", (40, 32))
     run(
         f"cam --images_path {images} --output_path {tmp_path}/out --run a={study}/runs/baseline-0 "
@@ -350,7 +386,7 @@ def test_every_method_runs(study, tmp_path, method):
         ("--method guided-grad-cam", "needs a model with ReLU modules"),
         ("--layer stages.9", "baseline: layer 'stages.9' is not in the model; did you mean"),
         ("--method cam --layer stem", "cam takes no layer"),
-        ("--colormap rainbowish", "no colour map 'rainbowish'"),
+        ("--colormap rainbowish", "no colormap 'rainbowish'"),
         ("--run baseline", "--run must be NAME=PATH"),
         ("--run baseline=/nowhere", "two models are called baseline"),
         ("--run other=/nowhere/last.pt", "there is no checkpoint at /nowhere/last.pt"),
@@ -359,43 +395,43 @@ def test_every_method_runs(study, tmp_path, method):
         ("--method gradcam", "Got value: gradcam"),
     ],
 )
-def test_a_mistake_is_one_line(study, tmp_path, capsys, flags, message):
+def test_mistakes_are_one_line(study, tmp_path, capsys, flags, message):
     images = write(tmp_path / "images", (32, 32))
     run(f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {study} {flags}", expected=2)
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    messages = capsys.readouterr().err
+    assert message in messages
+    assert messages.count("\n") == 1
 
 
-def test_a_damaged_study_is_named(tmp_path, capsys):
+def test_damaged_study(tmp_path, capsys):
     (tmp_path / "study.json").write_text('{"models": [{"name": "baseline"}]}')
     run(f"cam --images_path {tmp_path} --output_path {tmp_path}/out --checkpoints {tmp_path}", expected=2)
-    assert "study.json is damaged or no study" in capsys.readouterr().err
+    assert "study.json is damaged or not a study" in capsys.readouterr().err
 
 
-def test_a_map_of_a_single_pixel_is_warned_of(tmp_path, study, capsys):
+def test_single_pixel_map_warns(tmp_path, study, capsys):
     saved = torch.load(study / "runs" / "baseline-0" / "last.pt", weights_only=True)
     saved["architecture"]["output_stride"] = 32
     (tmp_path / "run").mkdir()
     torch.save(saved, tmp_path / "run" / "last.pt")
     images = write(tmp_path / "images", (32, 32))
     run(f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {tmp_path}/run {QUICK}")
-    assert "run's map has a single pixel, which shows no place" in capsys.readouterr().err
+    assert "run's map has a single pixel, so it shows no location" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_named(study, tmp_path, capsys):
+def test_unwritable_output_folder(study, tmp_path, capsys):
     images = write(tmp_path / "images", (32, 32))
     (tmp_path / "closed").mkdir(mode=0o555)
     run(f"cam --images_path {images} --output_path {tmp_path}/closed/out --checkpoints {study}", expected=2)
     assert "closed" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_lost(study, tmp_path, capsys, monkeypatch):
+def test_full_disk_loses_nothing(study, tmp_path, capsys, monkeypatch):
     images = write(tmp_path / "images", (32, 32), (32, 32))
     line = f"cam --images_path {images} --output_path {tmp_path}/out --run a={study}/runs/baseline-0 {QUICK}"
     line += " --batch_size 1"
-    save, saved = verb.picture.save, []
+    save, saved = output.picture.save, []
 
     def full(figure, path):
         saved.append(path)
@@ -403,35 +439,35 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(study, tmp_path, capsys, mo
             raise ValueError(f"cannot write the picture {path}: No space left on device; choose another output")
         save(figure, path)
 
-    monkeypatch.setattr(verb.picture, "save", full)
+    monkeypatch.setattr(output.picture, "save", full)
     run(line, expected=2)
     assert "No space left" in capsys.readouterr().err
     monkeypatch.undo()
     run(line)
-    assert "2 images explained, 1 of them before" in capsys.readouterr().out
+    assert "2 images explained, 1 of them by an earlier run" in capsys.readouterr().out
 
 
-def test_data_exports_test_images_in_class_folders(tmp_path):
+def test_data_verb_exports_images_in_class_folders(tmp_path):
     run(f"data --dataset synthetic --output {tmp_path}/sheet.png --export {tmp_path}/images --export_images 7")
-    found = list((tmp_path / "images").rglob("*.png"))
-    assert len(found) == 7
-    assert len({path.parent.name for path in found}) == 7
-    with Image.open(found[0]) as image:
+    exported = list((tmp_path / "images").rglob("*.png"))
+    assert len(exported) == 7
+    assert len({path.parent.name for path in exported}) == 7
+    with Image.open(exported[0]) as image:
         assert image.size == (32, 32)
 
 
-def test_records_are_plain_json(done):
+def test_records_are_json(done):
     record = json.loads((done / "out" / "records" / "cat" / "1.png.json").read_text())
     assert {"image", "label", "width", "height", "models", "pairs", "agreement", "stamp"} <= record.keys()
 
 
-def test_a_study_of_several_costs_and_one_that_is_not_whole(study, tmp_path, capsys):
+def test_study_with_several_costs_and_missing_checkpoints(study, tmp_path, capsys):
     folder = tmp_path / "study"
     shutil.copytree(study, folder)
     models = [m for m in json.loads((folder / "study.json").read_text())["models"] if m["seed"] == 0]
     baseline, deeper, higher = models
-    gone = {**higher, "checkpoint": "runs/none/last.pt", "failed": "out of memory", "target_macs": 1e8}
-    several = [baseline, {**deeper, "target_macs": 1e8}, {**deeper, "target_macs": 2e8}, gone]
+    missing = {**higher, "checkpoint": "runs/none/last.pt", "failed": "out of memory", "target_macs": 1e8}
+    several = [baseline, {**deeper, "target_macs": 1e8}, {**deeper, "target_macs": 2e8}, missing]
     (folder / "study.json").write_text(json.dumps({"models": several}))
     images = write(tmp_path / "images", (32, 32))
     line = f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {folder} {QUICK}"
@@ -439,12 +475,12 @@ def test_a_study_of_several_costs_and_one_that_is_not_whole(study, tmp_path, cap
     assert "skipped: higher-resolution of seed 0 has no checkpoint: out of memory" in capsys.readouterr().err
     names = [row["model"] for row in table(tmp_path / "out" / "summary.csv")]
     assert names == ["baseline", "deeper-1e+08", "deeper-2e+08"]
-    (folder / "study.json").write_text(json.dumps({"models": [gone]}))
+    (folder / "study.json").write_text(json.dumps({"models": [missing]}))
     run(f"{line} --resume no", expected=2)
     assert "run effnet-fast study first" in capsys.readouterr().err
 
 
-def test_larger_batches_leave_no_older_grids(study, tmp_path):
+def test_larger_batches_remove_older_grids(study, tmp_path):
     images = write(tmp_path / "images", (32, 32), (32, 32), (32, 32))
     line = f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {study} {QUICK} --batch_size"
     for size, grids in ((1, 3), (3, 1)):
@@ -452,7 +488,7 @@ def test_larger_batches_leave_no_older_grids(study, tmp_path):
         assert len(list((tmp_path / "out" / "grids").glob("grid-*"))) == grids
 
 
-def test_a_name_that_is_no_utf_8_and_a_link(tmp_path):
+def test_symbolic_link_and_name_that_is_not_utf8(tmp_path):
     store = tmp_path / "store"
     store.mkdir()
     Image.new("RGB", (8, 8)).save(store / "1.png")
@@ -460,7 +496,7 @@ def test_a_name_that_is_no_utf_8_and_a_link(tmp_path):
     folder.mkdir(parents=True)
     (folder / "1.png").symlink_to(store / "1.png")
     shutil.copy(store / "1.png", os.fsencode(folder) + b"/\xff.png")
-    linked, odd = find_sources(tmp_path / "images", None, [])
+    linked, odd = list_image_files(tmp_path / "images", None, set())
     assert (linked.label, odd.label) == ("apple", "apple")
     assert odd.name == "apple/\\xff.png"
     assert odd.path.is_file()

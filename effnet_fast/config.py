@@ -39,7 +39,7 @@ class TrainConfig:
     model: str = "efficientnet-b0"
     """Architecture: efficientnet-b0 to efficientnet-b7, resnet50, resnet152 or densenet201."""
     dataset: DatasetName = "cifar100"
-    """Data set; `folder` reads DATA_DIR/{train,test}/CLASS/*.{jpg,png}, `synthetic` generates images in memory."""
+    """Data set; `folder` reads DATA_DIR/{train,test}/CLASS/IMAGE, `synthetic` generates images in memory."""
     data_dir: str = operational("data")
     """Folder of the data set; CIFAR is downloaded into it if missing."""
     save_dir: str = operational("results")
@@ -114,7 +114,7 @@ class TrainConfig:
     color_jitter: float = 0.0
     """Maximum relative change of brightness, contrast and saturation, 0 to 1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
-    """RandAugment (2 operations, magnitude 9 of 31) or TrivialAugment; needs DALI."""
+    """RandAugment (2 operations, magnitude 9 of 31) or TrivialAugment Wide, as torchvision defines them."""
     random_erasing: float = 0.0
     """Probability of erasing a random rectangle of an image, 0 to 1."""
 
@@ -154,7 +154,7 @@ class TrainConfig:
     loader: LoaderName = operational("auto")
     """Data loader; auto takes the fastest one measured on this device, else DALI if it is installed."""
     num_workers: int = operational(8)
-    """Threads of DALI or processes of the torch loader, capped at the number of cores."""
+    """Threads of DALI or processes of the torch loader, at most one per core; with 0 the torch loader starts none."""
     device: DeviceName = operational("auto")
     """auto uses CUDA if a GPU is available."""
     resume: str | bool = operational("auto")
@@ -221,10 +221,6 @@ class TrainConfig:
             _require(
                 bool(self.pretrained) or not given, f"--{name} applies to pretrained weights: add --pretrained FILE"
             )
-        _require(
-            self.auto_augment == "none" or self.loader in ("auto", "dali"),
-            f"--auto_augment {self.auto_augment} needs DALI: use --loader dali, not {self.loader}",
-        )
 
     @property
     def name(self) -> str:
@@ -396,7 +392,7 @@ class EvalConfig:
     loader: LoaderName = "auto"
     """Data loader; auto takes the fastest one measured on this device, else DALI if it is installed."""
     num_workers: int = 8
-    """Threads of DALI or processes of the torch loader, capped at the number of cores."""
+    """Threads of DALI or processes of the torch loader, at most one per core; with 0 the torch loader starts none."""
     device: DeviceName = "auto"
     """auto uses CUDA if a GPU is available."""
     output_dir: str | None = None

@@ -116,7 +116,6 @@ def mistake(capsys, line):
         ("train --optimizer lion", "optimizer"),
         ("train --output_stride 5", "output_stride"),
         ("train --val_fraction 1.5", "--val_fraction must be from 0 to below 1"),
-        ("train --auto_augment rand --loader resident", "use --loader dali"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("train --dataset synthetic --batch_size 999999", "larger than the"),
         ("train --dataset synthetic --batch_size 32 --grad_accumulation 5", "must divide evenly"),

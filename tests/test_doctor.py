@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from effnet_fast.config import DoctorConfig, TrainConfig
-from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
 from effnet_fast.model.blocks import MBConv
@@ -178,5 +177,5 @@ def test_kernels_auto_follows_the_check(monkeypatch, answer, kernels):
 def test_loader_auto_follows_the_check(monkeypatch, answer, loader):
     counted(monkeypatch, "dali", answer, "what was found")
     monkeypatch.setattr("effnet_fast.run.resolve.choose_loader", lambda *_: ("dali", "DALI is faster"))
-    assert resolve_loader("auto", load_synthetic(8, 8).train, GPU, Augment())[0] == loader
-    assert resolve_loader("dali", load_synthetic(8, 8).train, GPU, Augment())[0] == "dali"
+    assert resolve_loader("auto", load_synthetic(8, 8).train, GPU)[0] == loader
+    assert resolve_loader("dali", load_synthetic(8, 8).train, GPU)[0] == "dali"

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from effnet_fast.data.augment_params import AugmentParams, draw_params
+from effnet_fast.data.augment_params import AugmentParams, AutoParams, draw_auto_params, draw_params
+from effnet_fast.data.auto_augment import auto_augment
 from effnet_fast.data.dataset import Channels
 from effnet_fast.data.loader import LoaderSpec
+from effnet_fast.data.upload import upload
 
 # RGB to YIQ as the NTSC standard rounds it: saturation scales I and Q.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -34,6 +36,7 @@ class AugmentTensors:
         warp: float32 [N, 2, 3], from pixels of the augmented image to grid_sample's coordinates (-1..1) in the source.
         colour: float32 [N, 3, 4], matrix and offset for pixel values 0..255.
         erase: int64 [N, 4], y0, x0, y1, x1.
+        auto: operations of RandAugment or TrivialAugment, on the host.
     """
 
     crop: Tensor
@@ -41,6 +44,7 @@ class AugmentTensors:
     warp: Tensor | None
     colour: Tensor | None
     erase: Tensor | None
+    auto: AutoParams | None
 
     def take(self, rows: slice) -> AugmentTensors:
         """The parameters of some of the images."""
@@ -48,17 +52,8 @@ class AugmentTensors:
         def select(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[rows]
 
-        return AugmentTensors(
-            self.crop[rows], select(self.flip), select(self.warp), select(self.colour), select(self.erase)
-        )
-
-
-def upload(array: NDArray, device: torch.device) -> Tensor:
-    """Start to copy an array to the device; does not wait for the copy."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        tensors = select(self.flip), select(self.warp), select(self.colour), select(self.erase)
+        return AugmentTensors(self.crop[rows], *tensors, None if self.auto is None else self.auto.take(rows))
 
 
 class Normalisation:
@@ -97,13 +92,15 @@ class Augmentation:
         augment, size, device = self._spec.augment, self._spec.image_size, self._spec.device
         if augment is None:
             return None
-        params = draw_params(augment, self._spec.seed, epoch, indices, size)
+        key = self._spec.seed, epoch, indices, size
+        params = draw_params(augment, *key)
         return AugmentTensors(
             crop=upload(np.stack([params.crop_y, params.crop_x], axis=1).astype(np.int64), device),
             flip=upload(params.flip[:, None, None, None], device) if augment.flip else None,
             warp=upload(_grid_matrices(params, size, augment.pad(size)), device) if augment.rotation else None,
             colour=upload(_colour_matrices(params), device) if augment.color_jitter else None,
             erase=upload(_corners(params.erase), device) if augment.random_erasing else None,
+            auto=None if augment.auto_augment == "none" else draw_auto_params(augment.auto_augment, *key),
         )
 
     def canvas(self, images: Tensor) -> Tensor:
@@ -119,6 +116,8 @@ class Augmentation:
             images = self._rotate(canvas[index], parameters.warp)
         else:
             images = self._crop_flip(canvas, index, parameters)
+        if parameters.auto is not None:
+            images = auto_augment(images.to(torch.uint8), parameters.auto)
         if parameters.colour is not None:
             images = _recolour(images, parameters.colour)
         images = self._normalise(images)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ class Augment:
         rotation: largest angle in degrees, either way.
         color_jitter: largest relative change of brightness, contrast and saturation, 0 to 1.
         random_erasing: probability that a rectangle is erased, 0 to 1.
-        auto_augment: RandAugment (n = 2, m = 9 of 31) or TrivialAugment Wide, drawn and applied by DALI only.
+        auto_augment: RandAugment (n = 2, m = 9 of 31) or TrivialAugment Wide, as torchvision defines them.
     """
 
     crop: bool = True
@@ -38,6 +39,42 @@ class Augment:
     def pad(self, size: int) -> int:
         """Pixels of padding on each side of an image of `size` pixels."""
         return round(size / 8) if self.crop else 0
+
+
+class Operation(IntEnum):
+    """Operations of RandAugment and TrivialAugment."""
+
+    IDENTITY = 0
+    SHEAR_X = 1
+    SHEAR_Y = 2
+    TRANSLATE_X = 3
+    TRANSLATE_Y = 4
+    ROTATE = 5
+    BRIGHTNESS = 6
+    COLOR = 7
+    CONTRAST = 8
+    SHARPNESS = 9
+    POSTERIZE = 10
+    SOLARIZE = 11
+    AUTO_CONTRAST = 12
+    EQUALIZE = 13
+
+
+@dataclass(frozen=True)
+class AutoParams:
+    """Operations of N images, applied from the first column to the last.
+
+    Attributes:
+        operations: `Operation` numbers, int64 [N, K].
+        magnitudes: float32 [N, K], signed where the operation has a direction.
+    """
+
+    operations: NDArray[np.int64]
+    magnitudes: NDArray[np.float32]
+
+    def take(self, rows: slice) -> AutoParams:
+        """The operations of some of the images."""
+        return AutoParams(self.operations[rows], self.magnitudes[rows])
 
 
 @dataclass(frozen=True)
@@ -63,10 +100,6 @@ class AugmentParams:
 
     def __len__(self) -> int:
         return len(self.flip)
-
-    def take(self, rows: slice) -> AugmentParams:
-        """The parameters of some of the images."""
-        return AugmentParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def matrices(self, size: int, pad: int) -> NDArray[np.float32]:
         """Crop, flip and rotation about the centre as one affine map of coordinates, float32 [N, 2, 3].
@@ -132,3 +165,53 @@ def _rectangles(u: NDArray[np.float64], probability: float, size: int) -> NDArra
     rectangle = np.concatenate([corner, shape], axis=1).astype(np.int32)
     rectangle[u[:, 0] >= probability] = 0
     return rectangle
+
+
+# -- RandAugment and TrivialAugment
+
+_BINS = 31  # magnitudes of each operation
+_RAND_OPERATIONS, _RAND_BIN = 2, 9
+
+
+def draw_auto_params(
+    policy: Literal["rand", "trivial"], seed: int, epoch: int, indices: NDArray[np.integer], size: int
+) -> AutoParams:
+    """Draw the operations of RandAugment (2 of them, magnitude 9 of 31) or of TrivialAugment Wide (1, any magnitude).
+
+    Args:
+        policy: which of the two.
+        seed, epoch: key of the random numbers.
+        indices: positions of the images in the training split, [N].
+        size: pixels of the (square) images.
+    """
+    steps = _RAND_OPERATIONS if policy == "rand" else 1
+    u = uniforms(seed, stream(Purpose.AUTO_AUGMENT, epoch), indices, 3 * steps).reshape(len(indices), steps, 3)
+    operations = (u[..., 0] * len(Operation)).astype(np.int64)
+    bins = _RAND_BIN if policy == "rand" else (u[..., 1] * _BINS).astype(np.int64)
+    magnitudes, signed = _magnitudes(policy, size)
+    signs = np.where(signed[operations] & (u[..., 2] < 0.5), -1.0, 1.0)
+    return AutoParams(operations, (signs * magnitudes[operations, bins]).astype(np.float32))
+
+
+def _magnitudes(policy: Literal["rand", "trivial"], size: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Magnitudes [14, 31] of each operation, and whether they get a random sign [14]; torchvision's values."""
+    shear, translation, rotation, factor, bits = (
+        (0.3, 150 / 331 * size, 30.0, 0.9, 4) if policy == "rand" else (0.99, 32.0, 135.0, 0.99, 6)
+    )
+    directed = {
+        Operation.SHEAR_X: shear,
+        Operation.SHEAR_Y: shear,
+        Operation.TRANSLATE_X: translation,
+        Operation.TRANSLATE_Y: translation,
+        Operation.ROTATE: rotation,
+        Operation.BRIGHTNESS: factor,
+        Operation.COLOR: factor,
+        Operation.CONTRAST: factor,
+        Operation.SHARPNESS: factor,
+    }
+    magnitudes, signed = np.zeros((len(Operation), _BINS)), np.zeros(len(Operation), bool)
+    for operation, largest in directed.items():
+        magnitudes[operation], signed[operation] = np.linspace(0, largest, _BINS), True
+    magnitudes[Operation.POSTERIZE] = 8 - np.rint(np.arange(_BINS) / ((_BINS - 1) / bits))
+    magnitudes[Operation.SOLARIZE] = np.linspace(255, 0, _BINS)
+    return magnitudes, signed

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effnet_fast.config import LoaderName
-from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
 from effnet_fast.data.loader import Loader, LoaderSpec
 
@@ -29,16 +28,13 @@ SPEEDS = Path(__file__).with_name("loader_speeds.json")
 _INSTALL_DALI = "pip install nvidia-dali-cuda120"
 
 
-def choose_loader(
-    kind: LoaderName, split: Split, device: torch.device, augment: Augment | None = None
-) -> tuple[LoaderName, str]:
+def choose_loader(kind: LoaderName, split: Split, device: torch.device) -> tuple[LoaderName, str]:
     """Choose the loader, and say why in one line.
 
     Args:
         kind: `--loader`.
         split: the images to load.
         device: where batches are delivered.
-        augment: augmentation of training; only DALI has RandAugment and TrivialAugment.
 
     Raises:
         ValueError: the requested loader cannot load this split on this machine.
@@ -56,9 +52,10 @@ def choose_loader(
         fallback: LoaderName = "resident" if isinstance(split, ArraySplit) else "torch"
         return fallback, f"DALI is not installed ({_INSTALL_DALI})"
     if isinstance(split, FileSplit):
+        odd = sum(not file.plain for file in split.files)
+        if odd > len(split) / 2:
+            return "torch", f"Pillow has to decode {odd} of {len(split)} images"
         return "dali", f"DALI {version} is installed"
-    if augment is not None and augment.auto_augment != "none":
-        return "dali", f"DALI {version}, the only loader with --auto_augment {augment.auto_augment}"
     return _recorded(_device_name(device)) or (
         "dali",
         f"DALI {version} is installed; no speeds are recorded for this device",
@@ -100,13 +97,11 @@ def make_loader(kind: LoaderName, split: Split, spec: LoaderSpec) -> Loader:
     Raises:
         ValueError: see `choose_loader`; or a training batch is larger than the split.
     """
-    kind, _ = choose_loader(kind, split, spec.device, spec.augment)
+    kind, _ = choose_loader(kind, split, spec.device)
     if kind == "dali":
         from effnet_fast.data.dali import DaliLoader
 
         return DaliLoader(split, spec)
-    if spec.augment is not None and spec.augment.auto_augment != "none":
-        raise ValueError(f"--auto_augment {spec.augment.auto_augment} needs DALI: {_INSTALL_DALI}")
     if kind == "torch":
         from effnet_fast.data.torch_loader import TorchLoader
 

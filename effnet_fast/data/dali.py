@@ -1,8 +1,7 @@
 """The DALI loader: one graph for training and evaluation, arrays and files, CPU and GPU.
 
 The graph receives the images with their augmentation parameters, so that its batches equal those of the resident
-loader. The exception is RandAugment and TrivialAugment, which DALI draws itself; `state_dict` holds DALI's state.
-(E. D. Cubuk et al., "RandAugment", NeurIPS 2020; Müller and Hutter, "TrivialAugment", ICCV 2021.)
+loader. With RandAugment or TrivialAugment, DALI decodes and resizes, and augment.py does the rest.
 
 DALI's default executor never overwrites an output that is still referenced, so DLPack shares batches without a copy.
 """
@@ -12,11 +11,12 @@ DALI's default executor never overwrites an output that is still referenced, so 
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import warnings
+import sys
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, math, pipeline_def, types
-from nvidia.dali.auto_aug import rand_augment, trivial_augment
 from torch import Tensor
 
+from effnet_fast.data.augment import Augmentation
 from effnet_fast.data.augment_params import Augment, draw_params
-from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
+from effnet_fast.data.dataset import FileSplit, Split
+from effnet_fast.data.listing import printable
 from effnet_fast.data.loader import Loader, LoaderSpec, Shard, labels_of
-from effnet_fast.data.resize import read_image
-from effnet_fast.data.rng import Purpose, stream, uniforms
+from effnet_fast.data.orientation import stored_mirrors, turn_matrix
+from effnet_fast.data.replace_unreadable import SkippedFiles, read_or_replace
 
 _PREFETCHED = 2  # batches in DALI's queue
-_STATE = "dali"
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16, torch.uint8: types.UINT8}
 
 Position = tuple[int, int]  # epoch, step
@@ -47,42 +47,91 @@ class Source:
     Attributes:
         next: position of the batch that DALI requests next.
         scheduled: positions of the batches in DALI's queue, oldest first.
-        names: names of the graph's inputs.
-        resizes: whether the images differ from the model's size.
+        by_pillow: indices of the image files that Pillow decodes rather than DALI.
     """
 
     def __init__(self, split: Split, shard: Shard, spec: LoaderSpec) -> None:
         self._split, self._shard, self._spec = split, shard, spec
         self.next: Position = (0, 0)
         self.scheduled: deque[Position] = deque()
-        self.names = tuple(self._feed(0, np.empty(0, np.int64)))
-        self.resizes = isinstance(split, FileSplit) or split.images.shape[1:3] != (spec.image_size,) * 2
+        self.by_pillow: set[int] = set()
+        self._turned = False
+        if isinstance(split, FileSplit):
+            self.by_pillow |= {index for index, file in enumerate(split.files) if not file.plain}
+            self._turned = any(file.orientation != 1 for file in split.files)
+        self._skipped = SkippedFiles()
+        self._threads = ThreadPoolExecutor(max(1, spec.num_workers))
 
-    def __call__(self, iteration: int) -> tuple[Any, ...]:
-        """Called by DALI. The argument is unused, but DALI's checkpoints require a source that takes it."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the graph's inputs."""
+        return tuple(self._feed(0, np.empty(0, np.int64)))
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the images differ from the model's size."""
+        return isinstance(self._split, FileSplit) or self._split.images.shape[1:3] != (self._spec.image_size,) * 2
+
+    def __call__(self) -> tuple[Any, ...]:
+        """Called by DALI."""
         epoch, step = self.next
         self.scheduled.append(self.next)
         self.next = (epoch, step + 1) if step + 1 < self._shard.steps else (epoch + 1, 0)
         return tuple(self._feed(epoch, self._shard.indices(epoch)[step]).values())
 
-    def scheduled_files(self) -> list[Path]:
-        """The image files of the batches in DALI's queue, oldest first."""
-        if isinstance(self._split, ArraySplit):
+    def scheduled_files(self) -> list[int]:
+        """Indices of the files that DALI decodes for the batches in its queue."""
+        if not isinstance(self._split, FileSplit):
             return []
-        return [
-            self._split.paths[i] for epoch, step in self.scheduled for i in self._shard.indices(epoch)[step].clip(0)
-        ]
+        visited = {i for epoch, step in self.scheduled for i in self._shard.indices(epoch)[step].clip(0).tolist()}
+        return sorted(visited - self.by_pillow)
+
+    def path(self, index: int) -> Path:
+        assert isinstance(self._split, FileSplit)
+        return self._split.files[index].path
 
     def _feed(self, epoch: int, indices: NDArray[np.int64]) -> Feed:
         present = indices.clip(0)
         feed: Feed = {"labels": labels_of(self._split, indices)}
-        if isinstance(self._split, ArraySplit):
-            feed["images"] = self._split.images[present]
+        if isinstance(self._split, FileSplit):
+            feed |= self._file_feed(self._split, indices, feed["labels"])
         else:
-            feed["paths"] = [np.frombuffer(os.fsencode(self._split.paths[i]), np.uint8) for i in present]
+            feed["images"] = self._split.images[present]
         if self._spec.augment is not None:
             feed |= _augmentation_feed(self._spec.augment, self._spec.seed, epoch, present, self._spec.image_size)
         return feed
+
+    def _file_feed(self, split: FileSplit, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> Feed:
+        files = [split.files[i] for i in indices.clip(0)]
+        feed: Feed = {"paths": [encoded_path(file.path) for file in files]}
+        if self._turned:
+            feed["mirrors"] = np.array([stored_mirrors(file.orientation) for file in files], np.int32).reshape(-1, 2)
+            feed["turn"] = np.array(
+                [turn_matrix(file.orientation, self._spec.image_size) for file in files], np.float32
+            ).reshape(-1, 2, 3)
+        if self.by_pillow:
+            feed |= self._pillow_feed(split, indices, labels)
+        return feed
+
+    def _pillow_feed(self, split: FileSplit, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> Feed:
+        """Images that Pillow decodes, finished to the model's size; others have a single pixel."""
+        by_pillow = np.array([i in self.by_pillow for i in indices.clip(0).tolist()], bool)
+        pixels = [np.zeros((1, 1, 3), np.uint8)] * len(indices)
+        rows = np.flatnonzero(by_pillow)
+
+        def read(row: int) -> Any:
+            return read_or_replace(split, max(0, int(indices[row])), self._spec.image_size, self._shard.training)
+
+        for row, reading in zip(rows, self._threads.map(read, rows), strict=True):
+            pixels[row] = np.ascontiguousarray(reading.pixels)
+            if indices[row] >= 0:
+                labels[row] = reading.label
+            self._skipped.report([reading.error])
+        return {"by_pillow": by_pillow, "pixels": pixels}
+
+
+def encoded_path(path: Path) -> NDArray[np.uint8]:
+    return np.frombuffer(os.fsencode(path), np.uint8)
 
 
 def _augmentation_feed(augment: Augment, seed: int, epoch: int, indices: NDArray[np.int64], size: int) -> Feed:
@@ -106,16 +155,24 @@ def _augmentation_feed(augment: Augment, seed: int, epoch: int, indices: NDArray
 
 def graph(source: Source, spec: LoaderSpec) -> tuple[Any, Any]:
     """Define the graph in the current pipeline; its outputs are images [S, S, 3] and labels. See loader.py."""
-    augment, gpu, size = spec.augment, spec.device.type == "cuda", spec.image_size
-    layouts = ["HWC" if name == "images" else "" for name in source.names]
-    outputs = fn.external_source(source, num_outputs=len(source.names), batch=True, layout=layouts)
-    inputs = dict(zip(source.names, outputs))  # noqa: B905 (DALI's conversion of conditionals knows no `strict`)
-    images = _decode(inputs["paths"], gpu) if "paths" in inputs else _placed(inputs["images"], gpu)
-    if source.resizes:
-        images = fn.resize(images, size=(size, size), antialias=True)
-    if augment is not None:
-        images = _geometry(images, inputs, size)
-        images = _colour(images, inputs, augment, size)
+    gpu, size = spec.device.type == "cuda", spec.image_size
+    names = source.names
+    layouts = ["HWC" if name in ("images", "pixels") else "" for name in names]
+    outputs = fn.external_source(source, num_outputs=len(names), batch=True, layout=layouts)
+    inputs = dict(zip(names, outputs))  # noqa: B905 (DALI's conversion of conditionals knows no `strict`)
+    if "by_pillow" in inputs:
+        if inputs["by_pillow"]:  # noqa: SIM108 (DALI converts if statements only)
+            images = _placed(inputs["pixels"], gpu)
+        else:
+            images = _decode(inputs, gpu, size)
+    elif "paths" in inputs:
+        images = _decode(inputs, gpu, size)
+    else:
+        images = _placed(inputs["images"], gpu)
+        if source.resizes:
+            images = fn.resize(images, size=(size, size), antialias=True)
+    images = _geometry(images, inputs, size)
+    images = _colour(images, inputs)
     return _normalise(images, inputs, spec), _placed(inputs["labels"], gpu)
 
 
@@ -123,12 +180,27 @@ def _placed(node: Any, gpu: bool) -> Any:
     return node.gpu() if gpu else node
 
 
-def _decode(paths: Any, gpu: bool) -> Any:
+def decoded(paths: Any, gpu: bool) -> tuple[Any, Any]:
+    """Stored pixels of image files, not turned, and their shapes."""
     encoded = fn.io.file.read(paths)
-    shape = fn.peek_image_shape(encoded)
-    side = fn.cast(math.min(shape[0], shape[1]), dtype=types.FLOAT)
-    images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
-    return fn.crop(images, crop_h=side, crop_w=side, rounding="truncate")
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    device = "mixed" if gpu else "cpu"
+    return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False), shape
+
+
+def _decode(inputs: dict[str, Any], gpu: bool, size: int) -> Any:
+    """The central square of each file, resized and upright, as `decode.read_square` has it."""
+    stored, shape = decoded(inputs["paths"], gpu)
+    sides = fn.cast(fn.slice(shape, start=0, shape=2, axes=[0]), dtype=types.INT32)
+    side = math.min(sides[0], sides[1])
+    margins = sides - side
+    if "mirrors" in inputs:
+        margins = margins + inputs["mirrors"]
+    images: Any = fn.slice(stored, start=margins // 2, shape=fn.stack(side, side), axes=(0, 1))
+    images = fn.resize(images, size=(size, size), antialias=True)
+    if "turn" in inputs:
+        images = fn.warp_affine(images, matrix=inputs["turn"], size=(size, size), interp_type=types.INTERP_NN)
+    return images
 
 
 def _geometry(images: Any, inputs: dict[str, Any], size: int) -> Any:
@@ -146,11 +218,7 @@ def _geometry(images: Any, inputs: dict[str, Any], size: int) -> Any:
     return images
 
 
-def _colour(images: Any, inputs: dict[str, Any], augment: Augment, size: int) -> Any:
-    if augment.auto_augment == "rand":
-        images = rand_augment.rand_augment(images, n=2, m=9, shape=(size, size))
-    elif augment.auto_augment == "trivial":
-        images = trivial_augment.trivial_augment_wide(images, shape=(size, size))
+def _colour(images: Any, inputs: dict[str, Any]) -> Any:
     if "brightness" in inputs:
         factors = {name: inputs[name] for name in ("brightness", "contrast", "saturation")}
         images = fn.color_twist(images, **factors)
@@ -200,28 +268,17 @@ class _Lent:
             self._ending.popleft()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop the deprecation warnings of DALI's RandAugment; DALI resets warning filters."""
-    with warnings.catch_warnings(record=True) as caught:
-        yield
-    for warning in caught:
-        if not issubclass(warning.category, DeprecationWarning):
-            warnings.warn(warning.message, stacklevel=2)
-
-
 class DaliLoader(Loader):
-    """Loads from arrays and from files; see `Loader`.
-
-    With RandAugment or TrivialAugment a batch also depends on how many batches DALI has produced. Exact resumption then
-    needs the `state_dict` from between two batches, besides the position.
-    """
+    """Loads from arrays and from files; see `Loader`."""
 
     def __init__(self, split: Split, spec: LoaderSpec) -> None:
         super().__init__(split, spec)
-        self._source = Source(split, self.shard, spec)
-        self._draws_itself = spec.augment is not None and spec.augment.auto_augment != "none"
-        self._checkpoint: bytes | None = None
+        self._augmentation: Augmentation | None = None
+        self._graph_spec = spec
+        if spec.augment is not None and spec.augment.auto_augment != "none":
+            self._augmentation = Augmentation(spec)
+            self._graph_spec = dataclasses.replace(spec, augment=None, dtype=torch.uint8)
+        self._source = Source(split, self.shard, self._graph_spec)
         self._pipeline: Pipeline | None = None
         self._lent = _Lent()
 
@@ -230,77 +287,103 @@ class DaliLoader(Loader):
             if step == start:
                 self._seek((epoch, start))
             images, labels = self._next()
-            yield images.permute(0, 3, 1, 2), labels
-
-    def state_dict(self) -> dict[str, Any]:
-        if self._draws_itself and self._pipeline is not None:
-            return {_STATE: self._pipeline.checkpoint()}
-        return {} if self._checkpoint is None else {_STATE: self._checkpoint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.close()
-        self._checkpoint = state.get(_STATE)
+            yield self._finish(images, epoch, step), labels
 
     def close(self) -> None:
         self._pipeline = None
         self._source.scheduled.clear()
 
+    def _finish(self, images: Tensor, epoch: int, step: int) -> Tensor:
+        if self._augmentation is None:
+            return images.permute(0, 3, 1, 2)
+        parameters = self._augmentation.parameters(epoch, self.shard.indices(epoch)[step])
+        index = torch.arange(len(images), device=images.device)
+        return self._augmentation(self._augmentation.canvas(images), index, parameters)
+
     def _seek(self, position: Position) -> None:
         """Make the batch at `position` the next one; usually it is, and is already in the queue."""
-        elsewhere = bool(self._source.scheduled) and self._source.scheduled[0] != position
-        if elsewhere and self._draws_itself:
-            # A new pipeline in the state after the last delivered batch: prefetched batches must not count, as after
-            # a resumption.
-            self.load_state_dict(self.state_dict())
         if self._pipeline is None:
-            self._source.next = position
-            self._pipeline = self._define()
-            self._pipeline.build()
-        elif elsewhere:
+            self._open(position)
+        elif self._source.scheduled and self._source.scheduled[0] != position:
             self._source.next = position
             while self._source.scheduled[0] != position:
                 self._next()
 
-    @_quiet()
-    def _define(self) -> Pipeline:
-        spec = self.spec
-        seed = int(2**31 * uniforms(spec.seed, stream(Purpose.AUTO_AUGMENT), np.array([spec.rank]), 1)[0, 0])
-        return pipeline_def(enable_conditionals=self._draws_itself)(graph)(
-            self._source,
-            spec,
-            batch_size=spec.batch_size,
-            num_threads=spec.num_workers,
+    def _open(self, position: Position) -> None:
+        self._source.next = position
+        self._pipeline = self._build(graph, self._source, self._graph_spec, batch_size=self.spec.batch_size)
+
+    def _build(self, definition: Any, *args: Any, batch_size: int) -> Pipeline:
+        device = self.spec.device
+        pipeline = pipeline_def(enable_conditionals=True)(definition)(
+            *args,
+            batch_size=batch_size,
+            num_threads=max(1, self.spec.num_workers),
             # None, not -1, keeps a CPU pipeline from touching CUDA.
-            device_id=(spec.device.index or 0) if spec.device.type == "cuda" else None,
-            seed=seed,
+            device_id=(device.index or 0) if device.type == "cuda" else None,
             prefetch_queue_depth=_PREFETCHED,
-            enable_checkpointing=self._draws_itself,
-            checkpoint=self._checkpoint,
         )
+        pipeline.build()
+        return pipeline
 
     def _next(self) -> tuple[Tensor, Tensor]:
         assert self._pipeline is not None
         try:
             images, labels = self._pipeline.run()
-        except RuntimeError as error:
-            files = self._source.scheduled_files()
+        except ValueError:  # from the source
             self.close()
-            if not files:
-                raise
-            raise ValueError(_unreadable(files, error)) from error
+            raise
+        except RuntimeError as error:
+            self._recover(error)
+            return self._next()
         self._source.scheduled.popleft()
         batch = torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor())
         if self.spec.device.type == "cuda":
             self._lent.lend(batch)
         return batch
 
+    # -- files that DALI cannot decode
 
-def _unreadable(files: list[Path], error: RuntimeError) -> str:
-    """Name the file that DALI could not read; DALI's own message does not."""
-    for file in files:
+    def _recover(self, error: RuntimeError) -> None:
+        """Leave the files that DALI cannot decode to Pillow, and start the pipeline again at the batch that failed.
+
+        Raises:
+            ValueError: DALI can decode each file, so that the error has another cause.
+        """
+        position, files = self._source.scheduled[0], self._source.scheduled_files()
+        self.close()
+        refused = self._refused(files)
+        if not refused:
+            if not files:
+                raise error
+            raise ValueError(f"DALI failed: {_first_line(error)}") from error
+        for index in refused:
+            print(f"warning: DALI cannot decode {printable(self._source.path(index))}; trying Pillow", file=sys.stderr)
+        self._source.by_pillow |= set(refused)
+        self._open(position)
+
+    def _refused(self, files: Sequence[int]) -> list[int]:
+        """Files that DALI cannot decode, by bisection: its errors do not say which file of a batch failed."""
+        if not files or self._can_decode(files):
+            return []
+        if len(files) == 1:
+            return list(files)
+        half = len(files) // 2
+        return self._refused(files[:half]) + self._refused(files[half:])
+
+    def _can_decode(self, files: Sequence[int]) -> bool:
+        paths = [encoded_path(self._source.path(index)) for index in files]
+        gpu = self.spec.device.type == "cuda"
+
+        def attempt() -> Any:
+            return decoded(fn.external_source(lambda: paths, batch=True), gpu)
+
         try:
-            read_image(file, 1)
-        except ValueError as cause:
-            return str(cause)
-    reason = str(error).strip().splitlines()[0]
-    return f"DALI cannot read one of {len(files)} images between {files[0]} and {files[-1]}: {reason}"
+            self._build(attempt, batch_size=len(files)).run()
+        except RuntimeError:
+            return False
+        return True
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

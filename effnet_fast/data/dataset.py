@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,23 +38,44 @@ class ArraySplit:
         return ArraySplit(self.images[indices], self.labels[indices])
 
 
+class ImageFile(NamedTuple):
+    """An image file, and what its examination found out about it.
+
+    Attributes:
+        path: the file.
+        orientation: how to turn it upright, 1 to 8; see orientation.py.
+        plain: whether every decoder reads it alike: a JPEG or PNG without oddities. Others are decoded by Pillow.
+    """
+
+    path: Path
+    orientation: int = 1
+    plain: bool = True
+
+
 @dataclass(frozen=True)
 class FileSplit:
     """Images as files of any size.
 
     Attributes:
-        paths: N image files.
+        files: N image files.
         labels: int64 [N].
+        skip_unreadable: whether a file that cannot be read any more is reported and replaced, rather than an error.
     """
 
-    paths: tuple[Path, ...]
+    files: tuple[ImageFile, ...]
     labels: NDArray[np.int64]
+    skip_unreadable: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(file.path for file in self.files)
+
     def take(self, indices: NDArray[np.int64]) -> FileSplit:
-        return FileSplit(tuple(self.paths[i] for i in indices), self.labels[indices])
+        files = tuple(self.files[i] for i in indices)
+        return dataclasses.replace(self, files=files, labels=self.labels[indices])
 
 
 Split = ArraySplit | FileSplit

@@ -10,6 +10,7 @@ from typing import NamedTuple
 # Lower-case endings; every file with one of them is given to a decoder, which looks at the content alone.
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
+    | {".avif", ".jp2", ".ppm", ".pgm"}
 )
 
 
@@ -45,6 +46,11 @@ def list_images(folder: Path) -> Listing:
 def is_hidden(path: Path) -> bool:
     """Whether a name starts with a dot, such as `.ipynb_checkpoints` or `._photo.jpg`."""
     return path.name.startswith(".")
+
+
+def printable(path: Path) -> str:
+    """A file's name in which bytes that are not UTF-8 are escaped, so that any stream can print it."""
+    return str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _visible_files(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[Path]:

@@ -7,7 +7,7 @@ All three loaders deliver the same batches. Each applies these steps in order an
 3. Geometry. Crop: shift by up to `Augment.pad(S)` pixels. Flip: mirror left to right. Both move whole pixels. With
    rotation, crop, flip and rotation about the centre are one bilinear resampling, so that corners show image content
    that a separate crop would have lost. Pixels from outside the image are black.
-4. RandAugment or TrivialAugment (DALI only).
+4. RandAugment or TrivialAugment.
 5. Colour: saturation (blend with the grey of equal luma), contrast (about 128), brightness (a factor), as one matrix.
 6. Normalise with the data set's mean and standard deviation; not with dtype uint8.
 7. Erase rectangles: fill them with the data set's mean, which is zero after normalisation.

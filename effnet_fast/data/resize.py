@@ -1,29 +1,25 @@
-"""Images brought to the model's size: decoding (Pillow) and antialiased bilinear resizing (NumPy)."""
+"""Antialiased bilinear resizing (NumPy)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from PIL import Image
+_CHUNK = 16  # images resized at once, so that intermediate arrays fit in the cache
 
-_CHUNK = 16  # images at a time, so that the intermediates stay in the cache
-
-# Half values are common (32 px to 40: multiples of 1/6400), and the order in which a product is summed varies with its
-# shape. In float64, nudged up by this much, they are rounded alike however many images there are.
+# Results halfway between two integers are common (32 px to 40: multiples of 1/6400), and the order of summation depends
+# on the number of images. Adding this in float64 rounds them alike in every batch.
 _NUDGE = 2.0**-30
 
 
 @lru_cache(maxsize=8)
 def _weights(source: int, target: int) -> NDArray[np.float64]:
-    """Rows of bilinear weights [target, source]; borders repeat the outermost pixel, as in DALI.
+    """Bilinear weights [target, source]; borders repeat the outermost pixel, as in DALI.
 
-    Pixel centres are at half integers. Shrinking widens the triangle by the scale, which averages what it covers.
+    Pixel centres are at half integers. Shrinking widens the triangle by the scale, which averages the covered pixels.
     """
     scale = source / target
     radius = max(1.0, scale)
@@ -38,12 +34,12 @@ def _weights(source: int, target: int) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=8)
 def _interleaved_weights(source: int, target: int, channels: int) -> NDArray[np.float64]:
-    """[source * channels, target * channels]: one product resizes whole rows of interleaved channels."""
+    """Weights [source * channels, target * channels] that resize whole rows of interleaved channels."""
     return np.kron(_weights(source, target).T, np.eye(channels)).astype(np.float64, copy=False)
 
 
 def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Resize uint8 [N, H, W, C] to [N, size, size, C]; images of that size are returned as they are."""
+    """Resize uint8 [N, H, W, C] to [N, size, size, C]; returns the argument if it has that size already."""
     n, height, width, channels = images.shape
     if height == width == size:
         return images
@@ -63,45 +59,29 @@ def central_square(width: int, height: int) -> tuple[int, int, int]:
     return (width - side) // 2, (height - side) // 2, side
 
 
-def load_image(path: Path) -> Image.Image:
-    """Decode an image file and turn it as its EXIF tag says: RGB.
+def resize_strips(strips: Iterable[NDArray[np.uint8]], side: int, size: int) -> NDArray[np.uint8]:
+    """Resize a square picture that arrives in strips of rows, as `resize` would.
 
-    Raises:
-        ValueError: the file cannot be read or decoded.
+    Args:
+        strips: uint8 [rows, side, 3] each, from top to bottom, `side` rows in all.
+        side: pixels of the picture's side.
+        size: pixels of the result's side.
+
+    Returns:
+        uint8 [size, size, 3]. Memory is that of a strip and of [size, side, 3] in float64.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            return upright(file)
-    except Exception as error:  # a broken image can raise anything
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read the image {path}: {reason}") from error
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF tag says, in RGB; such an image is left as it is.
-
-    Raises:
-        ValueError: grey of 16 bits, about which decoders disagree.
-    """
-    from PIL import ImageOps
-
-    if image.mode.startswith(("I", "F")):
-        raise ValueError("grey of 16 bits: save it with 8")
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The central square of an RGB image's shorter side, resized: uint8 [size, size, 3]."""
-    left, top, side = central_square(*image.size)
-    return resize(np.asarray(image.crop((left, top, left + side, top + side)))[None], size)[0]
-
-
-def read_image(path: Path, size: int) -> NDArray[np.uint8]:
-    """`load_image`, then `square`.
-
-    Raises:
-        ValueError: the file cannot be read or decoded.
-    """
-    return square(load_image(path), size)
+    weights = _weights(side, size)
+    columns = np.zeros((size, side * 3))
+    top = 0
+    for strip in strips:
+        rows = strip.astype(np.float64).reshape(-1, side * 3)
+        share = weights[:, top : top + len(rows)]
+        touched = np.flatnonzero(share.any(axis=1))
+        if len(touched):
+            targets = slice(touched[0], touched[-1] + 1)
+            columns[targets] += share[targets] @ rows
+        top += len(rows)
+    # [side, size * 3] rather than [size, side, 3]: one large matrix product.
+    by_column = columns.reshape(size, side, 3).transpose(1, 0, 2).reshape(side, size * 3)
+    resized = (weights @ by_column).reshape(size, size, 3).transpose(1, 0, 2)
+    return np.rint(resized + _NUDGE).astype(np.uint8)

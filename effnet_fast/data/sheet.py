@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from effnet_fast.data.dataset import ArraySplit, Dataset, Split
+from effnet_fast.data.decode import load_image
 
 _CELL = 96  # pixels of a picture's side
 _CAPTION = 16  # pixels below it
@@ -68,7 +69,7 @@ def summarize(dataset: Dataset) -> str:
 def _picture(split: Split, index: int) -> Image.Image:
     if isinstance(split, ArraySplit):
         return Image.fromarray(split.images[index])
-    return Image.open(split.paths[index]).convert("RGB")
+    return load_image(split.files[index].path)
 
 
 def _square(picture: Image.Image) -> Image.Image:

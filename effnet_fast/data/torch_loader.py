@@ -1,14 +1,16 @@
-"""The torch loader: an ordinary DataLoader, for where neither DALI nor the resident loader can serve.
+"""The torch loader: a DataLoader whose workers decode and resize; augmentation runs on the device.
 
-Each worker makes whole batches, and a batch depends on (epoch, step) alone, so nothing depends on their number.
+A batch depends on (epoch, step) only, so the number of workers changes nothing. Workers send uint8, which takes a
+quarter of the shared memory that normalised images would take.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +20,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from effnet_fast.data.augment import Augmentation
 from effnet_fast.data.dataset import ArraySplit, Split
 from effnet_fast.data.loader import Loader, LoaderSpec, Shard, labels_of
-from effnet_fast.data.resize import read_image, resize
+from effnet_fast.data.replace_unreadable import SkippedFiles, read_or_replace
+from effnet_fast.data.resize import resize
+
+_SHARED_MEMORY = Path("/dev/shm")
+_PREFETCHED = 2  # batches that each worker prepares ahead
+_IN_USE = 2  # batches that the consumer still holds
 
 Position = tuple[int, int]  # epoch, step
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor, list[str]]
 
 
 class _Positions(Sampler[Position]):
@@ -38,34 +45,34 @@ class _Positions(Sampler[Position]):
 
 
 class _Batches(Dataset[Batch | str]):
-    """position -> images [B, S, S, 3] (contiguous: pinning would lose channels-last strides), labels int64 [B].
+    """position -> images uint8 [B, S, S, 3], labels int64 [B], errors of files that were skipped.
 
-    An unreadable file gives the message instead: an exception would arrive wrapped in the worker's traceback.
+    An error that ends the epoch is returned as a string: an exception would carry the worker's traceback.
     """
 
-    def __init__(self, split: Split, shard: Shard, spec: LoaderSpec) -> None:
-        self._split, self._shard, self._size = split, shard, spec.image_size
-        self._augmentation = Augmentation(spec)
+    def __init__(self, split: Split, shard: Shard, size: int) -> None:
+        self._split, self._shard, self._size = split, shard, size
 
     def __getitem__(self, position: Position) -> Batch | str:
         epoch, step = position
         indices = self._shard.indices(epoch)[step]
+        labels = labels_of(self._split, indices)
+        if isinstance(self._split, ArraySplit):
+            images = resize(self._split.images[indices.clip(0)], self._size)
+            return torch.from_numpy(images), torch.from_numpy(labels), []
         try:
-            images = self._augmentation.canvas(torch.from_numpy(self._read(indices.clip(0))))
+            readings = [
+                read_or_replace(self._split, i, self._size, self._shard.training) for i in indices.clip(0).tolist()
+            ]
         except ValueError as error:
             return str(error)
-        parameters = self._augmentation.parameters(epoch, indices)
-        batch = self._augmentation(images, torch.arange(len(indices)), parameters)
-        return batch.permute(0, 2, 3, 1), torch.from_numpy(labels_of(self._split, indices))
-
-    def _read(self, indices: np.ndarray) -> np.ndarray:
-        if isinstance(self._split, ArraySplit):
-            return resize(self._split.images[indices], self._size)
-        return np.stack([read_image(self._split.paths[i], self._size) for i in indices])
+        labels = np.where(indices < 0, -1, [reading.label for reading in readings])
+        images = np.stack([reading.pixels for reading in readings])
+        return torch.from_numpy(images), torch.from_numpy(labels), [r.error for r in readings if r.error]
 
 
-def _leave_signals(worker: int) -> None:
-    """A signal to the whole process group is the run's, which still needs its workers to stop in good order."""
+def _ignore_signals(worker: int) -> None:
+    """Leave signals to the main process: a signal to the process group must not end the workers before it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
@@ -75,31 +82,54 @@ class TorchLoader(Loader):
 
     def __init__(self, split: Split, spec: LoaderSpec) -> None:
         super().__init__(split, spec)
-        on_cpu = dataclasses.replace(spec, device=torch.device("cpu"))
+        self._augmentation = Augmentation(spec)
+        self._skipped = SkippedFiles()
         self._positions = _Positions(self.steps)
         self._loader = DataLoader(
-            _Batches(split, self.shard, on_cpu),
+            _Batches(split, self.shard, spec.image_size),
             batch_size=None,
             sampler=self._positions,
             num_workers=spec.num_workers,
+            prefetch_factor=_PREFETCHED if spec.num_workers else None,
             persistent_workers=spec.num_workers > 0,
             pin_memory=spec.device.type == "cuda",
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_ignore_signals,
         )
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.spec.num_workers:
+            self._check_shared_memory()
         self._positions.epoch, self._positions.start = epoch, start
         # Workers are forked: one that collected an abandoned DALI pipeline would wait for threads it does not have.
         gc.collect()
-        for batch in self._loader:
+        for step, batch in enumerate(self._loader, start):
             if isinstance(batch, str):
                 break
-            images, labels = (tensor.to(self.spec.device, non_blocking=True) for tensor in batch)
-            yield images.permute(0, 3, 1, 2), labels
+            images, labels, errors = batch
+            self._skipped.report(errors)
+            yield self._augment(images, epoch, step), labels.to(self.spec.device, non_blocking=True)
         else:
             return
-        self.close()  # now: the traceback would keep the workers until it is collected
+        self.close()  # before the exception, whose traceback would keep the workers alive
         raise ValueError(batch)
+
+    def _augment(self, images: Tensor, epoch: int, step: int) -> Tensor:
+        canvas = self._augmentation.canvas(images.to(self.spec.device, non_blocking=True))
+        parameters = self._augmentation.parameters(epoch, self.shard.indices(epoch)[step])
+        return self._augmentation(canvas, torch.arange(len(images), device=self.spec.device), parameters)
+
+    def _check_shared_memory(self) -> None:
+        """Refuse to start where the batches do not fit: a worker that exceeds shared memory is killed or hangs."""
+        if not _SHARED_MEMORY.is_dir():
+            return
+        batch = self.spec.batch_size * (3 * self.spec.image_size**2 + 8)
+        needed = batch * (self.spec.num_workers * _PREFETCHED + _IN_USE)
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+        if needed > free:
+            raise ValueError(
+                f"{_SHARED_MEMORY} has {free >> 20} MiB free, but {self.spec.num_workers} workers need "
+                f"{(needed >> 20) + 1} MiB: start the container with a larger --shm-size, or use --num_workers 0"
+            )
 
     def close(self) -> None:
         self._loader = None  # type: ignore[assignment]

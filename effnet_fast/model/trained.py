@@ -13,7 +13,7 @@ from torch import Tensor
 from effnet_fast import distributed
 from effnet_fast.checkpoint import Checkpoint
 from effnet_fast.data.dataset import Channels
-from effnet_fast.data.image import load_image, preprocess
+from effnet_fast.data.image import preprocess
 from effnet_fast.model.blocks import Kernels
 from effnet_fast.model.network import Network
 from effnet_fast.model.serialize import fold_batch_norms
@@ -64,8 +64,6 @@ class TrainedModel:
         Raises:
             ValueError: the image cannot be read.
         """
-        if isinstance(image, str | Path):
-            image = load_image(Path(image))
         return preprocess(image, self.image_size, self.mean, self.std)
 
     def prepare(self, images: Sequence[Picture]) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 
 from effnet_fast import distributed, provenance
 from effnet_fast.config import DoctorConfig, TrainConfig
-from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
 from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_precision, resolve_step
@@ -45,7 +44,7 @@ def choose_automatically(device: torch.device) -> dict[str, str]:
     """What each `auto` means on this device for B0 on CIFAR-100, with the reason."""
     config = TrainConfig()
     compiled, graph = resolve_step(config, World(0, 1, device), output_stride=8, images=50_000 * config.num_epochs)
-    loader, reason = resolve_loader("auto", load_synthetic(8, 8).train, device, Augment())
+    loader, reason = resolve_loader("auto", load_synthetic(8, 8).train, device)
     kernels = resolve_kernels("auto", device)
     return {
         "device": device.type,

@@ -145,7 +145,7 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
     compiled, graph = resolve_step(config, world, stride, images)
     progress, schedule_start = _start(config, resumed)
     augment = augmentation(config)
-    loader, reason = resolve_loader(config.loader, dataset.train, world.device, augment)
+    loader, reason = resolve_loader(config.loader, dataset.train, world.device)
     return Plan(
         config=config,
         world=world,

@@ -14,10 +14,9 @@ import torch
 
 from effnet_fast import checkpoint
 from effnet_fast.config import PredictConfig
+from effnet_fast.data.listing import SUFFIXES, list_images
 from effnet_fast.model.trained import Prediction, TrainedModel, load
 from effnet_fast.run.output import check_writable
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def predict(config: PredictConfig) -> int:
@@ -57,10 +56,13 @@ def _image_files(named: Sequence[str]) -> list[Path]:
     for path in map(Path, named):
         if not path.exists():
             raise FileNotFoundError(f"there is no image or folder at {path}")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
-        if path.is_dir() and not inside:
-            raise ValueError(f"{path} holds no image ({', '.join(sorted(_SUFFIXES))})")
-        files += inside if path.is_dir() else [path]
+        if path.is_dir():
+            inside = list_images(path).images
+            if not inside:
+                raise ValueError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))})")
+            files += inside
+        else:
+            files.append(path)
     return list(dict.fromkeys(files))
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from effnet_fast import data, provenance
 from effnet_fast.config import LoaderName, TrainConfig
-from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.choose_loader import choose_loader
 from effnet_fast.distributed import World
 from effnet_fast.model import scaling, variant
@@ -98,16 +97,14 @@ def resolve_kernels(setting: Kernels, device: torch.device) -> Kernels:
     return "torch"
 
 
-def resolve_loader(
-    setting: LoaderName, split: data.Split, device: torch.device, augment: Augment
-) -> tuple[LoaderName, str]:
+def resolve_loader(setting: LoaderName, split: data.Split, device: torch.device) -> tuple[LoaderName, str]:
     """The loader and why; `auto` leaves DALI out on a GPU where it fails its self-check.
 
     Raises:
         ValueError: see `choose_loader`.
     """
-    loader, reason = choose_loader(setting, split, device, augment)
-    if setting != "auto" or loader != "dali" or device.type != "cuda" or augment.auto_augment != "none":
+    loader, reason = choose_loader(setting, split, device)
+    if setting != "auto" or loader != "dali" or device.type != "cuda":
         return loader, reason
     other: LoaderName = "resident" if isinstance(split, data.ArraySplit) else "torch"
     if works("dali", device, f"--loader auto is {other}"):
@@ -157,5 +154,5 @@ def loader_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def worker_count(setting: int) -> int:
-    """`--num_workers`, between 1 and the cores available to this process."""
-    return max(1, min(setting, provenance.cores()))
+    """`--num_workers`, at most the cores available to this process."""
+    return min(setting, provenance.cores())

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_fast.checkpoint import StepState
-from effnet_fast.data.augment import upload
+from effnet_fast.data.upload import upload
 from effnet_fast.distributed import World
 from effnet_fast.precision import autocast
 from effnet_fast.train import optim

@@ -1,9 +1,8 @@
-"""DALI in particular: memory, the running pipeline, checkpoints, the graph for a GPU."""
+"""DALI in particular: memory, the running pipeline, files that DALI refuses, the graph for a GPU."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import resource
 import warnings
 from pathlib import Path
@@ -37,10 +36,6 @@ SPEC = LoaderSpec(
     num_workers=2,
     augment=Augment(),
 )
-
-
-def spec_with(auto_augment: str) -> LoaderSpec:
-    return dataclasses.replace(SPEC, augment=Augment(auto_augment=auto_augment))  # type: ignore[arg-type]
 
 
 def test_a_kept_batch_is_not_overwritten() -> None:
@@ -95,60 +90,6 @@ def test_leaving_an_epoch_early() -> None:
     expected, marks = next(DaliLoader(SPLIT, SPEC).epoch(3, 4))
     assert torch.equal(labels, marks)
     assert torch.equal(images, expected)
-
-
-@pytest.mark.parametrize("auto_augment", ["rand", "trivial"])
-def test_auto_augment_resumes_bit_for_bit(auto_augment: str) -> None:
-    """Save in mid-epoch with torch.save and resume: the same images, whatever was prefetched."""
-    spec = spec_with(auto_augment)
-    loader, seen, file = DaliLoader(SPLIT, spec), [], io.BytesIO()
-    for epoch in (0, 1, 2):
-        for step, (images, labels) in enumerate(loader.epoch(epoch)):
-            seen.append((images, labels))
-            if (epoch, step) == (1, 2):
-                torch.save(loader.state_dict(), file)
-    file.seek(0)
-    resumed = DaliLoader(SPLIT, spec)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    rest = [*resumed.epoch(1, 3), *resumed.epoch(2)]
-    assert len(rest) == 9
-    for (images, labels), (expected, marks) in zip(rest, seen[-9:], strict=True):
-        assert torch.equal(labels, marks)
-        assert torch.equal(images, expected)
-    # Without the state the images differ, so the test above can fail.
-    unrestored = next(DaliLoader(SPLIT, spec).epoch(1, 3))[0]
-    assert not torch.equal(unrestored, rest[0][0])
-
-
-def test_auto_augment_after_leaving_an_epoch_early() -> None:
-    """Leaving an epoch discards prefetched batches; a resumed run never prefetched them."""
-    loader, resumed = (DaliLoader(SPLIT, spec_with("trivial")) for _ in range(2))
-    batches = loader.epoch(0)
-    next(batches), next(batches)
-    resumed.load_state_dict(loader.state_dict())
-    assert torch.equal(next(loader.epoch(1))[0], next(resumed.epoch(1))[0])
-
-
-def test_auto_augment_depends_on_seed_and_rank_and_not_on_threads() -> None:
-    spec = spec_with("trivial")
-    plain = next(DaliLoader(SPLIT, SPEC).epoch(0))[0]
-    images = next(DaliLoader(SPLIT, spec).epoch(0))[0]
-    assert (plain != images).flatten(1).any(1).float().mean() > 0.5
-    one_thread = dataclasses.replace(spec, num_workers=1)
-    assert torch.equal(images, next(DaliLoader(SPLIT, one_thread).epoch(0))[0])
-    assert not torch.equal(images, next(DaliLoader(SPLIT, dataclasses.replace(spec, seed=6)).epoch(0))[0])
-    ranks = [DaliLoader(SPLIT, dataclasses.replace(spec, rank=rank, world=2)) for rank in (0, 1)]
-    assert ranks[0]._define().seed != ranks[1]._define().seed
-
-
-def test_only_auto_augment_has_state() -> None:
-    loader = DaliLoader(SPLIT, SPEC)
-    next(loader.epoch(0))
-    assert loader.state_dict() == {}
-    fresh = DaliLoader(SPLIT, spec_with("rand"))
-    assert fresh.state_dict() == {}
-    fresh.load_state_dict({"dali": b"kept"})  # saved again before the first batch
-    assert fresh.state_dict() == {"dali": b"kept"}
 
 
 def test_building_gives_no_warning() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effnet_fast.data import ArraySplit, Dataset, FileSplit, load_dataset
-from effnet_fast.data.dataset import channel_statistics, hold_out, limit, stratified
+from effnet_fast.data.dataset import ImageFile, channel_statistics, hold_out, limit, stratified
 from effnet_fast.data.sheet import sample_sheet, summarize
 
 
@@ -71,10 +71,11 @@ def test_limit_refuses_impossible_counts(count):
 
 
 def test_limit_keeps_images_and_labels_together():
-    paths = tuple(Path(f"{i % 3}/{i}.png") for i in range(30))
-    split = limit(FileSplit(paths, np.arange(30) % 3), 9, 0)
+    files = tuple(ImageFile(Path(f"{i % 3}/{i}.png"), 1 + i % 8) for i in range(30))
+    split = limit(FileSplit(files, np.arange(30) % 3), 9, 0)
     assert len(split) == 9
     assert [int(path.parent.name) for path in split.paths] == split.labels.tolist()
+    assert all(file.orientation == 1 + int(file.path.stem) % 8 for file in split.files)
 
 
 def test_hold_out_partitions_the_training_images():

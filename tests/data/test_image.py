@@ -1,4 +1,4 @@
-"""A single image is what the loaders of an evaluation deliver."""
+"""A single image is preprocessed as the loaders of an evaluation do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from effnet_fast.data.dataset import ArraySplit, FileSplit
+from effnet_fast.data.examine import examine_file
 from effnet_fast.data.image import load_image, preprocess
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.resident import ResidentLoader
@@ -54,14 +55,15 @@ def test_image_files(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turned by a quarter
     Image.fromarray(noise(48, 30, 3)).save(paths[1], exif=exif)
     Image.fromarray(noise(33, 33)).save(paths[2])
-    split = FileSplit(paths, np.zeros(3, np.int64))
+    split = FileSplit(tuple(examine_file(path).file(path) for path in paths), np.zeros(3, np.int64))
     batch, _ = next(iter(TorchLoader(split, spec(24, 3)).epoch(0)))
+    assert torch.equal(torch.stack([preprocess(path, 24, MEAN, STD) for path in paths]), batch)
     assert torch.equal(torch.stack([preprocess(load_image(path), 24, MEAN, STD) for path in paths]), batch)
-    # An image that was opened elsewhere still has its tag.
+    # An image that the caller opened still has its orientation.
     assert torch.equal(preprocess(Image.open(paths[1]), 24, MEAN, STD), batch[1])
 
 
-def test_grey_of_16_bits_is_refused_by_name(tmp_path: Path) -> None:
+def test_16_bit_grey_is_refused(tmp_path: Path) -> None:
     Image.fromarray(noise(8, 8).astype(np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep\.png: grey of 16 bits"):
+    with pytest.raises(ValueError, match=r"deep\.png: 16-bit or float grey"):
         load_image(tmp_path / "deep.png")

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from effnet_fast.data.augment import Augmentation
 from effnet_fast.data.augment_params import Augment, draw_params
 from effnet_fast.data.choose_loader import SPEEDS, choose_loader, make_loader
-from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
+from effnet_fast.data.dataset import ArraySplit, FileSplit, ImageFile, Split
+from effnet_fast.data.decode import read_image
+from effnet_fast.data.examine import examine_file
 from effnet_fast.data.loader import Loader, LoaderSpec
-from effnet_fast.data.resize import read_image
 from effnet_fast.data.rng import order
 
 KINDS = ["resident", "torch", "dali"]
@@ -230,7 +231,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> FileSplit:
         exif[0x0112] = 6 if i == 3 else 1  # orientation: turn by a quarter
         image.save(folder / name, exif=exif) if i % 2 else image.save(folder / name)
         paths.append(folder / name)
-    return FileSplit(tuple(paths), np.arange(len(paths)))
+    return FileSplit(tuple(examine_file(path).file(path) for path in paths), np.arange(len(paths)))
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -260,7 +261,7 @@ def test_an_unreadable_file_is_named(kind: str, workers: int, damage: str, files
     bad = tmp_path / "bad one.png"
     if damage != "missing":
         bad.write_bytes(b"no image" if damage == "text" else files.paths[0].read_bytes()[:-300])
-    split = FileSplit((*files.paths[:2], bad, *files.paths[3:]), files.labels)
+    split = FileSplit((*files.files[:2], ImageFile(bad), *files.files[3:]), files.labels)
     spec = dataclasses.replace(EVAL, batch_size=2, num_workers=workers)
     with pytest.raises(ValueError, match=r"bad one\.png") as caught:
         list(make(kind, spec, split).epoch(0))
@@ -298,7 +299,6 @@ def test_auto_follows_the_record(speeds: Path, files: FileSplit, dali: int, resi
     for words in (f"{dali:,} img/s" if faster == "dali" else f"dali {dali:,}", "on cpu", "2026-01-31, 0123456789ab"):
         assert words in reason
     assert choose_loader("auto", files, CPU)[0] == "dali"
-    assert choose_loader("auto", SPLIT, CPU, Augment(auto_augment="rand"))[0] == "dali"
 
 
 def test_auto_needs_both_speeds(speeds: Path) -> None:
@@ -319,8 +319,6 @@ def test_auto_without_dali(monkeypatch: pytest.MonkeyPatch, files: FileSplit) ->
     assert "pip install nvidia-dali-cuda120" in choose_loader("auto", SPLIT, CPU)[1]
     with pytest.raises(ValueError, match=r"^--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda120$"):
         choose_loader("dali", SPLIT, CPU)
-    with pytest.raises(ValueError, match=r"^--auto_augment rand needs DALI"):
-        make_loader("auto", SPLIT, dataclasses.replace(SPEC, augment=Augment(auto_augment="rand")))
 
 
 def test_explicit_loaders(files: FileSplit) -> None:

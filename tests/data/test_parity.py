@@ -7,6 +7,7 @@ Tolerances are in steps of 1/255. Each augmentation rounds to whole values, so p
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -61,6 +62,8 @@ def pixels(kind: str, spec: LoaderSpec) -> torch.Tensor:
         ("colour", Augment(color_jitter=0.4), 32, 1.001, 0.001),
         ("enlarging", None, 37, 1.001, 0.002),
         ("shrinking", None, 25, 1.001, 0.002),
+        ("RandAugment", Augment(auto_augment="rand"), 32, 0.001, 0.0),
+        ("TrivialAugment", Augment(auto_augment="trivial"), 32, 0.001, 0.0),
         ("all", ALL, 32, 3.001, 0.002),
         ("all, enlarging", ALL, 37, 4.001, 0.003),
     ],
@@ -83,8 +86,9 @@ def test_dali_and_resident_agree_in_every_dtype(dtype: torch.dtype, most: float)
     assert (error > 0.5).float().mean() <= 0.002
 
 
-def test_torch_equals_resident() -> None:
-    spec = dataclasses.replace(SPEC, augment=ALL, image_size=37)
+@pytest.mark.parametrize("auto_augment", ["none", "rand", "trivial"])
+def test_torch_equals_resident(auto_augment: Literal["none", "rand", "trivial"]) -> None:
+    spec = dataclasses.replace(SPEC, augment=dataclasses.replace(ALL, auto_augment=auto_augment), image_size=37)
     assert torch.equal(pixels("torch", spec), pixels("resident", spec))
 
 

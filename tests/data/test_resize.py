@@ -1,4 +1,4 @@
-"""Resizing and decoding."""
+"""Resizing, and decoding single files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from effnet_fast.data.resize import read_image, resize
+from effnet_fast.data.decode import read_image
+from effnet_fast.data.resize import resize
 
 
 def noise(*shape: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from PIL import Image
 from command_line import run
 from effnet_fast.config import CamConfig
 from effnet_fast.data import FileSplit
+from effnet_fast.data.examine import examine_file
 from effnet_fast.data.image import load_image
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.torch_loader import TorchLoader
@@ -119,7 +120,8 @@ def test_preprocessing_equals_evaluation_loader(tmp_path, study):
         spec = LoaderSpec(
             4, model.image_size, model.mean, model.std, torch.device("cpu"), torch.float32, 0, 0, 1, 0, None
         )
-        loader = TorchLoader(FileSplit(tuple(paths), np.zeros(4, np.int64)), spec)
+        files = tuple(examine_file(path).file(path) for path in paths)
+        loader = TorchLoader(FileSplit(files, np.zeros(4, np.int64)), spec)
         ((expected, _),) = loader.epoch(0)
         prepared = model.prepare([load_image(path) for path in paths])
         assert prepared.shape == (4, 3, model.image_size, model.image_size)

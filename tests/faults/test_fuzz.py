@@ -16,7 +16,7 @@ from effnet_fast import checkpoint, cli
 from effnet_fast.config import TrainConfig
 from effnet_fast.data.archive import Archive, _extract
 from effnet_fast.data.cifar import unpickle
-from effnet_fast.data.resize import read_image
+from effnet_fast.data.decode import read_image
 from effnet_fast.model.trained import from_checkpoint
 from effnet_fast.run.restore import config_of
 

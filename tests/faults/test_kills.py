@@ -66,7 +66,7 @@ SLOW = [(loader, 3, seed) for loader in ("resident", "dali") for seed in range(1
     [("resident", 2, 0), ("dali", 1, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
 def test_a_killed_run_ends_with_the_same_bits(runs, undisturbed, small, assert_same_state, loader, kills, seed):
-    """45 kills in all; DALI draws RandAugment itself, so its own state is saved and restored."""
+    """45 kills in all."""
     flags = FLAGS
     if loader == "dali":
         pytest.importorskip("nvidia.dali")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from effnet_fast import __version__, config
+from effnet_fast.credentials import mask_credentials
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("EFFNET_FAST_DEBUG"):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {mask_credentials(_one_line(error))}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from effnet_fast import __version__
+from effnet_fast.credentials import mask_credentials
 
 _PACKAGES = ("triton", "nvidia-dali-cuda120", "numpy")
 _SOURCES = {".py", ".cpp", ".h"}
@@ -64,7 +65,8 @@ def _source_folders() -> list[Path]:
 def _command() -> str:
     """The command line, with the interpreter and script reduced to their file names."""
     program = 3 if sys.orig_argv[1:2] == ["-m"] else 2
-    return shlex.join([Path(word).name for word in sys.orig_argv[:program]] + sys.orig_argv[program:])
+    words = [Path(word).name for word in sys.orig_argv[:program]] + sys.orig_argv[program:]
+    return shlex.join(map(mask_credentials, words))
 
 
 def version(package: str) -> str | None:

@@ -14,7 +14,7 @@ PACKAGE, KERNELS = ROOT / "effnet_fast", ROOT / "kernels" / "effnet_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests")
 
-GROUND = {"config", "checkpoint", "precision", "distributed", "provenance", "rendezvous"}
+GROUND = {"config", "credentials", "checkpoint", "precision", "distributed", "provenance", "rendezvous"}
 FLOOR = {"model", "data"} | GROUND
 VERBS = {"train", "search", "explain", "report"}
 # What each room may import besides itself; `effnet_fast` is the face, __init__.py.
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "explain": FLOOR | {"report"},
     "model": GROUND | {"data", "effnet_kernels"},
     "data": GROUND,
-    **{room: set() for room in GROUND},
+    **{room: {"credentials"} for room in GROUND},
     "effnet_kernels": set(),
 }
 # Imported where they are needed, never on the way there.

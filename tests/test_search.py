@@ -1,4 +1,4 @@
-"""A search from end to end on a handful of images, and what may go wrong on the way."""
+"""A search from end to end on a few images, and its failures."""
 
 import csv
 import dataclasses
@@ -20,6 +20,7 @@ from command_line import at_step, run
 from effnet_fast import cli, data
 from effnet_fast.run import search as searching
 from effnet_fast.run.training import Outcome
+from effnet_fast.search import measure, setup
 
 # Two candidates: alpha 1.2 and 1.25 round to one model.
 TINY = (
@@ -29,7 +30,7 @@ TINY = (
 NAMES = ["a1.2-b1.1-g1.15", "a1.3-b1.1-g1.15"]
 
 
-def test_the_flags_of_the_older_command():
+def test_flags_of_the_older_command():
     line = (
         "--search_epochs 10 --max_flops 1e10 --max_params 2e7 --max_activations 5e7 --max_latency_ms 20 --phi 1..7 "
         "--mixed_precision --num_workers 8 --limit_train 5000 --data_dir data --save_dir results"
@@ -41,8 +42,8 @@ def test_the_flags_of_the_older_command():
     assert cli.parse(cli.VERBS["search"], "search", ["choose", "--phi", "3"]).stage == "choose"
 
 
-class Untouched:
-    """A test split that must not be read."""
+class Unreadable:
+    """A test split that fails when it is used."""
 
     def __getattr__(self, name):
         raise AssertionError(f"the test images were read: {name}")
@@ -53,16 +54,16 @@ class Untouched:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a finished search, in which the test images could not be read."""
+    """The folder of a finished search that had no access to the test images."""
     folder = tmp_path_factory.mktemp("results")
     load = data.load_dataset
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load_dataset", lambda *a, **k: dataclasses.replace(load(*a, **k), test=Untouched()))
+        patch.setattr(data, "load_dataset", lambda *a, **k: dataclasses.replace(load(*a, **k), test=Unreadable()))
         run(f"search {TINY} --save_dir {folder} --run_name done --phi 1..2 --max_flops 5e7 --num_epochs 7")
     return folder / "done"
 
 
-def test_what_a_search_leaves(finished):
+def test_files_of_a_search(finished):
     with (finished / "candidates.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == NAMES
@@ -78,13 +79,13 @@ def test_what_a_search_leaves(finished):
         assert (finished / name).stat().st_size > 1000
 
 
-def test_candidates_are_judged_by_validation_images(finished):
+def test_trials_are_evaluated_on_validation_images(finished):
     for name in NAMES:
         lines = (finished / "trials" / f"{name}-s0" / "metrics.jsonl").read_text().splitlines()
         assert {row["split"] for row in map(json.loads, lines) if row["kind"] == "eval"} == {"val"}
 
 
-def test_the_choice_and_its_confidence(finished):
+def test_choice_and_confidence(finished):
     chosen = json.loads((finished / "chosen.json").read_text())
     rows = json.loads((finished / "candidates.json").read_text())["candidates"]
     best = max(rows, key=lambda row: (row["top1_mean"], -row["macs"]))
@@ -92,7 +93,7 @@ def test_the_choice_and_its_confidence(finished):
     assert chosen["confidence"].startswith("not separable at n = 1")
 
 
-def test_recipes_are_written_for_what_fits_and_train_takes_them(finished, capsys):
+def test_recipes_of_models_within_the_limits(finished, capsys):
     with (finished / "family.csv").open() as file:
         family = list(csv.DictReader(file))
     assert [row["fits"] for row in family] == ["True", "False"]
@@ -104,7 +105,7 @@ def test_recipes_are_written_for_what_fits_and_train_takes_them(finished, capsys
     assert f"{int(family[0]['parameters']):,} parameters, 37 px, output stride 32" in capsys.readouterr().out
 
 
-def test_the_same_command_trains_nothing_again(finished, monkeypatch):
+def test_repeated_command_trains_nothing(finished, monkeypatch):
     monkeypatch.setattr(searching, "train_in", None)
     before = (finished / "plan.json").read_text()
     for stage in ("plan", "run"):
@@ -113,23 +114,23 @@ def test_the_same_command_trains_nothing_again(finished, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
-        ("--max_flops 5e7 --grid_step 0.1", "grid_step 0.05 there, 0.1 here"),
-        ("--max_flops 6e7", "max_flops 50000000.0 there, 60000000.0 here"),
-        ("--max_flops 5e7 --dataset cifar10", "dataset synthetic there, cifar10 here"),
+        ("--max_flops 5e7 --grid_step 0.1", "grid_step was 0.05, now 0.1"),
+        ("--max_flops 6e7", "max_flops was 50000000.0, now 60000000.0"),
+        ("--max_flops 5e7 --dataset cifar10", "dataset was synthetic, now cifar10"),
     ],
 )
-def test_another_grid_or_data_set_under_an_old_search_is_refused(finished, capsys, monkeypatch, flags, told):
+def test_changed_settings_are_refused(finished, capsys, monkeypatch, flags, message):
     load = data.load_dataset
     monkeypatch.setattr(data, "load_dataset", lambda name, *a, **k: load("synthetic", *a, **k))
     run(f"search run {TINY} --save_dir {finished.parent} --run_name done {flags}", expected=2)
-    said = capsys.readouterr().err
-    assert told in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
-def test_other_images_under_an_old_search_are_refused(finished, capsys, monkeypatch):
+def test_changed_images_are_refused(finished, capsys, monkeypatch):
     load = data.load_dataset
     monkeypatch.setattr(data, "load_dataset", lambda *a, **k: dataclasses.replace(load(*a, **k), fingerprint="other"))
     run(f"search plan {TINY} --save_dir {finished.parent} --run_name done --max_flops 5e7", expected=2)
@@ -137,52 +138,52 @@ def test_other_images_under_an_old_search_are_refused(finished, capsys, monkeypa
 
 
 @pytest.mark.parametrize("stage", ["run", "collect", "choose"])
-def test_a_stage_without_a_plan_says_so(tmp_path, capsys, stage):
+def test_stage_without_a_plan(tmp_path, capsys, stage):
     run(f"search {stage} {TINY} --save_dir {tmp_path}", expected=2)
     assert "run `effnet-fast search plan`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
-        ("--alpha 1..1.1 --beta 1..1.1 --gamma 1..1.1", "the upper ends bound it"),
+        ("--alpha 1..1.1 --beta 1..1.1 --gamma 1..1.1", "the upper bounds are too low"),
         ("--max_flops 1e6", "not even the unscaled model fits"),
         ("--val_fraction 0", "the search needs held-out images"),
         ("--model efficientnet-b1", "only efficientnet-b0 can be scaled"),
         ("--width 1.5", "remove them"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, capsys, flags, told):
+def test_mistake_is_one_line(tmp_path, capsys, flags, message):
     run(f"search {TINY} --save_dir {tmp_path} {flags}", expected=2)
-    said = capsys.readouterr().err
-    assert told in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
-def test_a_stage_that_does_not_exist(capsys):
+def test_unknown_stage(capsys):
     run("search fly", expected=2)
     assert "stage" in capsys.readouterr().err
 
 
 @pytest.fixture
 def planned(finished, tmp_path):
-    """A command for a search with a plan and no trials yet."""
+    """The command of a search with a plan and without trials."""
     (tmp_path / "fake").mkdir()
     shutil.copy(finished / "plan.json", tmp_path / "fake")
     return f"search {{}} {TINY} --save_dir {tmp_path} --run_name fake --max_flops 5e7"
 
 
 def fake_training(monkeypatch, behave):
-    """Replace the training by `behave(config, watch)`; returns the runs it was asked for."""
-    asked = []
+    """Replace the training by `behave(config, on_evaluation)`; returns the names of its runs."""
+    trained = []
 
-    def train_in(world, config, watch):
-        asked.append(config.name)
-        return behave(config, watch)
+    def train_in(world, config, on_evaluation):
+        trained.append(config.name)
+        return behave(config, on_evaluation)
 
     monkeypatch.setattr(searching, "train_in", train_in)
     monkeypatch.setattr(searching, "training_seconds", lambda *a: 1.0)
-    return asked
+    return trained
 
 
 def evaluated(top1):
@@ -203,62 +204,62 @@ def caused_by(error, cause):
         (FloatingPointError("the loss was not finite at step 3"), "not finite: the loss was not finite at step 3"),
     ],
 )
-def test_a_failed_trial_is_recorded_and_the_rest_goes_on(planned, tmp_path, monkeypatch, capsys, error, reason):
-    def behave(config, watch):
+def test_failed_trial_is_recorded_and_the_rest_trained(planned, tmp_path, monkeypatch, capsys, error, reason):
+    def behave(config, on_evaluation):
         if config.name.startswith(NAMES[0]):
             raise error
         return Outcome(0, True, evaluated(10.0))
 
-    asked = fake_training(monkeypatch, behave)
+    trained = fake_training(monkeypatch, behave)
     run(planned.format("run"))
     run(planned.format("run"))
-    assert asked == [f"{name}-s0" for name in NAMES]
+    assert trained == [f"{name}-s0" for name in NAMES]
     run(planned.format("collect"))
     rows = json.loads((tmp_path / "fake" / "candidates.json").read_text())["candidates"]
     assert [(row["status"], row["reason"]) for row in rows] == [("failed", reason), ("complete", None)]
 
 
-def test_what_is_not_the_model_s_fault_stops_the_worker_and_gives_the_trial_back(planned, monkeypatch, capsys):
-    def full(config, watch):
+def test_other_errors_stop_the_worker_and_release_the_trial(planned, monkeypatch, capsys):
+    def full(config, on_evaluation):
         raise OSError("the disk is full: free some space")
 
     fake_training(monkeypatch, full)
     run(planned.format("run"), expected=2)
     assert "free some space" in capsys.readouterr().err
-    asked = fake_training(monkeypatch, lambda config, watch: Outcome(0, True, evaluated(10.0)))
+    trained = fake_training(monkeypatch, lambda config, on_evaluation: Outcome(0, True, evaluated(10.0)))
     run(planned.format("run"))
-    assert asked == [f"{name}-s0" for name in NAMES]
+    assert trained == [f"{name}-s0" for name in NAMES]
 
 
-def test_a_signal_stops_the_worker_and_gives_the_trial_back(planned, monkeypatch):
-    fake_training(monkeypatch, lambda config, watch: Outcome(130, False, {}))
+def test_signal_stops_the_worker_and_releases_the_trial(planned, monkeypatch):
+    fake_training(monkeypatch, lambda config, on_evaluation: Outcome(130, False, {}))
     run(planned.format("run"), expected=130)
-    asked = fake_training(monkeypatch, lambda config, watch: Outcome(0, True, evaluated(10.0)))
+    trained = fake_training(monkeypatch, lambda config, on_evaluation: Outcome(0, True, evaluated(10.0)))
     run(planned.format("run"))
-    assert asked == [f"{name}-s0" for name in NAMES]
+    assert trained == [f"{name}-s0" for name in NAMES]
 
 
-def test_a_search_goes_on_with_more_seeds(planned, tmp_path, monkeypatch):
+def test_seeds_can_be_added(planned, tmp_path, monkeypatch):
     scores = {f"{name}-s{seed}": 30.0 * i + seed + 0.1 * i * seed for i, name in enumerate(NAMES) for seed in range(3)}
-    asked = fake_training(monkeypatch, lambda config, watch: Outcome(0, True, evaluated(scores[config.name])))
+    trained = fake_training(monkeypatch, lambda config, on_evaluation: Outcome(0, True, evaluated(scores[config.name])))
     run(planned.format("run"))
     run(f"{planned.format('all')} --seeds 3 --phi 1")
-    assert sorted(asked) == sorted(scores)
+    assert sorted(trained) == sorted(scores)
     chosen = json.loads((tmp_path / "fake" / "chosen.json").read_text())
     assert chosen["name"] == NAMES[1]
     assert chosen["confidence"].startswith("better than each of the 1 others (n = 3")
 
 
-def test_a_lost_trial_is_left_to_the_worker_that_took_it_up(planned, monkeypatch, tmp_path):
-    def taken(config, watch):
+def test_lost_trial_is_left_to_its_new_worker(planned, monkeypatch, tmp_path):
+    def lose(config, on_evaluation):
         for lease in (tmp_path / "fake" / "leases").iterdir():
             os.utime(lease, (0, 0))
         other = rivals[0].claim()
         assert other.user_attrs["run"] == config.name
         try:
-            while True:  # until the worker notices, which it does as it renews its claim: `watch` then raises
+            while True:  # until the worker renews its claim and notices; the test's own timeout bounds it
                 time.sleep(0.05)
-                watch(1, evaluated(1.0))
+                on_evaluation(1, evaluated(1.0))
         finally:
             rivals[0].finish(other, "COMPLETE", 77.0)
 
@@ -269,15 +270,15 @@ def test_a_lost_trial_is_left_to_the_worker_that_took_it_up(planned, monkeypatch
         rivals[:] = [other]
         return shared
 
-    rivals, real = [], searching.Trials
+    rivals, real = [], setup.Trials
     monkeypatch.setattr(
-        searching,
+        setup,
         "Trials",
         type("Trials", (), {"__new__": lambda cls, *a, **k: remember(*a, **k), "claim": real.claim}),
     )
-    fake_training(monkeypatch, taken)
+    fake_training(monkeypatch, lose)
     run(f"{planned.format('run')} --lease_seconds 2")
-    monkeypatch.setattr(searching, "Trials", real)
+    monkeypatch.setattr(setup, "Trials", real)
     run(planned.format("collect"))
     rows = json.loads((tmp_path / "fake" / "candidates.json").read_text())["candidates"]
     assert [row["top1_mean"] for row in rows] == [77.0, 77.0]
@@ -292,7 +293,7 @@ def start(line, **environment):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["synthetic", "cifar100"])
-def test_two_workers_one_killed_and_resumed_end_with_the_table_of_an_undisturbed_run(tmp_path, dataset, request):
+def test_killed_and_resumed_worker_gives_the_same_table(tmp_path, dataset, request):
     real = f" --dataset cifar100 --data_dir {request.getfixturevalue('cifar100_dir')}" if dataset == "cifar100" else ""
     settings = "--seeds 2 --search_epochs 3 --pruner none --lease_seconds 30 --phi 1"
     line = f"search {TINY}{real} --save_dir {tmp_path} {settings}"
@@ -300,7 +301,7 @@ def test_two_workers_one_killed_and_resumed_end_with_the_table_of_an_undisturbed
     undisturbed.communicate()
     run(f"{line.replace('search', 'search plan', 1)} --run_name killed")
     workers = [start(f"{line} --run_name killed", **at_step(2, "hold")), start(f"{line} --run_name killed")]
-    name = next(said.partition(":")[0] for said in workers[0].stdout if ": epoch 2 " in said)
+    name = next(printed.partition(":")[0] for printed in workers[0].stdout if ": epoch 2 " in printed)
     while not (tmp_path / "killed" / "trials" / name / "last.pt").exists():
         time.sleep(0.05)
     workers[0].send_signal(signal.SIGKILL)
@@ -320,22 +321,22 @@ def test_two_workers_one_killed_and_resumed_end_with_the_table_of_an_undisturbed
     logs = [path.read_text() for path in (tmp_path / "killed" / "trials").glob("*/log.txt")]
     assert len(logs) == 4
     assert sum(log.count("resuming at step") for log in logs) == 1
-    # None was trained twice; the kill may have lost the checkpoint of the epoch that was just evaluated.
+    # No trial was trained twice; the kill may have lost the checkpoint of the epoch that was just evaluated.
     assert sum(log.count("\nepoch 1 ") for log in logs) == 4
     assert sum(log.count("\nepoch ") for log in logs) in (4 * 3, 4 * 3 + 1)
 
 
-def test_a_noisy_latency_gets_one_answer_for_a_model(tmp_path, monkeypatch):
-    """First above the limit and then below, and the other way round."""
+def test_latency_is_measured_once_a_model(tmp_path, monkeypatch):
+    """A second measurement would be on the other side of the limit."""
     for first in (1.0, 9.0):
         readings = itertools.chain([1.0], itertools.cycle([first, 10.0 - first]))  # the baseline, then the candidates
-        monkeypatch.setattr(searching.measure, "latency_ms", lambda *a, readings=readings: next(readings))
+        monkeypatch.setattr(measure, "latency_ms", lambda *a, readings=readings: next(readings))
         run(f"search plan {TINY} --save_dir {tmp_path} --run_name noisy{first:g} --max_latency_ms 5")
         plan = json.loads((tmp_path / f"noisy{first:g}" / "plan.json").read_text())
         assert all(candidate["largest_phi"] >= 1 for candidate in plan["candidates"])
 
 
-def test_where_all_trials_failed_the_line_says_why(planned, monkeypatch, capsys):
+def test_all_trials_failed(planned, monkeypatch, capsys):
     def failing(config, watch):
         raise FloatingPointError("the loss is not finite")
 
@@ -343,6 +344,6 @@ def test_where_all_trials_failed_the_line_says_why(planned, monkeypatch, capsys)
     run(planned.format("run"))
     capsys.readouterr()
     run(planned.format("collect"), expected=2)
-    said = capsys.readouterr().err
-    assert re.search(r"all 2 trials in .* failed, \S+ thus: not finite: the loss is not finite", said)
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert re.search(r"all 2 trials in .* failed, the first \(\S+\) with: not finite: the loss is not finite", error)
+    assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""A study from end to end on a handful of images."""
+"""A study from end to end on a few images, and its failures."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
     return folder / "done"
 
 
-def test_what_a_study_leaves(finished):
+def test_files_of_a_study(finished):
     with (finished / "study.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == NAMES
@@ -33,7 +33,7 @@ def test_what_a_study_leaves(finished):
         assert (finished / name).stat().st_size > 1000
 
 
-def test_the_index_leads_to_checkpoints_of_the_paper_s_models(finished):
+def test_index_points_to_checkpoints_of_the_paper_models(finished):
     models = json.loads((finished / "study.json").read_text())["models"]
     assert [model["name"] for model in models] == NAMES
     assert models[-1]["label"] == "compound (d = 1.4, w = 1.2, r = 1.3)"
@@ -45,40 +45,40 @@ def test_the_index_leads_to_checkpoints_of_the_paper_s_models(finished):
     assert factors == [[1, 1, 32, 32], [4, 1, 32, 32], [1, 2, 32, 32], [1, 1, 64, 32], [1.4, 1.2, 42, 32]]
 
 
-def test_other_settings_under_an_old_study_are_refused(finished, capsys):
+def test_changed_settings_are_refused(finished, capsys):
     run(f"{TINY} --save_dir {finished.parent} --run_name done --learning_rate 0.2", expected=2)
     assert "learning_rate was 0.1, now 0.2" in capsys.readouterr().err
 
 
 def fake_training(monkeypatch, behave):
-    asked = []
+    configs = []
 
     def train_in(world, config):
-        asked.append(config)
+        configs.append(config)
         return behave(config)
 
     monkeypatch.setattr(studying, "train_in", train_in)
     monkeypatch.setattr(studying, "training_seconds", lambda *a: 1.0)
-    return asked
+    return configs
 
 
 def trained(config):
     return Outcome(0, True, {"split": "test", "loss": 1.0, "top1": 10.0, "top5": 20.0})
 
 
-def test_models_of_one_cost_in_several_seeds(tmp_path, monkeypatch):
+def test_equal_cost_with_two_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(studying, "_draw", lambda *a: None)
-    asked = fake_training(monkeypatch, trained)
+    configs = fake_training(monkeypatch, trained)
     run(f"{TINY} --output_stride 16 --save_dir {tmp_path} --run_name equal --target_flops 1e8 --seeds 2")
     models = json.loads((tmp_path / "equal" / "study.json").read_text())["models"]
     assert [(model["name"], model["seed"]) for model in models] == [(name, seed) for seed in (0, 1) for name in NAMES]
     costs = [model["macs"] for model in models if model["name"] != "baseline"]
     assert max(costs) / min(costs) <= 1.05
     assert all(0.95 < model["times_target"] < 1.05 for model in models if model["name"] != "baseline")
-    assert {config.output_stride for config in asked} == {16}
+    assert {config.output_stride for config in configs} == {16}
 
 
-def test_a_model_that_does_not_fit_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
+def test_model_out_of_memory_is_recorded_and_the_rest_trained(tmp_path, monkeypatch):
     def behave(config):
         if config.depth == 4:
             raise MemoryError
@@ -91,31 +91,31 @@ def test_a_model_that_does_not_fit_is_told_and_the_rest_goes_on(tmp_path, monkey
         assert [row["failed"] for row in csv.DictReader(file)] == ["", "out of memory", "", "", ""]
 
 
-def test_a_signal_ends_the_study_which_goes_on_there(tmp_path, monkeypatch):
+def test_resume_after_a_signal(tmp_path, monkeypatch):
     monkeypatch.setattr(studying, "_draw", lambda *a: None)
-    asked = fake_training(monkeypatch, lambda c: Outcome(130, False, {}) if c.width == 2 else trained(c))
+    configs = fake_training(monkeypatch, lambda c: Outcome(130, False, {}) if c.width == 2 else trained(c))
     run(f"{TINY} --save_dir {tmp_path} --run_name stopped", expected=130)
-    assert [config.run_name for config in asked] == ["baseline-0", "deeper-0", "wider-0"]
+    assert [config.run_name for config in configs] == ["baseline-0", "deeper-0", "wider-0"]
     fake_training(monkeypatch, trained)
     run(f"{TINY} --save_dir {tmp_path} --run_name stopped")
     assert all("top1" in model for model in json.loads((tmp_path / "stopped" / "study.json").read_text())["models"])
 
 
-def test_an_impossible_target_is_one_line(tmp_path, capsys):
+def test_impossible_target_is_one_line(tmp_path, capsys):
     run(f"{TINY} --save_dir {tmp_path} --target_flops 1e6", expected=2)
-    said = capsys.readouterr().err
-    assert "below the baseline's 8,590,048 MACs" in said
-    assert said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "below the baseline's 8,590,048 MACs" in error
+    assert error.count("\n") == 1
 
 
-def test_reference_models_are_trained_alike_and_stand_in_the_table(tmp_path, monkeypatch):
+def test_reference_models_are_trained_and_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(studying, "_draw", lambda *a: None)
-    asked = fake_training(monkeypatch, trained)
+    configs = fake_training(monkeypatch, trained)
     line = (
         f"{TINY} --save_dir {tmp_path} --run_name more --drop_path 0.1 --references resnet50 --references DenseNet-201"
     )
     run(line)
-    assert [(c.model, c.width, c.drop_path, c.image_size) for c in asked[-2:]] == [
+    assert [(c.model, c.width, c.drop_path, c.image_size) for c in configs[-2:]] == [
         ("resnet50", None, None, 32),
         ("densenet201", None, None, 32),
     ]
@@ -126,6 +126,6 @@ def test_reference_models_are_trained_alike_and_stand_in_the_table(tmp_path, mon
     assert rows["densenet201"]["depth"] == ""
 
 
-def test_an_unknown_reference_model_is_told(tmp_path, capsys):
+def test_unknown_reference_model(tmp_path, capsys):
     run(f"{TINY} --save_dir {tmp_path} --references resnet51", expected=2)
     assert "did you mean resnet50" in capsys.readouterr().err

@@ -1,13 +1,11 @@
-"""Runs of scaled models, as the study and the search train them: their configs, their folders, what they measured."""
+"""What the verbs search and study share: the family of models, the index of their folder, the time of their runs."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import TrainConfig
@@ -18,44 +16,52 @@ from effnet_fast.run.resolve import resolve_image_size
 from effnet_fast.run.restore import config_from, differences
 from effnet_fast.search.family import Family
 
+Content = TypeVar("Content")
+
 
 def family_of(config: TrainConfig, dataset: Dataset) -> Family:
-    """Every model that the baseline can be scaled to, for this data set."""
+    """The scaled models of a data set, at the image size and output stride of the config."""
     size = resolve_image_size(config.image_size, config.model, dataset.native_size)
     return Family(len(dataset.classes), size, config.output_stride or scaling.default_output_stride(size))
 
 
-def run_config(config: TrainConfig, model: dict[str, Any], **changes: Any) -> TrainConfig:
-    """The config of one run: all that train knows, the model as `Family.settings` has it, and `changes`."""
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**(shared | model | changes))
+def read_index(
+    path: Path, config: TrainConfig, fingerprint: str, parse: Callable[[dict[str, Any]], Content]
+) -> Content | None:
+    """Read plan.json or study.json, and check that it belongs to this command.
 
+    Args:
+        path: the file.
+        config: of the command.
+        fingerprint: of the data set.
+        parse: turns the JSON into the result.
 
-def claim_folder(path: Path, config: TrainConfig, dataset: Dataset) -> dict[str, Any] | None:
-    """What the JSON at `path` says, if it is there and of the same settings and data.
+    Returns:
+        The parsed content; None if there is no file.
 
     Raises:
-        ValueError: of other settings or data, which the line names; or damaged.
+        ValueError: the file is damaged, or has other settings or data; the message lists the differences.
     """
     if not path.exists():
         return None
     try:
-        kept = json.loads(path.read_text())
-        found = differences(
-            config_from(type(config), kept["settings"]), config, kept["fingerprint"], dataset.fingerprint
+        content = json.loads(path.read_text())
+        differing = differences(
+            config_from(type(config), content["settings"]), config, content["fingerprint"], fingerprint
         )
+        parsed = parse(content)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: choose another --run_name") from error
-    if found:
-        raise ValueError(f"{path} is of other settings ({found}): choose another --run_name")
-    return kept
+    if differing:
+        raise ValueError(f"{path} has other settings ({differing}): choose another --run_name")
+    return parsed
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all, making the folder.
+    """Write JSON atomically, and create its folder.
 
     Raises:
-        OSError: with a line that says what to do.
+        OSError: the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,23 +70,6 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def final_top1(result: dict[str, Any]) -> float:
-    """Percent, of the averaged weights where there are any."""
-    return result.get("ema_top1", result["top1"])
-
-
 def training_seconds(folder: Path) -> float:
-    """Seconds of training steps over all interruptions of a run; rows of versions that kept none count 0."""
+    """Seconds of a run's training steps, without evaluations and interruptions; rows of old versions count 0."""
     return sum(row.get("seconds", 0.0) for row in read_metrics(folder).train)
-
-
-def failure_reason(error: BaseException) -> str | None:
-    """Why one model could not be trained, where others may; None where the fault is not the model's."""
-    if isinstance(error, FloatingPointError):
-        return "not finite: " + str(error)
-    short_of_memory = MemoryError, torch.OutOfMemoryError  # the latter is told by train as the cause of its advice
-    if isinstance(error, short_of_memory) or isinstance(error.__cause__, short_of_memory):
-        return "out of memory"
-    if isinstance(error, RuntimeError) and "not enough memory" in str(error):
-        return "out of memory"
-    return None

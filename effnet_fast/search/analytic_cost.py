@@ -1,7 +1,7 @@
-"""Parameters, MACs and activations of a scaled EfficientNet from its layout alone, without building it.
+"""Parameters, MACs and activations of a scaled EfficientNet, computed from its layout without building it.
 
-fvcore on the built model (`model/complexity.py`) takes a second a model and is what every table tells; a search over
-thousands of models asks these sums, and a test holds the two equal.
+fvcore on the built model (`model/complexity.py`) takes a second a model and fills the tables. A search over thousands
+of models uses these sums; a test checks that both give the same numbers.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from effnet_fast.model.scaling import Layout
 
-SE_RATIO = 0.25  # of a block's gate
+SE_RATIO = 0.25  # squeeze-and-excitation channels over the block's input channels
 
 
 class Counts(NamedTuple):
-    """Of a whole model and one image: trainable numbers, multiply-accumulates, numbers that its layers write."""
+    """Of a model and one image: trainable parameters, multiply-accumulates, numbers written by its layers."""
 
     parameters: int
     macs: int
@@ -23,7 +23,14 @@ class Counts(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A convolution or linear layer: numbers in its weight, in what follows it (BatchNorm or bias), outputs, pixels."""
+    """A convolution or linear layer.
+
+    Attributes:
+        weights: elements of its weight.
+        others: parameters of its BatchNorm, or its bias.
+        channels: output channels.
+        pixels: of the output map.
+    """
 
     weights: int
     others: int
@@ -31,9 +38,9 @@ class _Layer(NamedTuple):
     pixels: int
 
 
-def count(plan: Layout, image_size: int, num_classes: int) -> Counts:
-    """The sums over all layers of a model at [3, image_size, image_size] images."""
-    layers = list(_layers(plan, image_size, num_classes))
+def count(layout: Layout, image_size: int, num_classes: int) -> Counts:
+    """Sum over all layers of a model for an image [3, image_size, image_size]."""
+    layers = list(_layers(layout, image_size, num_classes))
     return Counts(
         parameters=sum(layer.weights + layer.others for layer in layers),
         macs=sum(layer.weights * layer.pixels for layer in layers),
@@ -41,30 +48,30 @@ def count(plan: Layout, image_size: int, num_classes: int) -> Counts:
     )
 
 
-def _layers(plan: Layout, size: int, num_classes: int) -> Iterator[_Layer]:
-    size = -(-size // plan.stem_stride)
-    yield _normalised(3 * 3**2, plan.stem_channels, size)
-    inputs = plan.stem_channels
-    for stage in plan.stages:
+def _layers(layout: Layout, size: int, num_classes: int) -> Iterator[_Layer]:
+    size = -(-size // layout.stem_stride)
+    yield _conv_norm(3 * 3**2, layout.stem_channels, size)
+    inputs = layout.stem_channels
+    for stage in layout.stages:
         for repeat in range(stage.repeats):
             hidden, squeezed = inputs * stage.expand, max(1, int(inputs * SE_RATIO))
             if stage.expand != 1:
-                yield _normalised(inputs, hidden, size)
+                yield _conv_norm(inputs, hidden, size)
             size = -(-size // stage.stride) if repeat == 0 else size
-            yield _normalised(stage.kernel**2, hidden, size)
-            yield _biased(hidden, squeezed)
-            yield _biased(squeezed, hidden)
-            yield _normalised(hidden, stage.channels, size)
+            yield _conv_norm(stage.kernel**2, hidden, size)
+            yield _linear(hidden, squeezed)
+            yield _linear(squeezed, hidden)
+            yield _conv_norm(hidden, stage.channels, size)
             inputs = stage.channels
-    yield _normalised(inputs, plan.head_channels, size)
-    yield _biased(plan.head_channels, num_classes)
+    yield _conv_norm(inputs, layout.head_channels, size)
+    yield _linear(layout.head_channels, num_classes)
 
 
-def _normalised(inputs: int, channels: int, size: int) -> _Layer:
-    """A convolution of `inputs` numbers for each output, with BatchNorm behind it."""
-    return _Layer(inputs * channels, 2 * channels, channels, size**2)
+def _conv_norm(weights_per_channel: int, channels: int, size: int) -> _Layer:
+    """A convolution with `weights_per_channel` weights for each output channel, and BatchNorm."""
+    return _Layer(weights_per_channel * channels, 2 * channels, channels, size**2)
 
 
-def _biased(inputs: int, channels: int) -> _Layer:
-    """A linear layer, or a 1x1 convolution of a single pixel."""
+def _linear(inputs: int, channels: int) -> _Layer:
+    """A linear layer with bias, or a 1x1 convolution of a single pixel."""
     return _Layer(inputs * channels, channels, channels, 1)

@@ -1,26 +1,26 @@
-"""The best candidate by validation accuracy, and how sure that is."""
+"""Stage 4, choose: the candidate with the best validation accuracy, and whether the seeds separate it from the rest."""
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 Row = dict[str, Any]
-LEVEL = 0.05
+LEVEL = 0.05  # of significance
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What `choose` found.
+    """The best candidate and the evidence for it.
 
     Attributes:
         name: of the candidate with the highest mean accuracy.
-        p_values: of each other candidate, the chance of so large a paired difference over the seeds if there were none
-            (two-sided t-test, Holm's correction for their number); empty at one seed.
-        seeds: runs of each.
+        p_values: by the name of each other candidate: two-sided paired t-test over the seeds, with Holm's correction;
+            empty with one seed.
+        seeds: runs of each candidate.
     """
 
     name: str
@@ -29,14 +29,14 @@ class Choice:
 
     @property
     def inseparable(self) -> list[str]:
-        """The others that these seeds cannot tell from the best at 5 %."""
+        """The candidates that do not differ from the best at the 5 % level."""
         return [name for name, p in self.p_values.items() if p >= LEVEL]
 
     @property
     def confidence(self) -> str:
-        """For people, one line."""
+        """One line for people."""
         if self.seeds == 1:
-            return "not separable at n = 1: one seed tells nothing of the spread; raise --seeds"
+            return "not separable at n = 1: one seed gives no spread; raise --seeds"
         if not self.p_values:
             return "the only candidate"
         others = len(self.p_values)
@@ -49,14 +49,17 @@ class Choice:
 
 
 def choose(rows: Sequence[Row]) -> Choice:
-    """The best of the candidates whose every seed ran to the end; of equals the one of fewest MACs.
+    """The best of the candidates that completed every seed; among equals, the one with the fewest MACs.
+
+    Args:
+        rows: from `collect`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no candidate is complete.
     """
     complete = [row for row in rows if row["status"] == "complete"]
     if not complete:
-        raise ValueError("no candidate was trained to the end with every seed: run `effnet-fast search run` first")
+        raise ValueError("no candidate has completed every seed: run `effnet-fast search run` first")
     best = max(complete, key=lambda row: (row["top1_mean"], -row["macs"]))
     scores = best["top1_by_seed"]
     others = {row["name"]: row["top1_by_seed"] for row in complete if row is not best}
@@ -64,42 +67,21 @@ def choose(rows: Sequence[Row]) -> Choice:
     return Choice(best["name"], holm(raw), len(scores))
 
 
-def paired_p(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Two-sided p-value of the paired t-test: seeds fix the held-out images, so runs of one seed belong together.
+def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
+    """Two-sided p-value of the paired t-test of accuracies in percent.
 
-    It is 1 where all differences are the same: of whole images that is chance, and says nothing of the spread.
+    Runs of one seed form a pair, because the seed selects the validation images. Equal differences give 1: with whole
+    numbers of images they happen by chance, and the test would call them certain.
     """
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
-    if spread < 1e-9:  # percent: what equal differences leave of rounding
+    from scipy.stats import ttest_rel
+
+    if np.std(np.subtract(first, second)) < 1e-9:  # equal but for rounding
         return 1.0
-    return student_t_p(mean / (spread / math.sqrt(len(differences))), len(differences) - 1)
-
-
-def student_t_p(t: float, freedom: int) -> float:
-    """Chance that |T| >= |t| for Student's t with a whole number of degrees of freedom.
-
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    if freedom % 2:
-        term, total = math.cos(angle), 0.0
-        for k in range(1, (freedom - 1) // 2 + 1):
-            total += term
-            term *= square * 2 * k / (2 * k + 1)
-        inside = 2 / math.pi * (angle + sine * total)
-    else:
-        term, total = 1.0, 0.0
-        for k in range(1, freedom // 2 + 1):
-            total += term
-            term *= square * (2 * k - 1) / (2 * k)
-        inside = sine * total
-    return max(0.0, 1 - inside)
+    return float(ttest_rel(first, second).pvalue)
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Holm's step-down correction (1979), in the order given."""
+    """Holm's step-down correction (Holm 1979), in the order given."""
     adjusted: dict[str, float] = {}
     largest = 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):

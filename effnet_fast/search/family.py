@@ -1,4 +1,4 @@
-"""A baseline and everything it can be scaled to, for one data set: sizes, layouts and costs."""
+"""EfficientNet-B0 at every scale, for one data set: sizes, layouts and costs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Scale:
     resolution: float = 1.0
 
     def to_the(self, phi: float) -> Scale:
-        """Equation 3 of the paper: each factor to the power of phi."""
+        """Equation 3 of the paper: each multiplier to the power of phi."""
         return Scale(self.depth**phi, self.width**phi, self.resolution**phi)
 
 
@@ -36,49 +36,49 @@ class Family:
     Attributes:
         num_classes: outputs.
         base_size: pixels of the input at resolution 1.
-        output_stride: input pixels per pixel of the final map, the same at every scale: by default a model of 128 px
-            and more has another one, which would be a fourth way to scale.
+        output_stride: input pixels per pixel of the final map. It is fixed: by default it changes at 128 px, which
+            would be a fourth way to scale.
     """
 
     num_classes: int
     base_size: int
     output_stride: int
-    _counted: dict[tuple[Layout | str, int], Complexity] = field(default_factory=dict, repr=False, compare=False)
+    _costs: dict[tuple[Layout | str, int], Complexity] = field(default_factory=dict, repr=False, compare=False)
 
     def image_size(self, scale: Scale) -> int:
         """Pixels of the input, rounded."""
         return scaling.scaled_size(self.base_size, scale.resolution)
 
     def shape(self, scale: Scale) -> tuple[Layout, int]:
-        """What is left of a scale after rounding: two scales of one shape are one model."""
+        """A scale after rounding: layout and pixels. Scales of equal shape are the same model."""
         return scaling.layout(scale.width, scale.depth, self.output_stride), self.image_size(scale)
 
     def counts(self, scale: Scale) -> Counts:
-        """Parameters, MACs and activations by arithmetic, at once; the same numbers as `cost` has."""
-        plan, size = self.shape(scale)
-        return count(plan, size, self.num_classes)
+        """Parameters, MACs and activations by arithmetic; equal to those of `cost`, and fast."""
+        layout, size = self.shape(scale)
+        return count(layout, size, self.num_classes)
 
     def cost(self, scale: Scale) -> Complexity:
-        """What the model costs, counted by fvcore on the built model, once a shape."""
-        return self._count(self.shape(scale), lambda: self.build(scale))
+        """The model's cost, counted by fvcore on the built model and cached by shape."""
+        return self._cached_cost(self.shape(scale), lambda: self.build(scale))
 
     def reference_cost(self, name: str) -> Complexity:
-        """What a model of another kind costs at the baseline's size.
+        """The cost of another architecture at the baseline's image size.
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: the name is unknown.
         """
-        return self._count((name, self.base_size), lambda: create_model(name, self.num_classes, self.base_size))
+        return self._cached_cost((name, self.base_size), lambda: create_model(name, self.num_classes, self.base_size))
 
-    def _count(self, shape: tuple[Layout | str, int], build: Callable[[], Network]) -> Complexity:
-        if shape not in self._counted:
-            with torch.device("meta"):  # the values of the weights do not matter
+    def _cached_cost(self, shape: tuple[Layout | str, int], build: Callable[[], Network]) -> Complexity:
+        if shape not in self._costs:
+            with torch.device("meta"):  # skips the initialisation; the values of the weights do not matter
                 model = build()
-            self._counted[shape] = complexity(model.to_empty(device="cpu"), shape[1])
-        return self._counted[shape]
+            self._costs[shape] = complexity(model.to_empty(device="cpu"), shape[1])
+        return self._costs[shape]
 
     def build(self, scale: Scale) -> Network:
-        """The model itself."""
+        """The model, with new weights."""
         return create_model(
             BASELINE,
             self.num_classes,
@@ -89,7 +89,7 @@ class Family:
         )
 
     def settings(self, scale: Scale) -> dict[str, Any]:
-        """The fields of a training config that name the model."""
+        """The fields of a training config that select the scaled model."""
         return {
             "model": BASELINE,
             "width": scale.width,
@@ -99,7 +99,7 @@ class Family:
         }
 
     def reference_settings(self, name: str) -> dict[str, Any]:
-        """The same for a model of another kind, whose strides and stochastic depth are its own."""
+        """The same fields for another architecture, which keeps its own strides and stochastic depth."""
         return dict.fromkeys(("width", "depth", "output_stride", "drop_path")) | {
             "model": name,
             "image_size": self.base_size,

@@ -1,9 +1,9 @@
-"""Who trains what: an Optuna study whose trials are (candidate, seed), shared by any number of workers.
+"""Which worker trains what: an Optuna study whose trials are pairs (candidate, seed), shared by any number of workers.
 
-Each trial is enqueued once and claimed by one worker, both under a lock in the search's folder, which all workers must
-see (as they must the checkpoints). A worker renews its claim while it trains: in a database by Optuna's heartbeat, with
-a journal, which has none, by the time stamp of a lease file. A claim that is no longer renewed, or was given back, is
-free: the trial goes on under another worker, from its checkpoint.
+Every trial is enqueued once and claimed by one worker. Both happen under a lock in the search's folder, which all
+workers must see, as they must see the checkpoints. A worker renews its claim while it trains: by Optuna's heartbeat in
+a database, by the time stamp of a lease file beside a journal, which has no heartbeat. A claim that has expired or was
+released is free: another worker resumes the trial from its checkpoint.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from effnet_fast.credentials import mask_credentials
+from effnet_fast.search.storage import RENEWALS, open_storage, stale_trial_ids
+
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial, Trial
 
 WAITING, RUNNING, COMPLETE, PRUNED, FAIL = "WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL"
-LARGEST_FACTOR, LARGEST_SEED = 10.0, 2**31  # Optuna asks for ranges, although every value is given
-RENEWALS = 4  # in the time of a lease
+MAX_FACTOR, MAX_SEED = 10.0, 2**31  # Optuna needs a range although every value is enqueued
 
 
 class Pruned(Exception):
@@ -35,12 +37,12 @@ class Pruned(Exception):
 
 
 class Lost(Exception):
-    """Another worker took the trial up, for this one was not heard of for longer than the lease."""
+    """Another worker claimed the trial, because this one did not renew its claim in time."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A candidate to be trained with a seed; `run` names the folder of its run."""
+    """A candidate to train with a seed; `run` names the folder of its run."""
 
     candidate: str
     alpha: float
@@ -59,15 +61,16 @@ class Task:
 
 @dataclass(frozen=True)
 class State:
-    """A trial as a table shows it.
+    """A trial as tables and pictures show it.
 
     Attributes:
-        run: its task's.
-        state: WAITING (given back, too), RUNNING, COMPLETE, PRUNED or FAIL.
+        run: of its task.
+        state: WAITING (also after a release), RUNNING, COMPLETE, PRUNED or FAIL.
         epochs: evaluated so far.
         top1: validation accuracy at the last of them, percent.
-        seconds: since it began until it ended or now.
-        attrs: what was measured (`finish`), or the reason of a failure.
+        seconds: from its start to its end, or until now.
+        attrs: Optuna's user attributes: the task, what `finish` recorded, the reason of a failure.
+        params: alpha, beta, gamma and seed; empty before the first claim.
     """
 
     run: str
@@ -76,22 +79,23 @@ class State:
     top1: float | None
     seconds: float | None
     attrs: dict[str, Any]
+    params: dict[str, Any]
 
 
 class Trials:
-    """The shared study.
+    """The trials of a search, shared by its workers.
 
     Args:
         folder: of the search.
         storage: `journal`, a file in the folder, or a database URL.
-        name: of the study in the storage.
-        digest: of the plan; a study of that name with another one is refused.
+        name: of the Optuna study in the storage.
+        digest: of the plan.
         pruner: median, hyperband or none.
-        epochs: that a trial is trained for.
+        epochs: of a whole trial.
         lease_seconds: how long a claim holds without renewal.
 
     Raises:
-        ValueError: the storage cannot be opened, or holds a study of another plan.
+        ValueError: the storage cannot be opened, or its study of that name belongs to another plan.
     """
 
     def __init__(
@@ -106,17 +110,19 @@ class Trials:
         self.leases = folder / "leases"
         with self.lock:
             self.leases.mkdir(exist_ok=True)
-            self.storage = _open_storage(folder, storage, lease_seconds)
+            self.storage = open_storage(folder, storage, lease_seconds)
             self.study = optuna.create_study(
                 storage=self.storage,
                 study_name=name,
                 direction="maximize",
                 load_if_exists=True,
-                sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: every trial is enqueued
+                sampler=optuna.samplers.RandomSampler(seed=0),  # never used: every trial is enqueued
                 pruner=_pruner(pruner, epochs),
             )
             if self.study.user_attrs.setdefault("plan", digest) != digest:
-                raise ValueError(f"{storage} holds a study {name!r} of another plan: choose another --run_name")
+                raise ValueError(
+                    f"{mask_credentials(storage)} holds a study {name!r} of another plan: choose another --run_name"
+                )
             self.study.set_user_attr("plan", digest)
 
     def enqueue(self, tasks: Sequence[Task]) -> None:
@@ -128,11 +134,11 @@ class Trials:
                     self.study.enqueue_trial(task.params, user_attrs={"run": task.run, "candidate": task.candidate})
 
     def claim(self) -> Trial | None:
-        """A trial to train: one whose worker is gone, else one that waits; None if there is neither."""
+        """A trial to train: an abandoned one first, else a waiting one; None if there is neither."""
         with self.lock:
             trial = self._next_abandoned() or self._next_waiting()
             if trial is not None:
-                self._renew(trial)  # first: a trial without an owner is free
+                self._renew(trial)  # before the owner is set: a trial without an owner is free
                 trial.set_user_attr("owner", self.owner)
         return trial
 
@@ -140,15 +146,14 @@ class Trials:
         from optuna.distributions import FloatDistribution, IntDistribution
         from optuna.trial import TrialState
 
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting:
+        if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a heartbeat outside of Study.optimize is what `held` is for
+            warnings.simplefilter("ignore")  # Optuna expects heartbeats from Study.optimize; `held` sends them here
             return self.study.ask(
                 {
-                    **dict.fromkeys(("alpha", "beta", "gamma"), FloatDistribution(1, LARGEST_FACTOR)),
-                    "seed": IntDistribution(0, LARGEST_SEED),
+                    **dict.fromkeys(("alpha", "beta", "gamma"), FloatDistribution(1, MAX_FACTOR)),
+                    "seed": IntDistribution(0, MAX_SEED),
                 }
             )
 
@@ -157,13 +162,13 @@ class Trials:
         from optuna.trial import TrialState
 
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.user_attrs.get("owner") is None or self._expired(trial._trial_id):
-                return optuna.trial.Trial(self.study, trial._trial_id)
+            if trial.user_attrs.get("owner") is None or self._is_expired(trial):
+                return optuna.trial.Trial(self.study, self._id(trial))
         return None
 
     @contextmanager
     def held(self, trial: Trial) -> Iterator[threading.Event]:
-        """Renew the claim meanwhile; the event is set once another worker has taken the trial up."""
+        """Renew the claim in a thread; the event is set once another worker has claimed the trial."""
         done, lost = threading.Event(), threading.Event()
 
         def renew() -> None:
@@ -172,7 +177,7 @@ class Trials:
                     if self._frozen(trial).user_attrs.get("owner") != self.owner:
                         return
                     self._renew(trial)
-            finally:  # no longer renewed, be it for an error
+            finally:  # also after an error: the claim is not renewed any more
                 if not done.is_set():
                     lost.set()
 
@@ -185,10 +190,10 @@ class Trials:
             thread.join()
 
     def report(self, trial: Trial, epoch: int, top1: float) -> None:
-        """Tell an accuracy.
+        """Record an accuracy in percent after an epoch; a resumed trial may report an epoch twice.
 
         Raises:
-            Pruned: the pruner thinks it not worth while to go on; after the last epoch there is nothing to save.
+            Pruned: the pruner stops the trial; never after the last epoch, where it would save nothing.
         """
         if epoch not in self._frozen(trial).intermediate_values:
             trial.report(top1, epoch)
@@ -196,7 +201,7 @@ class Trials:
             raise Pruned
 
     def finish(self, trial: Trial, state: str, top1: float | None = None, **attrs: Any) -> None:
-        """End a trial as COMPLETE, PRUNED or FAIL; `attrs` are kept with it."""
+        """End a trial as COMPLETE, PRUNED or FAIL, and record `attrs` with it."""
         from optuna.trial import TrialState
 
         for name, value in attrs.items():
@@ -205,73 +210,49 @@ class Trials:
         self._lease(trial).unlink(missing_ok=True)
 
     def release(self, trial: Trial) -> None:
-        """Give a claim back, so that the next worker goes on at once."""
+        """Free a claim at once, without waiting for it to expire."""
         trial.set_user_attr("owner", None)
 
     def states(self) -> list[State]:
-        """All trials, in the order of their numbers."""
+        """All trials, ordered by number."""
         return [_state(trial) for trial in self.study.get_trials(deepcopy=False)]
 
     # -- leases
 
-    def _frozen(self, trial: Trial) -> FrozenTrial:
-        return self.storage.get_trial(trial._trial_id)
+    def _id(self, trial: Trial | FrozenTrial) -> int:
+        """The storage's identifier of a trial, which Optuna's trials do not make public."""
+        study_id = self.storage.get_study_id_from_name(self.study.study_name)
+        return self.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
 
-    def _lease(self, trial: Trial) -> Path:
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        return self.storage.get_trial(self._id(trial))
+
+    def _lease(self, trial: Trial | FrozenTrial) -> Path:
         return self.leases / str(trial.number)
 
     def _renew(self, trial: Trial) -> None:
         from optuna.storages import RDBStorage
 
         if isinstance(self.storage, RDBStorage):
-            self.storage.record_heartbeat(trial._trial_id)
+            self.storage.record_heartbeat(self._id(trial))
         else:
             self._lease(trial).touch()
 
-    def _expired(self, trial_id: int) -> bool:
+    def _is_expired(self, trial: FrozenTrial) -> bool:
         from optuna.storages import RDBStorage
 
         if isinstance(self.storage, RDBStorage):
-            return trial_id in self.storage._get_stale_trial_ids(self.study._study_id)
-        lease = self.leases / str(self.storage.get_trial(trial_id).number)
+            return self._id(trial) in stale_trial_ids(self.storage, self.study.study_name)
+        lease = self._lease(trial)
         return not lease.exists() or self._now() - lease.stat().st_mtime > self.lease_seconds
 
     def _now(self) -> float:
-        """By the clock that stamps the leases, which on a network file system is not this machine's."""
+        """The time by the clock that stamps the leases: on a network file system it is the server's."""
         clock = self.leases / f".{self.owner}"
         clock.touch()
         now = clock.stat().st_mtime
         clock.unlink()
         return now
-
-
-def _open_storage(folder: Path, storage: str, lease_seconds: float) -> optuna.storages.BaseStorage:
-    import optuna
-    from optuna import storages
-    from optuna.exceptions import StorageInternalError
-    from optuna.storages.journal import JournalFileBackend
-
-    if storage == "journal":
-        return storages.JournalStorage(JournalFileBackend(str(folder / "journal.log")))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
-            return storages.RDBStorage(
-                storage,
-                heartbeat_interval=max(1, round(lease_seconds / RENEWALS)),
-                grace_period=max(1, round(lease_seconds)),
-            )
-    except (StorageInternalError, ImportError, ValueError, _database_error()) as error:
-        raise ValueError(
-            f"--storage {storage}: {' '.join(str(error).split())[:200]}; give `journal` or a database URL such as "
-            "sqlite:///search.db or postgresql://host/name (with its driver installed)"
-        ) from error
-
-
-def _database_error() -> type[Exception]:
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return SQLAlchemyError
 
 
 def _pruner(name: str, epochs: int) -> optuna.pruners.BasePruner:
@@ -284,14 +265,15 @@ def _pruner(name: str, epochs: int) -> optuna.pruners.BasePruner:
 
 def _state(trial: FrozenTrial) -> State:
     values = trial.intermediate_values
-    given_back = trial.state.name == RUNNING and trial.user_attrs.get("owner") is None
-    began = trial.datetime_start
-    ended = trial.datetime_complete.timestamp() if trial.datetime_complete else time.time()
+    is_released = trial.state.name == RUNNING and trial.user_attrs.get("owner") is None
+    start = trial.datetime_start
+    end = trial.datetime_complete.timestamp() if trial.datetime_complete else time.time()
     return State(
         run=trial.user_attrs["run"],
-        state=WAITING if given_back else trial.state.name,
+        state=WAITING if is_released else trial.state.name,
         epochs=max(values, default=0),
         top1=trial.value if trial.value is not None else values.get(max(values, default=0)),
-        seconds=ended - began.timestamp() if began else None,
+        seconds=end - start.timestamp() if start else None,
         attrs=trial.user_attrs,
+        params=trial.params,
     )

@@ -1,14 +1,17 @@
-"""Trials are enqueued once, claimed once, and taken up again once their worker is gone."""
+"""Trials are enqueued once, claimed once, and resumed by others after their worker has gone."""
 
 import os
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy import text
 
+from effnet_fast.search.storage import explain_errors, stale_trial_ids
 from effnet_fast.search.trials import Pruned, Task, Trials
 
 TASKS = [Task(f"c{i}", 1 + i / 10, 1.1, 1.15, seed) for i in range(4) for seed in range(2)]
@@ -20,27 +23,27 @@ def trials(folder, storage="journal", pruner="none", digest="plan", lease_second
     return Trials(folder, storage, "search", digest=digest, pruner=pruner, epochs=9, lease_seconds=lease_seconds)
 
 
-def take_all(arguments):
-    """A worker: enqueue, then claim until nothing waits; the runs it took."""
+def claim_all(arguments):
+    """A worker: enqueue, then claim until nothing waits; returns the claimed runs."""
     shared = trials(*arguments)
     shared.enqueue(TASKS)
-    taken = []
+    claimed = []
     while (trial := shared.claim()) is not None:
-        taken.append(trial.user_attrs["run"])
+        claimed.append(trial.user_attrs["run"])
         shared.finish(trial, "COMPLETE", 1.0)
-    return taken
+    return claimed
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_workers_that_start_together_take_each_trial_once(tmp_path, storage):
+def test_two_workers_claim_each_trial_once(tmp_path, storage):
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        taken = [run for runs in pool.map(take_all, [(tmp_path, storage)] * 2) for run in runs]
-    assert sorted(taken) == sorted(task.run for task in TASKS)
-    assert take_all((tmp_path, storage)) == []
+        claimed = [run for runs in pool.map(claim_all, [(tmp_path, storage)] * 2) for run in runs]
+    assert sorted(claimed) == sorted(task.run for task in TASKS)
+    assert claim_all((tmp_path, storage)) == []
 
 
 def expire(shared, trial):
-    """Age a claim, as if its worker had slept."""
+    """Age a claim, as if its worker had been suspended."""
     if isinstance(shared.storage, RDBStorage):
         with shared.storage.engine.begin() as connection:
             connection.execute(text("UPDATE trial_heartbeats SET heartbeat = '2000-01-01 00:00:00'"))
@@ -50,20 +53,20 @@ def expire(shared, trial):
 
 @pytest.fixture
 def long_lease(monkeypatch):
-    """Seconds of a lease that no stall of the machine outlasts, renewed ten times a second."""
+    """Seconds of a lease that outlasts any stall of the machine, renewed ten times a second."""
     monkeypatch.setattr("effnet_fast.search.trials.RENEWALS", 36_000)
     return 3600.0
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_claim_that_is_renewed_holds_and_one_that_is_not_is_free(tmp_path, long_lease, storage):
+def test_claim_expires_unless_renewed(tmp_path, long_lease, storage):
     first, second = (trials(tmp_path, storage, lease_seconds=long_lease) for _ in range(2))
     second.owner = "elsewhere:1"
     first.enqueue(TASKS[:1])
     trial = first.claim()
     with first.held(trial) as lost:
         expire(first, trial)
-        while first._expired(trial._trial_id):
+        while first._is_expired(trial):
             time.sleep(0.05)
         assert second.claim() is None
         assert not lost.is_set()
@@ -75,7 +78,7 @@ def test_a_claim_that_is_renewed_holds_and_one_that_is_not_is_free(tmp_path, lon
     assert [state.state for state in second.states()] == ["RUNNING"]
 
 
-def test_a_worker_notices_that_its_trial_was_taken_up(tmp_path, long_lease):
+def test_worker_notices_a_lost_claim(tmp_path, long_lease):
     first, second = (trials(tmp_path, lease_seconds=long_lease) for _ in range(2))
     second.owner = "elsewhere:1"
     first.enqueue(TASKS[:1])
@@ -87,7 +90,7 @@ def test_a_worker_notices_that_its_trial_was_taken_up(tmp_path, long_lease):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_claim_given_back_is_free_at_once(tmp_path, storage):
+def test_released_claim_is_free_at_once(tmp_path, storage):
     shared = trials(tmp_path, storage)
     shared.enqueue(TASKS[:1])
     trial = shared.claim()
@@ -96,23 +99,56 @@ def test_a_claim_given_back_is_free_at_once(tmp_path, storage):
     assert shared.claim().number == trial.number
 
 
-def test_more_seeds_may_follow(tmp_path):
+def test_tasks_can_be_added(tmp_path):
     shared = trials(tmp_path)
     shared.enqueue(TASKS[:2])
     shared.enqueue(TASKS)
     assert len(shared.states()) == len(TASKS)
 
 
-def test_a_study_of_another_plan_is_refused(tmp_path):
+def test_study_of_another_plan_is_refused(tmp_path):
     trials(tmp_path)
     with pytest.raises(ValueError, match="another plan: choose another --run_name"):
         trials(tmp_path, digest="other")
 
 
 @pytest.mark.parametrize("storage", ["nonsense", "sqlite:////no/such/folder/search.db", "postgresql://nowhere/x"])
-def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path, storage):
-    with pytest.raises(ValueError, match="give `journal` or a database URL"):
+def test_storage_that_cannot_be_opened_is_one_line(tmp_path, storage):
+    with pytest.raises(ValueError, match="give `journal` or a database URL") as error:
         trials(tmp_path, storage)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        "postgresql://me:s3cret@nowhere/x",
+        "nonsense://me:s3cret@nowhere/x",
+        "postgresql+nodriver://nowhere/x?user=me&password=s3cret",
+        "sqlite:////no/such/folder/search.db?password=s3cret",
+        "sqlite://me:s3cret@nowhere:port/search.db",
+    ],
+)
+def test_storage_error_hides_the_password(tmp_path, storage):
+    with pytest.raises(ValueError, match=r"--storage .*\*\*\*") as error:
+        trials(tmp_path, storage)
+    assert "s3cret" not in "".join(traceback.format_exception(error.value))
+
+
+def test_database_that_fails_later_is_one_line(tmp_path):
+    storage = "postgresql://me:s3cret@host/x"
+    with (
+        pytest.raises(ValueError, match=r"^--storage postgresql://me:\*\*\*@host/x: gone; check$"),
+        explain_errors(storage, "check"),
+    ):
+        raise StorageInternalError("gone")
+    with pytest.raises(StorageInternalError), explain_errors("journal", "check"):
+        raise StorageInternalError("gone")
+
+
+def test_optuna_without_stale_trials(tmp_path):
+    with pytest.raises(ValueError, match=r"install 'optuna>=4.2,<6'"):
+        stale_trial_ids(object(), "search")
 
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband", "none"])
@@ -134,7 +170,7 @@ def test_pruners(tmp_path, pruner):
     assert 7 not in pruned
 
 
-def test_a_resumed_trial_may_tell_an_epoch_again(tmp_path):
+def test_epoch_may_be_reported_twice(tmp_path):
     shared = trials(tmp_path)
     shared.enqueue(TASKS[:1])
     trial = shared.claim()
@@ -143,7 +179,7 @@ def test_a_resumed_trial_may_tell_an_epoch_again(tmp_path):
     assert [(state.epochs, state.top1) for state in shared.states()] == [(1, 10.0)]
 
 
-def test_a_failed_trial_keeps_its_reason(tmp_path):
+def test_failed_trial_keeps_its_reason(tmp_path):
     shared = trials(tmp_path)
     shared.enqueue(TASKS[:1])
     shared.finish(shared.claim(), "FAIL", reason="out of memory")
@@ -152,7 +188,7 @@ def test_a_failed_trial_keeps_its_reason(tmp_path):
     assert shared.claim() is None
 
 
-def test_after_the_last_epoch_nothing_is_pruned(tmp_path):
+def test_no_pruning_after_the_last_epoch(tmp_path):
     shared = trials(tmp_path, pruner="median")
     shared.enqueue([Task(f"c{i}", 1.0, 1.0, 1.0, 0) for i in range(9)])
     for i in range(8):

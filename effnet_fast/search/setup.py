@@ -1,0 +1,135 @@
+"""A search's settings and what all its stages derive from them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from effnet_fast.config import SearchConfig, TrainConfig, identity, span
+from effnet_fast.search import measure
+from effnet_fast.search.family import Family, Scale
+from effnet_fast.search.grid import Grid
+from effnet_fast.search.plan import Candidate, Limits, SearchPlan, Workload, plan_search
+from effnet_fast.search.runs import run_config
+from effnet_fast.search.storage import explain_errors
+from effnet_fast.search.trials import Task, Trials
+
+CPU_BATCH = 16  # images of the step that a plan times on a CPU
+
+
+@dataclass(frozen=True)
+class SearchSetup:
+    """A search's settings and what all its stages derive from them.
+
+    Attributes:
+        config: of the command.
+        folder: SAVE_DIR/RUN_NAME.
+        family: the scaled models for this data set.
+        fingerprint: of the data set.
+        device: of this worker.
+        precision: bf16, fp16 or no.
+    """
+
+    config: SearchConfig
+    folder: Path
+    family: Family
+    fingerprint: str
+    device: torch.device
+    precision: str
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.seed, self.config.seed + self.config.seeds)
+
+    def make_plan(self) -> SearchPlan:
+        """The candidates of the grid and their cost; times a training step of the baseline.
+
+        Raises:
+            ValueError: see `Grid.feasible` and `plan_search`.
+        """
+        config = self.config
+        ranges = {name: span(name, getattr(config, name)) for name in ("alpha", "beta", "gamma", "product")}
+        points = Grid(step=config.grid_step, **ranges).feasible()
+        limits = Limits(
+            macs=config.max_flops,
+            parameters=config.max_params,
+            activations=config.max_activations,
+            latency_ms=config.max_latency_ms,
+            latency=functools.cache(self.latency_ms),  # a noisy clock must not contradict itself within a plan
+        )
+        return plan_search(self.family, points, limits, self._workload())
+
+    def latency_ms(self, scale: Scale) -> float:
+        """Milliseconds to classify one image on this device."""
+        return measure.latency_ms(self.family.build(scale), self.family.image_size(scale), self.device, self.precision)
+
+    def _workload(self) -> Workload:
+        """The baseline's training step on this device; a CPU times fewer images and scales the result up."""
+        batch = self.config.batch_size
+        timed = batch if self.device.type == "cuda" else min(batch, CPU_BATCH)
+        model = self.family.build(Scale())
+        milliseconds = measure.step_ms(model, self.family.base_size, timed, self.device, self.precision)
+        return Workload(batch, 4 if self.precision == "no" else 2, milliseconds * batch / timed)
+
+    def tasks(self, plan: SearchPlan) -> list[Task]:
+        """Every candidate with every seed; all candidates with the first seed come first."""
+        return [self.task(candidate, seed) for seed in self.seeds for candidate in plan.candidates]
+
+    def task(self, candidate: Candidate, seed: int) -> Task:
+        return Task(candidate.name, candidate.alpha, candidate.beta, candidate.gamma, seed)
+
+    def trial_config(self, task: Task) -> TrainConfig:
+        """The training config of a trial."""
+        return run_config(
+            self.config,
+            self.family.settings(Scale(task.alpha, task.beta, task.gamma)),
+            seed=task.seed,
+            num_epochs=self.config.search_epochs,
+            save_dir=str(self.folder / "trials"),
+            run_name=task.run,
+        )
+
+    def open_trials(self, plan: SearchPlan) -> Trials:
+        """The trials that all workers of this plan share.
+
+        Raises:
+            ValueError: see `Trials`.
+        """
+        config = self.config
+        names = [candidate.name for candidate in plan.candidates]
+        content = json.dumps([identity(config), self.fingerprint, names])
+        return Trials(
+            self.folder,
+            config.storage,
+            config.name,
+            digest=hashlib.sha256(content.encode()).hexdigest(),
+            pruner=config.pruner,
+            epochs=config.search_epochs,
+            lease_seconds=config.lease_seconds,
+        )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one worker at a time writes the files of a stage.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
+        with FileLock(self.folder / ".stage.lock"):
+            yield
+
+    def storage_errors(self):
+        """A context in which a failing database ends in one line; see `storage.explain_errors`."""
+        return explain_errors(self.config.storage, "check the database and run the same command again")

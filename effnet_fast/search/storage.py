@@ -1,0 +1,88 @@
+"""Where workers share an Optuna study: a journal file or a database."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effnet_fast.credentials import mask_credentials
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+JOURNAL = "journal"
+RENEWALS = 4  # heartbeats in the time of a lease
+
+
+def open_storage(folder: Path, storage: str, lease_seconds: float) -> BaseStorage:
+    """Open the storage of `--storage`.
+
+    Args:
+        folder: of the search; it holds the journal.
+        storage: `journal`, or a database URL of Optuna.
+        lease_seconds: a trial without a heartbeat for this long is abandoned.
+
+    Raises:
+        ValueError: the URL is wrong, its driver is missing, or the database is unreachable. The message hides the
+            URL's password.
+    """
+    import optuna
+    from optuna import storages
+    from optuna.storages.journal import JournalFileBackend
+
+    if storage == JOURNAL:
+        return storages.JournalStorage(JournalFileBackend(str(folder / "journal.log")))
+    advice = (
+        "give `journal` or a database URL such as sqlite:///search.db or postgresql://host/name (with its driver "
+        "installed)"
+    )
+    with warnings.catch_warnings(), explain_errors(storage, advice, ImportError, ValueError):
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
+        return storages.RDBStorage(
+            storage,
+            heartbeat_interval=max(1, round(lease_seconds / RENEWALS)),
+            grace_period=max(1, round(lease_seconds)),
+        )
+
+
+@contextmanager
+def explain_errors(storage: str, advice: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn a database's errors, and further `errors`, into one line without the URL's password.
+
+    Raises:
+        ValueError: in their place.
+    """
+    try:
+        yield
+    except (*_database_errors(storage), *errors) as error:
+        text = " ".join(str(error).replace(storage, mask_credentials(storage)).split())
+        # `from None`: a traceback would show the password in the text of its cause.
+        raise ValueError(f"--storage {mask_credentials(storage)}: {mask_credentials(text)[:200]}; {advice}") from None
+
+
+def _database_errors(storage: str) -> tuple[type[Exception], ...]:
+    """What a storage raises when its database fails; a journal has no database."""
+    if storage == JOURNAL:
+        return ()
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return StorageInternalError, SQLAlchemyError
+
+
+def stale_trial_ids(storage: BaseStorage, study_name: str) -> list[int]:
+    """Identifiers of the running trials without a recent heartbeat, in a storage that has heartbeats.
+
+    Raises:
+        ValueError: this version of Optuna has no such list.
+    """
+    # Optuna's public function for this, fail_stale_trials, also fails the trials.
+    find = getattr(storage, "_get_stale_trial_ids", None)
+    if find is None:
+        import optuna
+
+        raise ValueError(f"Optuna {optuna.__version__} does not list stale trials: pip install 'optuna>=4.2,<6'")
+    return find(storage.get_study_id_from_name(study_name))

@@ -1,0 +1,113 @@
+"""The runs of a scaling study, and the rows of its tables."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from effnet_fast.config import StudyConfig, TrainConfig
+from effnet_fast.model import model_name
+from effnet_fast.search import five_ways
+from effnet_fast.search.family import Family, Scale
+from effnet_fast.search.five_ways import StudyModel
+from effnet_fast.search.runs import run_config
+
+Row = dict[str, Any]
+
+
+@dataclass
+class StudyRun:
+    """A model with a seed.
+
+    Attributes:
+        name: of the run's folder below runs/.
+        result: split, top1 (percent), loss, seconds; or failed, the reason; empty before it has ended.
+    """
+
+    model: StudyModel
+    seed: int
+    name: str
+    result: Row = field(default_factory=dict)
+
+    def config(self, study: StudyConfig, family: Family, save_dir: str) -> TrainConfig:
+        """The run's training config."""
+        settings = model_settings(family, self.model)
+        return run_config(study, settings, seed=self.seed, save_dir=save_dir, run_name=self.name)
+
+
+def study_models(config: StudyConfig, family: Family) -> list[StudyModel]:
+    """The baseline, the scaled models of every target, and the reference models.
+
+    Raises:
+        ValueError: a reference model is unknown, or a target cannot be met; see `five_ways.solve`.
+    """
+    references = [StudyModel(model_name(name), scale=None) for name in config.references or []]
+    if not config.targets:
+        return [*five_ways.TABLE_7, *references]
+    scaled = [model for target in config.targets for model in five_ways.solve(family, target)]
+    return [five_ways.BASELINE, *scaled, *references]
+
+
+def study_runs(config: StudyConfig, models: list[StudyModel]) -> list[StudyRun]:
+    """Every model with every seed; all models with the first seed come first."""
+    several = len(config.targets) > 1
+    return [
+        StudyRun(
+            model,
+            seed,
+            f"{model.name}-{model.target:.4g}-{seed}" if several and model.target else f"{model.name}-{seed}",
+        )
+        for seed in range(config.seed, config.seed + config.seeds)
+        for model in models
+    ]
+
+
+def model_settings(family: Family, model: StudyModel) -> dict[str, Any]:
+    """The fields of a training config that select the model."""
+    return family.reference_settings(model.name) if model.scale is None else family.settings(model.scale)
+
+
+def cost_row(family: Family, model: StudyModel) -> Row:
+    """Multipliers, pixels and costs of a model, also relative to the baseline and the target."""
+    settings = model_settings(family, model)
+    cost = family.reference_cost(model.name) if model.scale is None else family.cost(model.scale)
+    return {
+        "model": model.name,
+        "depth": settings["depth"],
+        "width": settings["width"],
+        "image_size": settings["image_size"],
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        "activations": cost.activations,
+        "times_baseline": cost.macs / family.cost(Scale()).macs,
+        "times_target": cost.macs / model.target if model.target else None,
+    }
+
+
+def result_row(family: Family, model: StudyModel, runs: list[StudyRun]) -> Row:
+    """A model's cost, and its top-1 in percent over the seeds: mean and sample standard deviation."""
+    scores = [run.result["top1"] for run in runs if "top1" in run.result]
+    seconds = [run.result["seconds"] for run in runs if "seconds" in run.result]
+    return {
+        **cost_row(family, model),
+        "seeds": len(scores),
+        "top1_mean": statistics.fmean(scores) if scores else None,
+        "top1_std": statistics.stdev(scores) if len(scores) > 1 else None,
+        "seconds_mean": statistics.fmean(seconds) if seconds else None,
+        "failed": next((run.result["failed"] for run in runs if "failed" in run.result), None),
+    }
+
+
+def index_row(family: Family, run: StudyRun) -> Row:
+    """A run's entry in study.json."""
+    return {
+        "name": run.model.name,
+        "label": run.model.label,
+        "seed": run.seed,
+        "run": f"runs/{run.name}",
+        "checkpoint": f"runs/{run.name}/last.pt",
+        "target_macs": run.model.target,
+        **{key: value for key, value in cost_row(family, run.model).items() if key != "model"},
+        **run.result,
+    }

@@ -1,0 +1,130 @@
+"""Stage 2, run: claim trials, train them and record how each ended, until none is left."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from effnet_fast import checkpoint
+from effnet_fast.config import TrainConfig
+from effnet_fast.search.family import Scale
+from effnet_fast.search.plan import SearchPlan
+from effnet_fast.search.runs import OnEvaluation, Outcome, failure_reason, final_top1
+from effnet_fast.search.setup import SearchSetup
+from effnet_fast.search.trials import COMPLETE, FAIL, PRUNED, RUNNING, Lost, Pruned, Task, Trials
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker of a search.
+
+    Attributes:
+        setup: the search.
+        plan: its candidates.
+        trials: shared by all workers.
+        train: trains one run.
+        training_seconds: reads from a run's folder how long its training took.
+        say: takes a line about the progress.
+    """
+
+    setup: SearchSetup
+    plan: SearchPlan
+    trials: Trials
+    train: Callable[[TrainConfig, OnEvaluation], Outcome]
+    training_seconds: Callable[[Path], float]
+    say: Callable[[str], None]
+
+    def run(self) -> int:
+        """Train until every trial has ended; returns 0, or 128 + the signal that stopped it."""
+        candidates = self.plan.by_name()
+        self.trials.enqueue(self.setup.tasks(self.plan))
+        while True:
+            trial = self.trials.claim()
+            if trial is not None:
+                task = self.setup.task(candidates[trial.user_attrs["candidate"]], trial.params["seed"])
+                if status := self._train_trial(trial, task):
+                    return status
+            elif any(state.state == RUNNING for state in self.trials.states()):
+                time.sleep(POLL_SECONDS)  # another worker may still abandon its trial
+            else:
+                return 0
+
+    def _train_trial(self, trial: Trial, task: Task) -> int:
+        """Start or resume a trial and record how it ended; returns 0, or 128 + the signal that stopped it."""
+        self.say(f"{task.run}: started")
+        try:
+            with self.trials.held(trial) as lost:
+                outcome = self._train_logged(task, self._observer(trial, task, lost))
+                if not outcome.finished:
+                    self.trials.release(trial)
+                    return outcome.status
+                measured = self._measure(task)
+            top1 = final_top1(outcome.result)
+            self._finish(trial, task, COMPLETE, f"val top-1 {top1:.2f} %", top1, **measured)
+        except Lost:
+            self.say(f"{task.run}: claimed by another worker")
+        except Pruned:
+            self._finish(trial, task, PRUNED, "pruned")
+        except BaseException as error:
+            reason = failure_reason(error)
+            if reason is None:
+                self.trials.release(trial)
+                raise
+            self._finish(trial, task, FAIL, f"failed, {reason}", reason=reason)
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return 0
+
+    def _observer(self, trial: Trial, task: Task, lost: Event) -> OnEvaluation:
+        def observe(epoch: int, row: dict[str, Any]) -> None:
+            top1 = final_top1(row)
+            self.say(f"{task.run}: epoch {epoch}  val top-1 {top1:.2f} %")
+            if lost.is_set():
+                raise Lost
+            self.trials.report(trial, epoch, top1)
+
+        return observe
+
+    def _train_logged(self, task: Task, on_evaluation: OnEvaluation) -> Outcome:
+        """Train, with the console output in the run's log.txt."""
+        folder = self._folder(task)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.setup.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with (folder / "log.txt").open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+            return self.train(self.setup.trial_config(task), on_evaluation)
+
+    def _finish(self, trial: Trial, task: Task, state: str, text: str, top1: float | None = None, **attrs: Any) -> None:
+        self.trials.finish(trial, state, top1, **attrs)
+        if state != FAIL and not self.setup.config.keep_checkpoints:
+            folder = self._folder(task)
+            for path in (*checkpoint.generations(folder / checkpoint.LAST), folder / checkpoint.BEST):
+                path.unlink(missing_ok=True)
+        self.say(f"{task.run}: {text}")
+
+    def _measure(self, task: Task) -> dict[str, Any]:
+        on_gpu = self.setup.device.type == "cuda"
+        return {
+            "latency_ms": self.setup.latency_ms(Scale(task.alpha, task.beta, task.gamma)),
+            "training_seconds": self.training_seconds(self._folder(task)),
+            "peak_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None,
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        }
+
+    def _folder(self, task: Task) -> Path:
+        return self.setup.folder / "trials" / task.run

@@ -148,9 +148,9 @@ class TrainConfig:
     deterministic: bool = False
     """Use only deterministic algorithms on CUDA, at some cost in speed; CPU runs are always deterministic."""
 
-    kernels: Literal["auto", "triton", "torch"] = operational("auto")
-    """Fused Triton kernels in the MBConv blocks; auto uses them on CUDA, torch never; EFFNET_KERNELS=torch disables
-    them too."""
+    kernels: Literal["auto", "triton", "cpp", "torch"] = operational("auto")
+    """Fused kernels in the MBConv blocks, in Triton on CUDA and in C++ on the CPU, which builds them once; auto uses
+    them, torch never; EFFNET_KERNELS=torch disables them too."""
     loader: LoaderName = operational("auto")
     """Data loader; auto takes the fastest one measured on this device, else DALI if it is installed."""
     num_workers: int = operational(8)

@@ -17,7 +17,21 @@ from marks import needs_installation
 
 ROOT = Path(__file__).parents[1]
 EXPOSED = {"effnet_fast", "effnet_kernels"}
-SOURCE_SUFFIXES = {".py", ".pyi", ".yaml", ".yml", ".toml", ".sh", ".md", ".json", ".ipynb", ".csv", ".sbatch"}
+SOURCE_SUFFIXES = {
+    ".py",
+    ".pyi",
+    ".cpp",
+    ".h",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".sh",
+    ".md",
+    ".json",
+    ".ipynb",
+    ".csv",
+    ".sbatch",
+}
 SOURCE_FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests", ".ci")
 SOURCE_FILES = ("Makefile", "LICENSE", "README.md", "pyproject.toml", ".gitignore", ".ci/run")
 HEAVY = ("torch", "triton", "nvidia", "captum", "optuna", "matplotlib", "fvcore")
@@ -57,8 +71,8 @@ def wheel(kept_by_git, tmp_path_factory) -> zipfile.ZipFile:
 
 
 def sources(folder: str) -> set[str]:
-    """Python files, recipes and pages under a folder of the repository, relative to it."""
-    found = {path for suffix in ("py", "yaml", "html") for path in (ROOT / folder).rglob(f"*.{suffix}")}
+    """Python and C++ files, recipes and pages under a folder of the repository, relative to it."""
+    found = {path for suffix in ("py", "yaml", "html", "cpp", "h") for path in (ROOT / folder).rglob(f"*.{suffix}")}
     return {path.relative_to(ROOT / folder).as_posix() for path in found}
 
 

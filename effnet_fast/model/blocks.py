@@ -21,7 +21,8 @@ from effnet_kernels import batch_norm as bn_ops
 from effnet_kernels import bn_silu_squeeze as squeeze_ops
 from effnet_kernels import mbconv as mbconv_ops
 from effnet_kernels import se_gate as gate_ops
-from effnet_kernels.launch import Kernels, use_triton
+from effnet_kernels.cpu import block as cpu_ops
+from effnet_kernels.launch import Kernels, use_kernels
 
 Padding = Literal["symmetric", "same"]
 
@@ -33,15 +34,23 @@ class Style:
     Attributes:
         padding: see `Conv`.
         bn_eps, bn_momentum: see `BatchNorm`.
-        kernels: `auto` is Triton for CUDA tensors, `torch` the modules below as written, `triton` insists. On Triton,
-            what lies between an MBConv's two 1x1 convolutions is one op, and BatchNorm, Swish and the residual are
-            one op elsewhere: a forward hook on a module inside a block, or on the head in training, needs `torch`.
+        kernels: `auto` is Triton for CUDA tensors and C++ for CPU tensors, `triton` and `cpp` insist, `torch` calls
+            the modules below as written. With the kernels, what lies between an MBConv's two 1x1 convolutions is one
+            op (on the CPU, in training and float32, the whole block), and BatchNorm, Swish and the residual are one
+            op elsewhere: a forward hook on a module inside a block, or on the head in training, needs `torch`.
     """
 
     padding: Padding = "symmetric"
     bn_eps: float = 1e-3
     bn_momentum: float = 0.01
     kernels: Kernels = "auto"
+
+
+def kernels_in_use(kernels: Kernels, device: torch.device) -> Kernels:
+    """Which kernels handle float32 tensors on `device`: triton, cpp or torch."""
+    if not use_kernels(kernels, torch.empty(1, device=device)):
+        return "torch"
+    return "triton" if device.type == "cuda" else "cpp"
 
 
 class BatchNorm(nn.Module):
@@ -189,9 +198,13 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        if use_triton(self.kernels, y):
+        if use_kernels(self.kernels, y):
             return self.finish(y)
         return self.act(self.norm(y))
+
+    def fused(self) -> cpu_ops.ConvNorm:
+        """This layer as effnet_kernels takes it."""
+        return cpu_ops.ConvNorm(self.conv.weight, self.norm.fused())
 
     def finish(self, y: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Everything after the convolution as one op, times `scale` [N], plus `residual`."""
@@ -206,15 +219,15 @@ class ConvNormAct(nn.Module):
         )
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The spatial mean [N, C'] of `forward(x)`. In training on Triton, the map itself is never written."""
-        if self.norm.training and use_triton(self.kernels, x):
+        """The spatial mean [N, C'] of `forward(x)`. In training with the kernels, the map itself is never written."""
+        if self.norm.training and use_kernels(self.kernels, x):
             return squeeze_ops.bn_silu_squeeze(self.conv(x), self.norm.fused(), kernels=self.kernels)
         return self(x).mean((2, 3))
 
 
 def norm_relu(x: Tensor, norm: BatchNorm, relu: nn.ReLU, kernels: Kernels, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual). On Triton, normalisation and residual are one op, which bypasses hooks on `norm`."""
-    if use_triton(kernels, x):
+    """relu(norm(x) + residual). The kernels make one op of it, which bypasses hooks on `norm`."""
+    if use_kernels(kernels, x):
         fused = bn_ops.batch_norm(x, norm.fused(), training=norm.training, residual=residual, kernels=kernels)
         return relu(fused)
     y = norm(x)
@@ -324,8 +337,9 @@ class MBConv(nn.Module):
         return nullcontext(), _frozen_statistics(norms)
 
     def _block(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        if use_triton(self.kernels, x):
-            return self._fused_block(x, scale)
+        if use_kernels(self.kernels, x):
+            whole = self.depthwise.norm.training and cpu_ops.supports(x, self.project.conv.weight)
+            return self._cpu_block(x, scale) if whole else self._fused_block(x, scale)
         y = self.project(self.se(self.depthwise(self.expand(x))))
         if scale is not None:
             y = y * scale[:, None, None, None]
@@ -348,3 +362,17 @@ class MBConv(nn.Module):
         )
         y = self.project.conv(gated)
         return self.project.finish(y, x if self.residual else None, scale)
+
+    def _cpu_block(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        conv = self.depthwise.conv
+        return cpu_ops.mbconv_block(
+            x,
+            self.expand.fused() if isinstance(self.expand, ConvNormAct) else None,
+            self.depthwise.fused(),
+            conv.stride[0],
+            conv.pads(x),
+            self.se.fused(),
+            self.project.fused(),
+            sample_scale=scale,
+            residual=self.residual,
+        )

@@ -12,6 +12,7 @@ from effnet_fast import distributed, provenance
 from effnet_fast.config import DoctorConfig, TrainConfig
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
+from effnet_fast.model.blocks import kernels_in_use
 from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_precision, resolve_step
 from effnet_fast.run.self_check import CHECKS
 from effnet_fast.run.verdicts import forget, verdict
@@ -48,7 +49,7 @@ def choose_automatically(device: torch.device) -> dict[str, str]:
     kernels = resolve_kernels("auto", device)
     return {
         "device": device.type,
-        "kernels": "triton" if kernels == "auto" and device.type == "cuda" else "torch",
+        "kernels": kernels_in_use(kernels, device),
         "mixed_precision": resolve_precision("auto", device),
         "step": "graph" if graph else "compile" if compiled else "eager",
         "loader": f"{loader} ({reason})",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effnet_kernels.launch import Kernels, channels_last, kernel, launch, row_launch, tl, triton, use_triton
+from effnet_kernels.launch import Kernels, channels_last, cpp_ops, kernel, launch, row_launch, tl, triton, use_kernels
 from effnet_kernels.silu import sigmoid, silu_slope
 from effnet_kernels.statistics import (
     Affine,
@@ -199,6 +199,8 @@ def _grad_apply_kernel(
 
 def normalize(x: Tensor, stats: Tensor, bn: Affine, residual: Tensor | None, scale: Tensor | None, activation: bool):
     """y from x and its statistics, in one pass."""
+    if ops := cpp_ops(x):
+        return ops.normalize(x, stats, *bn, residual, scale, activation)
     m, c = rows_of(x)
     config = row_launch(m, c)
     y = torch.empty_like(x)
@@ -226,6 +228,8 @@ def normalize(x: Tensor, stats: Tensor, bn: Affine, residual: Tensor | None, sca
 
 def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, bn: Affine, scale: Tensor | None, activation: bool) -> Tensor:
     """Sums [2, C] of dz and dz * xhat over this rank: dbeta and dgamma."""
+    if ops := cpp_ops(x):
+        return ops.grad_sums(dy, x, stats, *bn, scale, activation)
     m, c = rows_of(x)
     config = row_launch(m, c)
     grid = config.grid(m, c)
@@ -255,6 +259,8 @@ def grad_apply(
     dy: Tensor, x: Tensor, stats: Tensor, bn: Affine, scale: Tensor | None, sums: Tensor, activation: bool
 ) -> Tensor:
     """dx from dy and the sums [2, C] over all ranks. A caller that has dz passes it as dy with activation=False."""
+    if ops := cpp_ops(x):
+        return ops.grad_apply(dy, x, stats, *bn, scale, sums, activation)
     m, c = rows_of(x)
     config = row_launch(m, c)
     dx = torch.empty_like(x)
@@ -371,7 +377,7 @@ def batch_norm(
     Raises:
         ValueError: training on one value per channel.
     """
-    if not use_triton(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias, residual)):
+    if not use_kernels(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias, residual)):
         return batch_norm_reference(
             x, bn, training=training, activation=activation, residual=residual, sample_scale=sample_scale
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.batch_norm import batch_norm_reference
-from effnet_kernels.launch import Kernels, channels_last, use_triton
+from effnet_kernels.launch import Kernels, channels_last, use_kernels
 from effnet_kernels.se_gate import apply_sums, five_sums, squeeze
 from effnet_kernels.statistics import (
     BatchNorm,
@@ -94,7 +94,7 @@ def bn_silu_squeeze(x: Tensor, bn: BatchNorm, *, training: bool = True, kernels:
     Raises:
         ValueError: training on one value per channel.
     """
-    if not use_triton(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias)):
+    if not use_kernels(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias)):
         return bn_silu_squeeze_reference(x, bn, training=training)
     x = channels_last(x)
     if not training:

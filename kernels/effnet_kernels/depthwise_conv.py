@@ -39,11 +39,12 @@ from effnet_kernels.launch import (
     cdiv,
     channel_block,
     channels_last,
+    cpp_ops,
     kernel,
     launch,
     tl,
     triton,
-    use_triton,
+    use_kernels,
 )
 from effnet_kernels.silu import sigmoid, silu_slope
 from effnet_kernels.statistics import Affine, chan_merge, load_norm, store_moments
@@ -535,6 +536,10 @@ def forward(
 
     `norm`: statistics [4, C] and affine parameters of x's BatchNorm, for the prologue.
     """
+    if ops := cpp_ops(x):
+        stats, affine = norm or (None, (None, None))
+        y, out = ops.depthwise_forward(x, taps, stride, padding, stats, *affine, moments)
+        return y, out if moments else None
     left, right, top, bottom = padding
     n, c, h, w = x.shape
     k = math.isqrt(taps.shape[0])
@@ -581,6 +586,10 @@ def backward(
     g: Tensor, x: Tensor, taps: Tensor, stride: int, padding: Padding, norm: tuple[Tensor, Affine] | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dx and dw [k*k, C]; with `norm`, dz instead of dx, and the sums [2, C] of dz and dz * xhat over this rank."""
+    if ops := cpp_ops(x):
+        stats, affine = norm or (None, (None, None))
+        dx, dw, sums = ops.depthwise_backward(g, x, taps, stride, padding, stats, *affine)
+        return dx, dw, None if norm is None else sums
     left, _, top, _ = padding
     n, c, h, w = x.shape
     ho, wo = g.shape[2:]
@@ -682,6 +691,6 @@ def depthwise_conv(
     Returns:
         [N, C, HO, WO] of x's dtype, channels last.
     """
-    if not use_triton(kernels, x):
+    if not use_kernels(kernels, x):
         return depthwise_conv_reference(x, weight, stride, padding)
     return _depthwise_conv(channels_last(x), weight, stride, list(padding))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_kernels.launch import cdiv, kernel, launch, power_of_2, tl, triton, vector
+from effnet_kernels.launch import cdiv, cpp_ops, kernel, launch, power_of_2, tl, triton, vector
 from effnet_kernels.silu import sigmoid, silu_slope
 from effnet_kernels.statistics import load
 
@@ -289,6 +289,8 @@ def _span_sums(x: Tensor, gate: Tensor | None, w: Tensor, r: int) -> Tensor:
 
 def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
     """gate [N, C] and hidden [N, R] (before its Swish) from pool [N, C], float32."""
+    if ops := cpp_ops(pool):
+        return ops.gate_forward(pool, *se)
     n, c = pool.shape
     r = se.reduce_weight.shape[0]
     sums = _span_sums(pool, None, se.reduce_weight, r)
@@ -320,6 +322,9 @@ def gate_backward(
 
     `sums` [5, N, C] are those of `se_gate.five_sums`; maps have `hw` pixels.
     """
+    if ops := cpp_ops(pool):
+        dpool, bn, *grads = ops.gate_backward(sums, gate, pool, hidden, se.reduce_weight, se.expand_weight, hw)
+        return dpool, bn, SqueezeExcite(*(g.view_as(p).to(p.dtype) for g, p in zip(grads, se, strict=True)))
     dpool, dhidden = _dpool(sums, gate, hidden, se)
     return dpool, *_parameters_backward(sums, gate, pool, dpool, hidden, dhidden, se, hw)
 

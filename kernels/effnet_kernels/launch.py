@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from effnet_kernels.cpu import build
+
 try:
     import triton
     import triton.language as tl
@@ -30,9 +32,10 @@ except ImportError:  # the kernels are never called; only the references run
     tl = None
     HAS_TRITON = False
 
-Kernels = Literal["auto", "triton", "torch"]
+Kernels = Literal["auto", "triton", "cpp", "torch"]
 
 STORAGE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+CPU_STORAGE_TYPES = (torch.bfloat16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ENVIRONMENT = os.environ.get("EFFNET_KERNELS", "auto")
 
@@ -48,19 +51,48 @@ def kernel(function: Any) -> Any:
     return triton.jit(function, do_not_specialize=numbers)
 
 
-def use_triton(kernels: Kernels, x: Tensor) -> bool:
-    """Return whether Triton handles `x`. `auto` means CUDA tensors; EFFNET_KERNELS=torch overrides every choice.
+def use_kernels(kernels: Kernels, x: Tensor) -> bool:
+    """Return whether a kernel of this package handles `x`, rather than PyTorch's operators.
+
+    `auto` means Triton for CUDA tensors and C++ for CPU tensors, where it can be built and nothing is being exported
+    or traced; EFFNET_KERNELS=torch overrides every choice.
 
     Raises:
-        ValueError: the choice is unknown, or it is `triton` and Triton cannot handle `x`.
+        ValueError: the choice is unknown, or it is `triton` or `cpp`, which cannot handle `x`.
     """
     choice = _ENVIRONMENT if kernels == "auto" or _ENVIRONMENT == "torch" else kernels
-    if choice not in ("auto", "triton", "torch"):
-        raise ValueError(f"kernels (or EFFNET_KERNELS) must be auto, triton or torch, not {choice!r}")
-    supported = HAS_TRITON and (x.is_cuda or INTERPRETED) and x.dtype in STORAGE_TYPES
-    if choice == "triton" and not supported:
-        raise ValueError(f"kernels='triton' cannot serve a {x.dtype} tensor on {x.device}; use kernels='auto'")
-    return choice == "triton" or (choice == "auto" and x.is_cuda and supported)
+    if choice not in ("auto", "triton", "cpp", "torch"):
+        raise ValueError(f"kernels (or EFFNET_KERNELS) must be auto, triton, cpp or torch, not {choice!r}")
+    if choice == "auto" and not x.is_cuda:
+        traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        return not traced and x.numel() > 0 and _cpp_supports(x)
+    if choice == "cpp":
+        supported = _cpp_supports(x)
+    else:
+        supported = HAS_TRITON and (x.is_cuda or INTERPRETED) and x.dtype in STORAGE_TYPES
+    if choice in ("triton", "cpp") and not supported:
+        raise ValueError(f"kernels={choice!r} cannot serve a {x.dtype} tensor on {x.device}; use kernels='auto'")
+    return choice != "torch" and supported
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether the kernels that handle `x` are the C++ ones, not Triton's, compiled or interpreted."""
+    return x.device.type == "cpu" and not INTERPRETED
+
+
+def _cpp_supports(x: Tensor) -> bool:
+    return on_cpu(x) and x.dtype in CPU_STORAGE_TYPES and is_built()
+
+
+@torch.compiler.assume_constant_result
+def is_built() -> bool:
+    """Whether the C++ ops can be loaded; builds them if need be."""
+    return build.library() is not None
+
+
+def cpp_ops(x: Tensor) -> Any | None:
+    """The C++ ops, `torch.ops.effnet_cpu`, where they handle `x`, else None."""
+    return build.library() if on_cpu(x) else None
 
 
 def cdiv(a: int, b: int) -> int:

@@ -22,9 +22,9 @@ from torch import Tensor
 from effnet_kernels import depthwise_conv as depthwise
 from effnet_kernels.batch_norm import batch_norm_reference, grad_apply
 from effnet_kernels.depthwise_conv import Padding, depthwise_conv_reference
-from effnet_kernels.gate_mlp import SqueezeExcite
-from effnet_kernels.launch import Kernels, channels_last, use_triton
-from effnet_kernels.se_gate import se_backward, se_forward, se_gate_reference
+from effnet_kernels.gate_mlp import SqueezeExcite, gate_backward
+from effnet_kernels.launch import Kernels, channels_last, cpp_ops, use_kernels
+from effnet_kernels.se_gate import five_sums, se_backward, se_forward, se_gate_reference
 from effnet_kernels.statistics import (
     BatchNorm,
     batch_statistics,
@@ -116,9 +116,16 @@ def _mbconv_backward(
     left, right, top, bottom = padding
     stats1, stats2, pool, gate, hidden = saved
     bn2 = (weight2, bias2)
-    dd, sums2, se_grads = se_backward(dy, d, stats2, bn2, SqueezeExcite(*se), (pool, gate, hidden), sync)
     norm1, taps = _norm(stats1, weight1, bias1), depthwise.taps_first(weight)
-    dx, dw, sums1 = depthwise.backward(dd, x, taps, stride, (left, right, top, bottom), norm1)
+    if ops := cpp_ops(x):  # dd is made on the way, and never written
+        sums = five_sums(dy, d, stats2, bn2)
+        dpool, sums2, se_grads = gate_backward(sums, gate, pool, hidden, SqueezeExcite(*se), d.shape[2] * d.shape[3])
+        gradient = (dy, d, stats2, *bn2, gate, dpool, sum_over_ranks(sums2, sync))
+        first = (None, None, None) if norm1 is None else (stats1, weight1, bias1)
+        dx, dw, sums1 = ops.gated_depthwise_backward(*gradient, x, taps, stride, padding, *first)
+    else:
+        dd, sums2, se_grads = se_backward(dy, d, stats2, bn2, SqueezeExcite(*se), (pool, gate, hidden), sync)
+        dx, dw, sums1 = depthwise.backward(dd, x, taps, stride, (left, right, top, bottom), norm1)
     if norm1 is not None and sums1 is not None:
         dx = grad_apply(dx, x, stats1, norm1[1], None, sum_over_ranks(sums1, sync), activation=False)
     sums1 = dw.new_empty(0) if sums1 is None else sums1
@@ -223,7 +230,7 @@ def mbconv(
     """
     norms = () if bn1 is None else (bn1.weight, bn1.bias)
     differentiable = needs_grad(x, *norms, weight, bn2.weight, bn2.bias, *se)
-    if not use_triton(kernels, x) or (not training and differentiable):
+    if not use_kernels(kernels, x) or (not training and differentiable):
         return mbconv_reference(x, bn1, weight, stride, padding, bn2, se, training=training)
     assert bn1 is None or (bn1.eps, bn1.sync) == (bn2.eps, bn2.sync)
     x = channels_last(x)

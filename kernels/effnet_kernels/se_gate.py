@@ -28,12 +28,13 @@ from effnet_kernels.launch import (
     cdiv,
     channel_block,
     channels_last,
+    cpp_ops,
     kernel,
     launch,
     power_of_2,
     tl,
     triton,
-    use_triton,
+    use_kernels,
     vector,
 )
 from effnet_kernels.silu import sigmoid, silu_slope
@@ -246,6 +247,8 @@ def _apply_sums_kernel(
 
 def squeeze(x: Tensor, stats: Tensor, bn: Affine) -> Tensor:
     """pool [N, C] float32."""
+    if ops := cpp_ops(x):
+        return ops.squeeze(x, stats, *bn)
     n, c, h, w = x.shape
     config = image_launch(h * w, c)
     pool = torch.empty(n, c, device=x.device, dtype=torch.float32)
@@ -255,6 +258,8 @@ def squeeze(x: Tensor, stats: Tensor, bn: Affine) -> Tensor:
 
 def excite(x: Tensor, stats: Tensor, bn: Affine, gate: Tensor) -> Tensor:
     """silu(z) times gate [N, C], in x's shape and dtype."""
+    if ops := cpp_ops(x):
+        return ops.excite(x, stats, *bn, gate)
     n, c, h, w = x.shape
     config = image_launch(h * w, c)
     y = torch.empty_like(x)
@@ -264,6 +269,8 @@ def excite(x: Tensor, stats: Tensor, bn: Affine, gate: Tensor) -> Tensor:
 
 def five_sums(dy: Tensor | None, x: Tensor, stats: Tensor, bn: Affine) -> Tensor:
     """The five sums above, [5, N, C] float32; without dy the last two, [2, N, C]."""
+    if ops := cpp_ops(x):
+        return ops.five_sums(dy, x, stats, *bn)
     n, c, h, w = x.shape
     config = image_launch(h * w, c)
     sums = torch.empty(2 if dy is None else 5, n, c, device=x.device, dtype=torch.float32)
@@ -289,6 +296,8 @@ def apply_sums(
     dy: Tensor | None, x: Tensor, stats: Tensor, bn: Affine, gate: Tensor | None, dpool: Tensor, sums: Tensor
 ) -> Tensor:
     """dx from the gradient dpool [N, C] at pool, and the sums [2, C] of dz and dz * xhat over all ranks."""
+    if ops := cpp_ops(x):
+        return ops.apply_sums(dy, x, stats, *bn, gate, dpool, sums)
     n, c, h, w = x.shape
     config = image_launch(h * w, c)
     dx = torch.empty_like(x)
@@ -411,7 +420,7 @@ def se_gate(x: Tensor, bn: BatchNorm, se: SqueezeExcite, *, training: bool = Tru
     Raises:
         ValueError: training on one value per channel.
     """
-    if not use_triton(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias, *se)):
+    if not use_kernels(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias, *se)):
         return se_gate_reference(x, bn, se, training=training)
     x = channels_last(x)
     se = SqueezeExcite(*(p.contiguous() for p in se))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effnet_kernels.launch import Kernels, cdiv, launch, tl, triton, use_triton
+from effnet_kernels.launch import Kernels, cdiv, launch, on_cpu, tl, triton, use_kernels
 
 BLOCK = 2048  # values per program: two 16-byte loads of bf16 for each of 128 threads
 
@@ -105,6 +105,6 @@ def _with_strides_of(dy: Tensor, x: Tensor) -> Tensor:
 
 def silu(x: Tensor, *, kernels: Kernels = "auto") -> Tensor:
     """Swish of `x`, any shape; returns its shape and dtype. A dense `x` keeps its layout and is not copied."""
-    if not use_triton(kernels, x) or x.numel() == 0:
+    if not use_kernels(kernels, x) or x.numel() == 0 or on_cpu(x):  # ATen has a Swish for the CPU
         return silu_reference(x)
     return _silu(_dense(x))

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from effnet_kernels.launch import cdiv, kernel, launch, row_launch, tl, triton, vector
+from effnet_kernels.launch import cdiv, cpp_ops, kernel, launch, row_launch, tl, triton, vector
 
 Affine = tuple[Tensor, Tensor]  # weight and bias of a BatchNorm, [C] each
 
@@ -189,6 +189,8 @@ def merge_moments(moments: Tensor, eps: float, sync: bool) -> Tensor:
 
 
 def _merge(moments: Tensor, out: Tensor, eps: float, *, final: bool) -> Tensor:
+    if ops := cpp_ops(moments):
+        return ops.merge_moments(moments, eps, final)
     groups, _, c = moments.shape
     block_c = 8  # 8 float32 values fill a 32-byte sector
     launch(
@@ -211,6 +213,8 @@ def _merge(moments: Tensor, out: Tensor, eps: float, *, final: bool) -> Tensor:
 
 def batch_statistics(x: Tensor, eps: float, sync: bool) -> Tensor:
     """Statistics [4, C] of a channels-last tensor, in one pass over it."""
+    if ops := cpp_ops(x):
+        return merge_moments(ops.moments(x), eps, sync)
     m, c = rows_of(x)
     config = row_launch(m, c)
     grid = config.grid(m, c)

@@ -239,7 +239,7 @@ def relative_rms(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
 
 
-def compare(op: Op, case: Case, dtype: torch.dtype) -> None:
+def compare(op: Op, case: Case, dtype: torch.dtype, kernels: str = "triton") -> None:
     """One training step on Triton against the reference in float64, by relative RMS.
 
     Where an op that stores several maps on the way has gradients in which they cancel, PyTorch's own operators in the
@@ -247,7 +247,7 @@ def compare(op: Op, case: Case, dtype: torch.dtype) -> None:
     """
     inputs = make_inputs(op, case, dtype)
     exact, plain = inputs.double(), inputs.fresh()
-    got, dy = run(op, case, inputs, "triton")
+    got, dy = run(op, case, inputs, kernels)
     want, _ = run(op, case, exact, "torch", dy)
     limit = TOLERANCE[dtype] * op.slack
     assert got["y"].dtype == dtype

@@ -99,15 +99,15 @@ def test_a_failing_kernel_names_op_and_shapes(monkeypatch):
 
 def test_choice_of_path(monkeypatch):
     x = torch.zeros(2, device=DEVICE)
-    assert launch.use_triton("triton", x)
-    assert not launch.use_triton("torch", x)
-    assert launch.use_triton("auto", x) == x.is_cuda
+    assert launch.use_kernels("triton", x)
+    assert not launch.use_kernels("torch", x)
+    assert launch.use_kernels("auto", x) == x.is_cuda
     with pytest.raises(ValueError, match=r"cannot serve a torch\.float64 tensor"):
-        launch.use_triton("triton", x.double())
+        launch.use_kernels("triton", x.double())
     with pytest.raises(ValueError, match="must be auto, triton or torch, not"):
-        launch.use_triton("cuda", x)
+        launch.use_kernels("cuda", x)
     monkeypatch.setattr(launch, "_ENVIRONMENT", "torch")
-    assert not launch.use_triton("triton", x)
+    assert not launch.use_kernels("triton", x)
 
 
 def test_serves_without_triton():

@@ -1,0 +1,431 @@
+// Depthwise convolution between two BatchNorms, forward and backward; the equations stand in depthwise_conv.py and
+// mbconv.py. A task takes some images and a span of channels, row after row: the last K rows of activations (backward:
+// of gradients) lie in a buffer in the cache, [row % K][vector][column][LANES] with the zero padding written out, so
+// each value passes through Swish once and the maps are read and written once, from beginning to end.
+#pragma once
+
+#include <optional>
+
+#include "normalization.h"
+
+namespace effnet {
+
+constexpr int WIDEST = LANES >= 16 ? 8 : 4;  // columns whose sums stay in registers
+constexpr int64_t SPAN = 16;  // vectors of channels of a task at most
+constexpr int64_t BUFFER = 1 << 16;  // floats of the rows of a task: 256 KiB
+constexpr int64_t GROUPS = 16;  // images are summed up in at most so many groups, whatever the thread count
+
+struct ConvShape {
+  int64_t n, c, h, w, ho, wo, k, stride, left, top;
+
+  // Images of each group.
+  Pieces groups() const {
+    return {n, at::divup(n, std::min(n, GROUPS))};
+  }
+  // Channels of each task, whose rows have `columns` columns.
+  Pieces channels(int64_t columns) const {
+    return {c, std::clamp<int64_t>(BUFFER / (k * columns * LANES), 1, SPAN) * LANES};
+  }
+  // Rows of each task: all, unless that leaves too few tasks; then some rows are read by two tasks.
+  Pieces bands(int64_t rows, int64_t columns) const {
+    const int64_t tasks = groups().count() * channels(columns).count();
+    return {rows, tasks >= 8 ? rows : std::max<int64_t>(at::divup(rows * tasks, 8), std::min<int64_t>(rows, 8))};
+  }
+};
+
+inline int64_t vectors(int64_t channels) {
+  return at::divup(channels, LANES);
+}
+
+// The taps [k * k, C] of one vector of channels.
+template <int K>
+struct Taps {
+  Vec tap[K * K];
+  Taps(const float* taps, int64_t c, int64_t first, int lanes) {
+    for (int t = 0; t < K * K; ++t) tap[t] = load(taps + t * c + first, lanes);
+  }
+};
+
+// Sums of P adjacent outputs; rows[ty] + offset is the first input of the first of them.
+template <int K, int S, int P>
+inline void convolve(const float* const* rows, int64_t offset, const Vec* tap, Vec* sums) {
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) sums[p] = Vec(0.f);
+#pragma GCC unroll 8
+  for (int ty = 0; ty < K; ++ty) {
+    const float* row = rows[ty] + offset;
+    Vec t[K];
+#pragma GCC unroll 8
+    for (int tx = 0; tx < K; ++tx) t[tx] = tap[ty * K + tx];
+    if constexpr (S == 1) {
+#pragma GCC unroll 16
+      for (int j = 0; j < P + K - 1; ++j) {
+        const Vec x = load(row + j * LANES);
+#pragma GCC unroll 8
+        for (int tx = 0; tx < K; ++tx) {
+          if (j - tx >= 0 && j - tx < P) sums[j - tx] = fma(x, t[tx], sums[j - tx]);
+        }
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 8
+        for (int tx = 0; tx < K; ++tx) sums[p] = fma(load(row + (p * S + tx) * LANES), t[tx], sums[p]);
+      }
+    }
+  }
+}
+
+// f(first, std::integral_constant<int, P>) over [0, size) in strips of WIDEST, then half, then half of that, ...
+template <int P = WIDEST, class F>
+inline void for_strips(int64_t first, int64_t size, F&& f) {
+  for (; first + P <= size; first += P) f(first, std::integral_constant<int, P>{});
+  if constexpr (P > 1) {
+    if (first < size) for_strips<P / 2>(first, size, f);
+  }
+}
+
+// What fills row `row` [vector][column][LANES] of a buffer with silu(bn(x)), or x, of a row of the map: columns `from`
+// to `until`, those outside zero; all zero if x is null.
+template <class T>
+inline void fill_activations(
+    const T* x, const Norm* norm, int64_t c, int64_t begin, int64_t end, int64_t columns, int64_t from, int64_t until,
+    float* row) {
+  for (int64_t v = 0; v < vectors(end - begin); ++v) {
+    float* at = row + v * columns * LANES;
+    std::fill_n(at, (x == nullptr ? columns : from) * LANES, 0.f);
+    if (x != nullptr) std::fill_n(at + until * LANES, (columns - until) * LANES, 0.f);
+  }
+  if (x == nullptr) return;
+  for_blocks<4>(begin, end, [&](auto block) {
+    float* at = row + (block.c - begin) / LANES * columns * LANES;
+    if (norm == nullptr) {
+      for (int64_t j = from; j < until; ++j) {
+        for (int u = 0; u < block.U; ++u) store(at + (u * columns + j) * LANES, block.load(x + (j - from) * c, u));
+      }
+      return;
+    }
+    const Normalize normalize(*norm, block);
+    for (int64_t j = from; j < until; ++j) {
+      for (int u = 0; u < block.U; ++u) {
+        const Vec z = normalize(block.load(x + (j - from) * c, u), u);
+        store(at + (u * columns + j) * LANES, z * sigmoid(z));
+      }
+    }
+  });
+}
+
+// Sums about the first value, from which the moments follow.
+struct ShiftedSums {
+  Vec shift, sum, square;
+  void add(Vec value) {
+    const Vec distance = value - shift;
+    sum = sum + distance;
+    square = fma(distance, distance, square);
+  }
+};
+
+template <class T, int K, int S>
+inline void depthwise_forward_tasks(
+    const Tensor& x, const Tensor& taps, const Norm* norm, const Tensor& y, float* moments, const ConvShape& shape,
+    int64_t columns) {
+  const Pieces groups = shape.groups(), bands = shape.bands(shape.ho, columns), spans = shape.channels(columns);
+  const int64_t c = shape.c, from = std::min(shape.left, columns), until = std::min(shape.left + shape.w, columns);
+  const T* maps = data<T>(x);
+  T* out = data<T>(y);
+  const float* weights = data<float>(taps);
+  run_tasks(groups.count() * bands.count() * spans.count(), [&](int64_t task) {
+    const int64_t span = task % spans.count(), part = task / spans.count();
+    const int64_t first = bands.begin(part % bands.count()), last = bands.end(part % bands.count());
+    const int64_t group = part / bands.count(), begin = spans.begin(span), end = spans.end(span);
+    const int64_t row_size = vectors(end - begin) * columns * LANES;
+    float* buffer = scratch<0>(K * row_size);
+    ShiftedSums sums_of[SPAN];
+    for (int64_t n = groups.begin(group); n < groups.end(group); ++n) {
+      int64_t filled = first * S;  // the first padded row that is not in the buffer yet
+      for (int64_t ho = first; ho < last; ++ho) {
+        for (filled = std::max(filled, ho * S); filled < ho * S + K; ++filled) {
+          const int64_t hi = filled - shape.top;
+          const bool inside = hi >= 0 && hi < shape.h;
+          fill_activations<T>(
+              inside ? maps + (n * shape.h + hi) * shape.w * c : nullptr, norm, c, begin, end, columns, from, until,
+              buffer + filled % K * row_size);
+        }
+        T* line = out + (n * shape.ho + ho) * shape.wo * c;
+        const bool fresh = n == groups.begin(group) && ho == first;
+        for_blocks<1>(begin, end, [&](auto block) {
+          const int64_t v = (block.c - begin) / LANES;
+          const Taps<K> tap(weights, c, block.c, block.n);
+          const float* rows[K];
+          for (int ty = 0; ty < K; ++ty) rows[ty] = buffer + (ho * S + ty) % K * row_size + v * columns * LANES;
+          ShiftedSums stats = sums_of[v];
+          for_strips(0, shape.wo, [&](int64_t wo, auto width) {
+            constexpr int P = decltype(width)::value;
+            Vec sums[P];
+            convolve<K, S, P>(rows, wo * S * LANES, tap.tap, sums);
+            if (fresh && wo == 0) stats.shift = rounded<T>(sums[0]);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) {
+              block.store(line + (wo + p) * c, 0, sums[p]);
+              if (moments != nullptr) stats.add(rounded<T>(sums[p]));  // of y as stored
+            }
+          });
+          sums_of[v] = stats;
+        });
+      }
+    }
+    if (moments == nullptr) return;
+    const auto count = static_cast<float>((groups.end(group) - groups.begin(group)) * (last - first) * shape.wo);
+    float* to = moments + part * 3 * c;
+    for_blocks<1>(begin, end, [&](auto block) {
+      const ShiftedSums& stats = sums_of[(block.c - begin) / LANES];
+      const Vec mean = stats.sum * Vec(1.f / count);
+      block.store(to, 0, Vec(count));
+      block.store(to + c, 0, stats.shift + mean);
+      block.store(to + 2 * c, 0, at::vec::maximum(Vec(0.f), stats.square - stats.sum * mean));
+    });
+  });
+}
+
+// The kernel size and stride as constants.
+template <class F>
+inline void by_kernel(int64_t k, int64_t stride, F&& f) {
+  const auto with = [&](auto size) {
+    if (stride == 1) f(size, std::integral_constant<int, 1>{});
+    if (stride == 2) f(size, std::integral_constant<int, 2>{});
+  };
+  TORCH_CHECK((k == 3 || k == 5) && (stride == 1 || stride == 2), "kernel 3 or 5, stride 1 or 2");
+  if (k == 3) with(std::integral_constant<int, 3>{});
+  if (k == 5) with(std::integral_constant<int, 5>{});
+}
+
+inline int64_t kernel_size(const Tensor& taps) {
+  return taps.size(0) == 9 ? 3 : 5;
+}
+
+// y, and the moments [parts, 3, C] of y (empty if not asked for). `taps` [k * k, C] float32.
+inline std::tuple<Tensor, Tensor> depthwise_forward(
+    const Tensor& x, const Tensor& taps, int64_t stride, at::IntArrayRef padding, const std::optional<Tensor>& stats,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, bool with_moments) {
+  const Map map(x);
+  const int64_t k = kernel_size(taps), h = x.size(2), w = x.size(3);
+  const int64_t ho = (h + padding[2] + padding[3] - k) / stride + 1, wo = (w + padding[0] + padding[1] - k) / stride + 1;
+  const ConvShape shape{map.n, map.c, h, w, ho, wo, k, stride, padding[0], padding[2]};
+  std::optional<Norm> norm;
+  if (stats) norm.emplace(*stats, *weight, *bias);
+  Tensor y = map_like(x, map.n, map.c, ho, wo);
+  const int64_t columns = (wo - 1) * stride + k;
+  const int64_t parts = shape.groups().count() * shape.bands(ho, columns).count();
+  Tensor moments = floats({with_moments ? parts : 0, 3, map.c});
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    by_kernel(k, stride, [&](auto size, auto step) {
+      depthwise_forward_tasks<T, decltype(size)::value, decltype(step)::value>(
+          x, taps, norm ? &*norm : nullptr, y, with_moments ? data<float>(moments) : nullptr, shape, columns);
+    });
+    return 0;
+  });
+  return {y, moments};
+}
+
+// The gradient g at the convolution's output: itself, or what squeeze-and-excitation makes of dy (ApplySums).
+struct OutputGradient {
+  const Tensor& dy;
+  const Tensor* d = nullptr;  // the convolution's output, if dy is the gradient behind the gate
+  const GradApply* apply = nullptr;
+  const float* gate = nullptr;
+  const float* dpool = nullptr;
+};
+
+// Row u of the spread gradients [vector][column][LANES], column j of which is output column (left + j) / S.
+template <class T, int S>
+inline void fill_gradients(
+    const OutputGradient& gradient, const ConvShape& shape, int64_t n, int64_t u, int64_t begin, int64_t end,
+    int64_t columns, float* row) {
+  const int64_t c = shape.c, left = shape.left - (shape.k - 1);
+  const bool empty = u < 0 || u % S != 0 || u / S >= shape.ho;
+  const int64_t from = std::min(std::max<int64_t>(-left, 0), columns);
+  const int64_t until = std::max(from, std::min(columns, (shape.wo - 1) * S + 1 - left));
+  for (int64_t v = 0; v < vectors(end - begin); ++v) {
+    float* at = row + v * columns * LANES;
+    if (empty || S > 1) {
+      std::fill_n(at, columns * LANES, 0.f);
+    } else {
+      std::fill_n(at, from * LANES, 0.f);
+      std::fill_n(at + until * LANES, (columns - until) * LANES, 0.f);
+    }
+  }
+  if (empty) return;
+  const int64_t start = from + (S - (left + from) % S) % S, line = (n * shape.ho + u / S) * shape.wo * c;
+  const T* dy = data<T>(gradient.dy) + line;
+  for_blocks<2>(begin, end, [&](auto block) {
+    float* at = row + (block.c - begin) / LANES * columns * LANES;
+    if (gradient.d == nullptr) {
+      for (int64_t j = start; j < until; j += S) {
+        for (int i = 0; i < block.U; ++i) {
+          store(at + (i * columns + j) * LANES, block.load(dy + (left + j) / S * c, i));
+        }
+      }
+      return;
+    }
+    const T* d = data<T>(*gradient.d) + line;
+    const ApplySums<decltype(block)> one(
+        *gradient.apply, block, gradient.gate + n * c, gradient.dpool + n * c, shape.ho * shape.wo);
+    for (int64_t j = start; j < until; j += S) {
+      const int64_t pixel = (left + j) / S * c;
+      for (int i = 0; i < block.U; ++i) {
+        store(at + (i * columns + j) * LANES, one(block.load(dy + pixel, i), block.load(d + pixel, i), i));
+      }
+    }
+  });
+}
+
+// Gradients of P adjacent inputs and of the taps. rows[ty] + offset is the first gradient that the first input meets
+// in row `ty` of the taps; input p meets column p + K - 1 - tx of it.
+template <int K, int P>
+inline void convolve_backward(
+    const float* const* rows, int64_t offset, const float* acts, const Vec* tap, Vec* dtap, Vec* sums) {
+  Vec a[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    sums[p] = Vec(0.f);
+    a[p] = load(acts + p * LANES);
+  }
+#pragma GCC unroll 8
+  for (int ty = 0; ty < K; ++ty) {
+    const float* row = rows[ty] + offset;
+    Vec t[K], dt[K];
+#pragma GCC unroll 8
+    for (int tx = 0; tx < K; ++tx) {
+      t[tx] = tap[ty * K + tx];
+      dt[tx] = dtap[ty * K + tx];
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < P + K - 1; ++j) {
+      const Vec g = load(row + j * LANES);
+#pragma GCC unroll 8
+      for (int tx = 0; tx < K; ++tx) {
+        const int p = j - (K - 1) + tx;
+        if (p >= 0 && p < P) {
+          sums[p] = fma(g, t[tx], sums[p]);
+          dt[tx] = fma(g, a[p], dt[tx]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int tx = 0; tx < K; ++tx) dtap[ty * K + tx] = dt[tx];
+  }
+}
+
+// Sums of one vector of channels over a task's images.
+template <int K>
+struct GradientSums {
+  Vec dtap[K * K], dz, dz_x;
+  void add(const GradientSums& other) {
+    for (int t = 0; t < K * K; ++t) dtap[t] = dtap[t] + other.dtap[t];
+    dz = dz + other.dz;
+    dz_x = dz_x + other.dz_x;
+  }
+};
+
+template <class T, int K, int S>
+inline void depthwise_backward_tasks(
+    const OutputGradient& gradient, const Tensor& x, const Tensor& taps, const Norm* norm, const Tensor& dx,
+    float* dw, float* sums, const ConvShape& shape, int64_t columns) {
+  const Pieces groups = shape.groups(), bands = shape.bands(shape.h, columns), spans = shape.channels(columns);
+  const int64_t c = shape.c, w = shape.w;
+  const T* maps = data<T>(x);
+  T* out = data<T>(dx);
+  const float* weights = data<float>(taps);
+  run_tasks(groups.count() * bands.count() * spans.count(), [&](int64_t task) {
+    const int64_t span = task % spans.count(), part = task / spans.count();
+    const int64_t first = bands.begin(part % bands.count()), last = bands.end(part % bands.count());
+    const int64_t group = part / bands.count(), begin = spans.begin(span), end = spans.end(span);
+    const int64_t row_size = vectors(end - begin) * columns * LANES;
+    float* buffer = scratch<0>(K * row_size + 2 * w * LANES);
+    float* acts = buffer + K * row_size;
+    float* slopes = acts + w * LANES;
+    GradientSums<K> group_sums[SPAN];
+    for (int64_t n = groups.begin(group); n < groups.end(group); ++n) {
+      GradientSums<K> image_sums[SPAN];  // short chains of additions
+      // Padded row r of the gradients is row r + top - (K - 1) of the spread ones; input row hi meets rows hi to
+      // hi + K - 1.
+      int64_t filled = first;
+      for (int64_t hi = first; hi < last; ++hi) {
+        for (; filled < hi + K; ++filled) {
+          fill_gradients<T, S>(
+              gradient, shape, n, filled + shape.top - (K - 1), begin, end, columns, buffer + filled % K * row_size);
+        }
+        const int64_t line = (n * shape.h + hi) * w * c;
+        for_blocks<1>(begin, end, [&](auto block) {
+          const int64_t v = (block.c - begin) / LANES;
+          if (norm != nullptr) {
+            const Normalize normalize(*norm, block);
+            for (int64_t j = 0; j < w; ++j) {
+              const Vec z = normalize(block.load(maps + line + j * c, 0), 0);
+              const Vec s = sigmoid(z);
+              store(acts + j * LANES, z * s);
+              store(slopes + j * LANES, silu_slope(z, s));
+            }
+          } else {
+            for (int64_t j = 0; j < w; ++j) store(acts + j * LANES, block.load(maps + line + j * c, 0));
+          }
+          const Taps<K> tap(weights, c, block.c, block.n);
+          const float* rows[K];
+          for (int ty = 0; ty < K; ++ty) rows[ty] = buffer + (hi + K - 1 - ty) % K * row_size + v * columns * LANES;
+          GradientSums<K>& sum = image_sums[v];
+          const Vec mean = norm ? block.load(norm->mean, 0) : Vec(0.f);
+          Vec dz = sum.dz, dz_x = sum.dz_x;
+          for_strips(0, w, [&](int64_t wi, auto width) {
+            constexpr int P = decltype(width)::value;
+            Vec da[P];
+            convolve_backward<K, P>(rows, wi * LANES, acts + wi * LANES, tap.tap, sum.dtap, da);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) {
+              if (norm != nullptr) {
+                da[p] = da[p] * load(slopes + (wi + p) * LANES);
+                dz = dz + da[p];
+                dz_x = fma(da[p], block.load(maps + line + (wi + p) * c, 0) - mean, dz_x);
+              }
+              block.store(out + line + (wi + p) * c, 0, da[p]);
+            }
+          });
+          sum.dz = dz;
+          sum.dz_x = dz_x;
+        });
+      }
+      for (int64_t v = 0; v < vectors(end - begin); ++v) group_sums[v].add(image_sums[v]);
+    }
+    for_blocks<1>(begin, end, [&](auto block) {
+      const GradientSums<K>& sum = group_sums[(block.c - begin) / LANES];
+      for (int t = 0; t < K * K; ++t) block.store(dw + (part * K * K + t) * c, 0, sum.dtap[t]);
+      if (norm != nullptr) {
+        block.store(sums + part * 2 * c, 0, sum.dz);
+        block.store(sums + (part * 2 + 1) * c, 0, sum.dz_x * block.load(norm->rstd, 0));
+      }
+    });
+  });
+}
+
+// dx, dw [k * k, C], and with a norm dz in place of dx and the sums [2, C] of dz and dz xhat over this rank.
+inline std::tuple<Tensor, Tensor, Tensor> depthwise_backward(
+    const OutputGradient& gradient, const Tensor& x, const Tensor& taps, int64_t stride, at::IntArrayRef padding,
+    const Norm* norm) {
+  const Map map(x);
+  const int64_t k = kernel_size(taps), h = x.size(2), w = x.size(3);
+  const ConvShape shape{
+      map.n, map.c, h, w, gradient.dy.size(2), gradient.dy.size(3), k, stride, padding[0], padding[2]};
+  const int64_t columns = w + k - 1, parts = shape.groups().count() * shape.bands(h, columns).count();
+  Tensor dx = like(x), dw = floats({parts, k * k, map.c}), sums = floats({norm ? parts : 0, 2, map.c});
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    by_kernel(k, stride, [&](auto size, auto step) {
+      depthwise_backward_tasks<T, decltype(size)::value, decltype(step)::value>(
+          gradient, x, taps, norm, dx, data<float>(dw), data<float>(sums), shape, columns);
+    });
+    return 0;
+  });
+  return {dx, ordered_sum(dw), norm ? ordered_sum(sums) : floats({0})};
+}
+
+}  // namespace effnet

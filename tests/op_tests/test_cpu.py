@@ -1,0 +1,333 @@
+"""The C++ ops on the CPU against the references in float64; threads, evaluation, autocast, compiling, ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from op_cases import CASES, OPS, TOLERANCE, Case, compare, make_inputs, relative_rms, run
+from test_model import assert_as_good, images, narrow, step
+from test_registration import RANK
+
+from effnet_fast.model.blocks import MBConv, Style
+from effnet_kernels import launch
+from effnet_kernels.cpu import build
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the ops' tests run on the GPU here")
+
+NAMES = [name for name in OPS if name != "silu"]
+CASE = Case(2, 24, 7, 5, 3, 1)
+# inputs, outputs, kernel, stride, expand, batch, height, width, padding
+BLOCKS = [
+    (16, 24, 3, 1, 6, 3, 9, 7, "symmetric"),
+    (24, 24, 5, 1, 6, 20, 8, 8, "symmetric"),
+    (13, 13, 3, 1, 4, 2, 11, 5, "same"),
+    (16, 40, 5, 2, 6, 4, 9, 10, "same"),
+    (16, 16, 3, 2, 1, 2, 8, 8, "same"),
+    (8, 8, 3, 1, 1, 5, 4, 4, "symmetric"),
+    (80, 112, 5, 2, 6, 70, 2, 2, "symmetric"),
+    (24, 24, 3, 1, 6, 3, 40, 41, "symmetric"),
+    (112, 112, 5, 1, 6, 40, 1, 1, "symmetric"),
+]
+
+
+@pytest.fixture(autouse=True)
+def cpp(monkeypatch):
+    """CPU tensors go to C++ rather than to Triton's interpreter."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    if build.library() is None:
+        pytest.skip("there is no C++ compiler")
+
+
+def has_two_values(op, case):
+    one = op.shapes(case)[:1] == op.shapes(case)[1:2] and case.n * case.h * case.w < 2
+    return not one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("name", NAMES)
+def test_against_float64(name, case, dtype):
+    if has_two_values(OPS[name], case):
+        compare(OPS[name], case, dtype, "cpp")
+
+
+def block_step(settings, kernels, dtype=torch.float32, threads=1, drop_path=0.0):
+    """Output, gradients and buffers of one training step of an MBConv block, by name."""
+    inputs, outputs, kernel, stride, expand, n, h, w, padding = settings
+    torch.manual_seed(0)
+    style = Style(padding=padding, kernels=kernels, bn_momentum=0.1)
+    block = MBConv(inputs, outputs, kernel, stride, expand, style=style, drop_path=drop_path).to(dtype)
+    for p in block.parameters():
+        p.data = torch.randn_like(p) * 0.3 + (1 if p.dim() == 1 else 0)
+    x = (torch.randn(n, inputs, h, w) + 0.5).to(dtype).requires_grad_()
+    torch.manual_seed(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = block(x)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))
+    finally:
+        torch.set_num_threads(before)
+    gradients = {name: p.grad for name, p in block.named_parameters()}
+    return {"y": y.detach(), "x": x.grad} | gradients | dict(block.named_buffers())
+
+
+@pytest.mark.parametrize("settings", BLOCKS, ids=str)
+def test_block_against_float64(settings):
+    ours, theirs = (block_step(settings, kernels) for kernels in ("cpp", "torch"))
+    exact = block_step(settings, "torch", torch.float64)
+    for name, value in exact.items():
+        if value.abs().max() < 1e-7:  # what a BatchNorm takes out again: only rounding is left
+            continue
+        # Where sums cancel, PyTorch's own operators set the limit.
+        limit = max(2e-5, 3 * relative_rms(theirs[name], value))
+        assert relative_rms(ours[name], value) <= limit, (name, relative_rms(ours[name], value))
+
+
+def test_block_drops_the_same_samples():
+    ours, theirs = (block_step(BLOCKS[1], kernels, drop_path=0.5) for kernels in ("cpp", "torch"))
+    dropped = [n for n, y in enumerate(theirs["y"]) if (theirs["x"][n] == 0).all()]
+    assert relative_rms(ours["y"], theirs["y"]) <= 1e-5
+    assert relative_rms(ours["x"], theirs["x"]) <= 1e-4
+    assert dropped == [n for n, y in enumerate(ours["y"]) if (ours["x"][n] == 0).all()]
+
+
+@pytest.mark.parametrize("settings", BLOCKS, ids=str)
+def test_block_has_the_same_bits_with_two_threads(settings):
+    one, two = (block_step(settings, "cpp", threads=threads) for threads in (1, 2))
+    for name, value in one.items():
+        assert torch.equal(two[name], value), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_same_bits_with_two_threads_and_other_layouts(name, dtype):
+    op, inputs = OPS[name], make_inputs(OPS[name], Case(20, 100, 9, 8, 5, 2), dtype)
+    wide = torch.zeros(20, 100, 9, 16, dtype=dtype)[..., ::2].copy_(inputs.x)
+    results = []
+    before = torch.get_num_threads()
+    for threads, x in ((1, inputs.x), (2, inputs.x), (2, inputs.x.contiguous()), (2, wide)):
+        torch.set_num_threads(threads)
+        again = inputs.fresh()
+        again.x = x.detach()
+        results.append(run(op, Case(20, 100, 9, 8, 5, 2), again, "cpp")[0])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.equal(other[key], value), key
+
+
+@pytest.mark.parametrize("name", ["bn_silu", "bn_residual", "bn_silu_squeeze", "se_gate", "mbconv"])
+def test_mean_of_a_thousand_deviations(name):
+    inputs = make_inputs(OPS[name], CASE, torch.float32, mean=1000.0)
+    got, dy = run(OPS[name], CASE, inputs.fresh(), "cpp")
+    theirs, _ = run(OPS[name], CASE, inputs.fresh(), "torch", dy)
+    want, _ = run(OPS[name], CASE, inputs.double(), "torch", dy)
+    for key, value in want.items():
+        ours = relative_rms(got[key], value)
+        assert ours <= max(1e-3 if key != "dx" else 0.0, 2 * relative_rms(theirs[key], value)), (key, ours)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_in_gives_nan_out(name):
+    inputs = make_inputs(OPS[name], CASE, torch.float32)
+    inputs.x[1, 3, 2, 2] = float("nan")
+    got, _ = run(OPS[name], CASE, inputs, "cpp")
+    assert got["y"].select(1, 3).isnan().any()
+    assert (got["dparameter0"][3] if name == "depthwise_conv" else got["dx"].select(1, 3)).isnan().any()
+
+
+@pytest.mark.parametrize("value", [-1e4, -200.0, -88.0, -20.0, 0.0, 20.0, 200.0, 1e4])
+def test_swish_of_large_values(value):
+    """Evaluation with statistics that change nothing but the scale."""
+    bn = (torch.tensor([[0.0], [1.0], [1.0], [1.0]]).expand(4, 16).contiguous(), torch.ones(16), torch.zeros(16))
+    x = torch.full((1, 16, 2, 2), value).contiguous(memory_format=torch.channels_last)
+    y = build.library().normalize(x, *bn, None, None, True)
+    torch.testing.assert_close(y, torch.nn.functional.silu(x), rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("op", [OPS[name] for name in NAMES if OPS[name].norms], ids=lambda op: op.name)
+def test_one_value_per_channel_is_refused(op):
+    case = Case(1, 24, 1, 1)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        run(op, case, make_inputs(op, case, torch.float32), "cpp")
+
+
+@pytest.mark.parametrize("expand", [1, 6])
+def test_block_refuses_one_value_per_channel(expand):
+    block = MBConv(8, 8, 3, 1, expand, style=Style(kernels="cpp"))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        block(torch.randn(1, 8, 1, 1))
+
+
+def test_low_precision_parameters():
+    inputs = make_inputs(OPS["mbconv"], CASE, torch.bfloat16)
+    inputs.parameters = [p.bfloat16() for p in inputs.parameters]
+    got, dy = run(OPS["mbconv"], CASE, inputs.fresh(), "cpp")
+    want, _ = run(OPS["mbconv"], CASE, inputs.double(), "torch", dy)
+    for key, value in want.items():
+        assert relative_rms(got[key], value) <= 4 * TOLERANCE[torch.bfloat16], key
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
+def test_a_step_of_a_narrow_model(padding):
+    models = [narrow(kernels, padding=padding) for kernels in ("cpp", "torch", "torch")]
+    x = images(4)
+    assert_as_good(step(models[0], x), step(models[1], x), step(models[2].double(), x))
+
+
+def test_a_step_under_autocast():
+    models, x = [narrow(kernels) for kernels in ("cpp", "torch", "torch")], images(8)
+    ours, theirs = (step(model, x, torch.bfloat16) for model in models[:2])
+    assert_as_good(ours, theirs, step(models[2].double(), x), least=8)
+    assert all(p.grad.dtype == torch.float32 for p in models[0].parameters())
+
+
+def test_evaluation():
+    x, models = images(2), [narrow(kernels, output_stride=16).eval() for kernels in ("cpp", "torch")]
+    with torch.no_grad():
+        assert relative_rms(*(model(x) for model in models)) <= 1e-5
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break():
+    eager, model, x = narrow("cpp", output_stride=16), narrow("cpp", output_stride=16), images(8)
+    compiled = step(torch.compile(model, fullgraph=True), x)
+    for name, value in step(eager, x).items():
+        other = compiled[f"_orig_mod.{name}" if name != "logits" else name]
+        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("expand", [1, 6])
+def test_opcheck_of_the_block(expand):
+    torch.use_deterministic_algorithms(False)  # opcheck compares empty tensors of fakes too
+    c = 4 * expand
+
+    def leaf(*shape):
+        return torch.randn(shape, requires_grad=True)
+
+    layer = [[leaf(c, 4, 1, 1), leaf(c), leaf(c)] if expand > 1 else [], [leaf(c, 1, 3, 3), leaf(c), leaf(c)]]
+    layer += [[leaf(2, c, 1, 1), leaf(2), leaf(c, 2, 1, 1), leaf(c)], [leaf(4, c, 1, 1), leaf(4), leaf(4)]]
+    x = torch.randn(3, 4, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    args = (x, *layer, torch.rand(3), True, 1, [1, 1, 1, 1], 1e-3, False)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    results = torch.library.opcheck(torch.ops.effnet_kernels.cpu_block.default, args, test_utils=checks)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_recomputation_gives_the_same_bits():
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        block = MBConv(8, 8, 3, 1, 6, style=Style(kernels="cpp"), drop_path=0.3)
+        block.recompute = recompute
+        x = torch.randn(4, 8, 6, 6, requires_grad=True)
+        block(x).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in block.parameters()), *block.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_exports_through_the_reference():
+    model = narrow("auto", output_stride=16).eval()
+    program = torch.export.export(model, (torch.randn(2, 3, 16, 16),))
+    assert not any("effnet" in str(node.target) for node in program.graph.nodes)
+
+
+def test_auto_takes_them(monkeypatch):
+    x = torch.zeros(2)
+    assert launch.use_kernels("auto", x)
+    assert not launch.use_kernels("torch", x)
+    assert not launch.use_kernels("auto", x.double())
+    with pytest.raises(ValueError, match=r"kernels='cpp' cannot serve a torch\.float64 tensor on cpu"):
+        launch.use_kernels("cpp", x.double())
+    monkeypatch.setattr(build, "library", lambda: None)
+    assert not launch.use_kernels("auto", x)
+
+
+def test_statistics_over_two_ranks(tmp_path):
+    """Two ranks with unequal shares of a batch give one process's outputs, gradients and running statistics."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.replace('"triton"', '"cpp"'))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, Path(__file__).parent], check=True, env=environment, timeout=300)
+
+
+SCRIPT = """
+import sys, torch
+from effnet_kernels import launch
+from effnet_kernels.statistics import BatchNorm
+from effnet_kernels.batch_norm import bn_silu
+x = torch.randn(2, 8, 4, 4)
+y = bn_silu(x, BatchNorm(torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8)))
+print(launch.use_kernels("auto", x))
+"""
+
+
+def run_without(tmp_path, compiler):
+    environment = os.environ | {"CXX": compiler, "TORCH_EXTENSIONS_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    return [line for line in done.stderr.splitlines() if line.startswith("effnet_kernels")]
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path):
+    (line,) = run_without(tmp_path, "no-such-compiler")
+    assert line == (
+        "effnet_kernels: no C++ kernels, PyTorch's operators serve: there is no C++ compiler (no-such-compiler)"
+    )
+
+
+def test_a_failed_build_is_not_tried_again(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text(
+        "#!/bin/sh\necho 'g++ (GCC) 12.2.0'; case \"$*\" in *-c*) echo no space left >&2; exit 1;; esac\n"
+    )
+    broken.chmod(0o755)
+    first, second = run_without(tmp_path, str(broken)), run_without(tmp_path, str(broken))
+    assert "building the C++ kernels" in first[0]
+    assert "the compiler failed, see" in first[1]
+    assert len(second) == 1
+    assert "compiling failed before, see" in second[0]
+    (log,) = tmp_path.glob("*/failed.log")
+    assert "no space left" in log.read_text()
+
+
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1"
+SANITIZED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from op_cases import *
+torch.set_num_threads(2)
+import test_cpu
+for name in test_cpu.NAMES:
+    for case in ODD_CASES:
+        for dtype in (torch.float32, torch.bfloat16):
+            if test_cpu.has_two_values(OPS[name], case):
+                run(OPS[name], case, make_inputs(OPS[name], case, dtype), "cpp")
+for settings in test_cpu.BLOCKS:
+    test_cpu.block_step(settings, "cpp", threads=2)
+print("clean")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_under_sanitizers(tmp_path):
+    """AddressSanitizer and UndefinedBehaviorSanitizer find nothing on the odd shapes."""
+    paths = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+             for name in ("libasan.so", "libubsan.so")]  # fmt: skip
+    environment = os.environ | {
+        "EFFNET_KERNELS_CXXFLAGS": SANITIZERS,
+        "LD_PRELOAD": ":".join(path.strip() for path in paths),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+        "TRITON_INTERPRET": "0",
+    }
+    command = [sys.executable, "-c", SANITIZED, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1700, check=False)
+    assert done.stdout == "clean\n", done.stderr[-4000:]

@@ -40,9 +40,9 @@ def _identity(images: Tensor, _magnitude: Tensor) -> Tensor:
     return images
 
 
-def _blend(images: Tensor, other: Tensor | float, ratio: Tensor) -> Tensor:
-    """ratio * images + (1 - ratio) * other, truncated to uint8."""
-    return (ratio * images + (1 - ratio) * other).clamp_(0, 255).to(torch.uint8)
+def _blend(images: Tensor, other: Tensor | float, magnitude: Tensor) -> Tensor:
+    """(1 + magnitude) * images - magnitude * other, truncated to uint8."""
+    return ((1 + magnitude) * images - magnitude * other).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -104,15 +104,15 @@ def _rotate(images: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _brightness(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _blend(images, 0.0, 1 + magnitude)
+    return _blend(images, 0.0, magnitude)
 
 
 def _color(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _blend(images, _grey(images), 1 + magnitude)
+    return _blend(images, _grey(images), magnitude)
 
 
 def _contrast(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _blend(images, _grey(images).float().mean((1, 2, 3), keepdim=True), 1 + magnitude)
+    return _blend(images, _grey(images).float().mean((1, 2, 3), keepdim=True), magnitude)
 
 
 def _sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def _sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
     box = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
     blurred = pixels.clone()
     blurred[:, 1:-1, 1:-1] = ((box + 4 * pixels[:, 1:-1, 1:-1]) / 13).round()
-    return _blend(images, blurred, 1 + magnitude)
+    return _blend(images, blurred, magnitude)
 
 
 def _posterize(images: Tensor, magnitude: Tensor) -> Tensor:

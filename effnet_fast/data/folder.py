@@ -126,16 +126,16 @@ def _fingerprint(classes: tuple[str, ...], splits: Iterable[FileSplit], examined
 
 def _report_left_out(data_dir: Path, folders: Iterable[Path], listings: Iterable[Classes]) -> None:
     """Count and name the files that are not taken: other endings, and files outside of class folders."""
-    others = [path for classes in listings for listing in classes.values() for path in listing.others]
+    others = sorted(path for classes in listings for listing in classes.values() for path in listing.others)
     if others:
         endings = Counter(path.suffix.lower() or "no ending" for path in others)
         counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
-        _warn(f"left out {len(others)} files that are not images ({counts})", data_dir, others)
+        _warn(f"left out {len(others)} file(s) that are not images ({counts})", data_dir, others)
     outside = [
         path for folder in folders for path in sorted(folder.iterdir()) if path.is_file() and not is_hidden(path)
     ]
     if outside:
-        _warn(f"left out {len(outside)} files that are in no class folder", data_dir, outside)
+        _warn(f"left out {len(outside)} file(s) in no class folder", data_dir, outside)
 
 
 def _warn(what: str, data_dir: Path, paths: list[Path]) -> None:

@@ -142,6 +142,72 @@ def test_hidden_files_are_ignored(images, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ending", [".jpeg", ".JPG", ".jfif", ".PNG", ".webp", ".bmp", ".gif", ".tiff", ".TIF"])
+def test_endings(images, capsys, ending):
+    kind = {".jfif": "JPEG", ".JPG": "JPEG", ".TIF": "TIFF"}.get(ending, ending[1:].upper())
+    path = images / "train" / "ant" / f"more{ending}"
+    picture().save(path, kind)
+    assert path in load_folder(images).train.paths
+    assert not capsys.readouterr().err
+
+
+def test_nested_and_linked_class_folders(images, tmp_path_factory):
+    nested = save(images / "train" / "ant" / "day 2" / "camera" / "0.png", seed=50)
+    elsewhere = save(tmp_path_factory.mktemp("elsewhere") / "deep" / "0.png", seed=51).parent
+    (images / "train" / "bee" / "linked").symlink_to(elsewhere)
+    dataset = load_folder(images)
+    assert nested in dataset.train.paths
+    assert images / "train" / "bee" / "linked" / "0.png" in dataset.train.paths
+    assert len(dataset.train) == 8
+    assert load_folder(images).fingerprint == dataset.fingerprint
+
+
+def test_files_that_are_left_out_are_counted_and_named(images, capsys):
+    good = load_folder(images)
+    for name in ("ant/Thumbs.db", "ant/notes.txt", "bee/more/list.txt"):
+        path = images / "train" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    save(images / "test" / "stray.png")
+    assert load_folder(images).train.paths == good.train.paths
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        "warning: left out 1 file(s) in no class folder: test/stray.png",
+        "warning: left out 3 file(s) that are not images (2 .txt, 1 .db): "
+        "train/ant/Thumbs.db, train/ant/notes.txt, train/bee/more/list.txt",
+    ]
+
+
+def test_names_that_are_not_utf8_are_printable(images, capsys):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (images / "train" / "ant" / name).write_text("x")
+    save(images / "train" / "ant" / os.fsdecode(b"caf\xe9.png"))
+    assert len(load_folder(images).train) == 7
+    assert len(load_folder(images).train) == 7
+    capsys.readouterr().err.encode()
+
+
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_train_valid_test(images, name):
+    save(images / name / "bee" / "0.png", seed=99)
+    dataset = load_folder(images)
+    assert len(dataset.test) == 4
+    assert dataset.val.labels.tolist() == [1]
+    for path in (images / "test").rglob("*.jpg"):
+        path.unlink()
+    for folder in (images / "test" / "ant", images / "test" / "bee", images / "test"):
+        folder.rmdir()
+    dataset = load_folder(images)
+    assert dataset.test.labels.tolist() == [1]
+    assert dataset.val is None
+
+
+def test_val_and_valid_are_refused(images):
+    (images / "val").mkdir()
+    (images / "valid").mkdir()
+    with pytest.raises(ValueError, match="both val/ and valid/"):
+        load_folder(images)
+
+
 def test_val_without_test_is_the_test_split(images):
     (images / "test").rename(images / "val")
     dataset = load_folder(images)

@@ -1,0 +1,110 @@
+"""Memory and shared memory: large pictures, small /dev/shm, no workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effnet_fast.data import torch_loader
+from effnet_fast.data.dataset import ArraySplit, FileSplit, ImageFile
+from effnet_fast.data.loader import LoaderSpec
+from effnet_fast.data.torch_loader import TorchLoader
+
+SPEC = LoaderSpec(
+    batch_size=8,
+    image_size=32,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    seed=0,
+    rank=0,
+    world=1,
+    num_workers=1,
+    augment=None,
+)
+SPLIT = ArraySplit(np.zeros((16, 32, 32, 3), np.uint8), np.zeros(16, np.int64))
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+import effnet_fast.data.decode, effnet_fast.data.examine
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+{}
+print(peak() - before)
+"""
+
+
+def peak_mib(code: str, path: Path) -> int:
+    """MiB that a fresh process needs for some code beyond its imports."""
+    command = [sys.executable, "-c", PEAK.format(code), str(path)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scan of 90 megapixels with one bit each."""
+    path = tmp_path_factory.mktemp("scan") / "scan.png"
+    Image.new("1", (9000, 10000), 1).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "effnet_fast.data.decode.read_image(Path(sys.argv[1]), 224)",
+        "assert not effnet_fast.data.examine.examine_file(Path(sys.argv[1])).error",
+    ],
+)
+def test_a_large_scan_needs_little_memory(scan: Path, code: str) -> None:
+    assert peak_mib(code, scan) < 300  # 90 MiB are the decoded bits; RGB in float64 would be 2,000
+
+
+def test_large_jpegs_are_decoded_at_a_reduced_size(tmp_path: Path) -> None:
+    path = tmp_path / "large.jpg"
+    Image.new("RGB", (8000, 6000), (90, 120, 200)).save(path)
+    code = "pixels = effnet_fast.data.decode.read_image(Path(sys.argv[1]), 32)"
+    code += "; assert abs(pixels - [90, 120, 200.]).max() < 3"
+    assert peak_mib(code, path) < 100  # 183 MiB at full size
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_too_little_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    usage = namedtuple("usage", "total used free")
+    batch = 8 * (3 * 32 * 32 + 8)
+    spec = dataclasses.replace(SPEC, num_workers=workers)
+    monkeypatch.setattr(torch_loader, "_SHARED_MEMORY", Path("/"))
+    monkeypatch.setattr(torch_loader.shutil, "disk_usage", lambda _: usage(0, 0, batch * (2 * workers + 2) - 1))
+    with pytest.raises(ValueError, match=r"--shm-size.*--num_workers 0") as caught:
+        next(TorchLoader(SPLIT, spec).epoch(0))
+    assert "\n" not in str(caught.value)
+    next(TorchLoader(SPLIT, dataclasses.replace(spec, num_workers=0)).epoch(0))
+    monkeypatch.setattr(torch_loader.shutil, "disk_usage", lambda _: usage(0, 0, batch * (2 * workers + 2)))
+    loader = TorchLoader(SPLIT, spec)
+    assert len(list(loader.epoch(0))) == 2
+    loader.close()
+
+
+def test_workers_ship_uint8(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    files = FileSplit((ImageFile(tmp_path / "0.png"),) * 8, np.zeros(8, np.int64))
+    for split in (SPLIT, files):
+        images, labels, errors = TorchLoader(split, SPEC)._loader.dataset[0, 0]
+        assert (images.dtype, labels.dtype, errors) == (torch.uint8, torch.int64, [])
+
+
+def test_no_workers_start_no_process() -> None:
+    loader = TorchLoader(SPLIT, dataclasses.replace(SPEC, num_workers=0))
+    before = multiprocessing.active_children()
+    next(loader.epoch(0))
+    assert multiprocessing.active_children() == before

@@ -1,9 +1,8 @@
 """Compare variants of a recipe by validation images alone: `python benchmarks/choose_recipe.py --variant cutmix=0`.
 
 Each variant is a recipe with FIELD=VALUE changes, trained for the same few epochs on the same part of the training
-images and scored on the rest; the test images are not looked at. One seed tells large differences only: choose by
-`--seeds 3` where the first places are close. Few epochs favour what regularises little. The result is written after
-each variant.
+images and scored on the rest; the test images are not read. One seed shows only large differences: use `--seeds 3`
+where the best are close. Few epochs favour weak regularisation. The result is written after each variant.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from effnet_fast.run.training import train_in
 
 
 class _Stopped(Exception):
-    """By a signal: what is done by then is told and kept."""
+    """A signal stopped the run; finished variants are kept."""
 
 
 def top1(config: TrainConfig) -> float:
-    """Train to the end; the last evaluation's top-1 in percent, of the average where there is one."""
+    """Train to the end; the last evaluation's top-1 in percent, of the moving average if there is one."""
     outcome = train_in(distributed.alone(config.device), config)
     if not outcome.finished:
         raise _Stopped
@@ -36,14 +35,14 @@ def top1(config: TrainConfig) -> float:
 
 
 def row(variant: str, config: TrainConfig, seeds: int) -> dict[str, Any]:
-    """A variant's mean and spread over seeds; one that cannot be trained says why."""
-    begin = time.perf_counter()
+    """A variant's mean and standard deviation over seeds, or the reason why it cannot be trained."""
+    start = time.perf_counter()
     try:
         scores = [top1(dataclasses.replace(config, seed=seed)) for seed in range(seeds)]
     except (ValueError, FloatingPointError) as error:
         return {"variant": variant, "val top1": None, "spread": None, "s": None, "failed": str(error)}
     spread = statistics.stdev(scores) if seeds > 1 else None
-    seconds = (time.perf_counter() - begin) / seeds
+    seconds = (time.perf_counter() - start) / seeds
     return {"variant": variant, "val top1": statistics.mean(scores), "spread": spread, "s": seconds, "failed": ""}
 
 
@@ -56,18 +55,18 @@ def main(argv: list[str]) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE ...",
-        help="changes of one; '' is the recipe itself",
+        help="changes of a variant; '' is the recipe itself",
     )
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--val-fraction", type=float, default=0.1)
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, of seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each variant, with seeds 0, 1, ...")
     args = parser.parse_args(argv)
     if args.seeds < 1 or not 0 < args.val_fraction < 1:
         raise ValueError("--seeds must be at least 1 and --val-fraction between 0 and 1")
     variants = args.variant or [""]
-    alike = [*args.set, f"num_epochs={args.epochs}", f"val_fraction={args.val_fraction}", "resume=no"]
-    configs = {variant: recipe(args.recipe, [*variant.split(), *alike]) for variant in variants}
-    settings = {"recipe": args.recipe, "changes": alike, "seeds": args.seeds, "variants": list(configs)}
+    shared = [*args.set, f"num_epochs={args.epochs}", f"val_fraction={args.val_fraction}", "resume=no"]
+    configs = {variant: recipe(args.recipe, [*variant.split(), *shared]) for variant in variants}
+    settings = {"recipe": args.recipe, "changes": shared, "seeds": args.seeds, "variants": list(configs)}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Stopped):
         for variant, config in configs.items():

@@ -3,26 +3,27 @@
 #
 #   benchmarks/gpu_correct.sh [OUT.json]       default benchmarks/results/correct-DATE.json
 #
-# The tests with the kernels for real, every op at every layer of B0 to B7 against float64, the eager, compiled and
-# captured step, DALI on the GPU, DDP on nccl, exact resume, and the kernels under compute-sanitizer. Without a GPU a
-# few of the tests run. Environment: PYTHON (default python), WORKERS (tests side by side; default 12).
+# The tests that need a GPU (captured step, DALI, nccl, exact resume), every op against float64, the ops at every layer
+# of B0, and the kernels under compute-sanitizer. Tests that only compile are left out: they need no GPU. Without a GPU a
+# few tests run in Triton's interpreter. Environment: PYTHON (default python), WORKERS (test processes; default 12).
 set -uo pipefail
 suite=correct
 # shellcheck source=benchmarks/parts.sh
 source "$(dirname "$0")/parts.sh"
 cd "$here/.." || exit 1
 
-side_by_side=(--numprocesses "${WORKERS:-12}")
+workers=(--numprocesses "${WORKERS:-12}")
+ops=(tests/op_tests/test_ops.py tests/op_tests/test_registration.py tests/op_tests/test_model.py)
 if on_gpu; then
-    # The limits add up to 580 s. The captured step compiles eight models, and each test of resuming trains in four
-    # processes, two of which compile: these come first, since all else builds on the step, and have the time for it.
-    # --seconds begins after checks.py's own imports, hence 15 s below the limit.
-    part checks 110 --seconds 95 -- tests/train/test_graph.py tests/test_distributed.py tests/data -m "" "${side_by_side[@]}"
-    part checks 140 --seconds 125 -- tests/op_tests -m "" "${side_by_side[@]}"
-    part checks 150 --seconds 135 -- tests/faults/test_kills.py tests/test_launchers.py -m "" -k "gpu or nccl" -n 4
-    part checks 50 --seconds 35 --sanitizer memcheck -- tests/op_tests/test_ops.py -m "not slow" -k "against and no-vector"
-    part checks 50 --seconds 35 --sanitizer racecheck -- tests/op_tests/test_ops.py -m "not slow" -k "against and no-vector"
-    part checks 80 --seconds 65 -- tests -m "not slow" "${side_by_side[@]}" --dist loadfile
+    # The limits add up to 580 s; --seconds starts after the imports of checks.py, so it is 15 s shorter. The captured
+    # step compiles eight models, and a test of resuming trains in four processes, two of which compile.
+    part checks 110 --seconds 95 -- tests -m "gpu and not slow" "${workers[@]}"
+    part checks 120 --seconds 105 -- "${ops[@]}" -m "" "${workers[@]}"
+    part checks 120 --seconds 105 -- tests --ignore tests/op_tests -m "gpu and slow" --numprocesses 4
+    part checks 80 --seconds 65 -- tests/op_tests/test_every_layer.py -m "" -k b0 "${workers[@]}"
+    # Python and torch alone take half a minute to start under the sanitizer.
+    part checks 90 --seconds 75 --sanitizer memcheck -- tests/op_tests/test_ops.py -m "not slow" -k "against and no-vector"
+    part checks 60 --seconds 45 --sanitizer racecheck -- tests/op_tests/test_ops.py -m "not slow" -k "against and no-vector"
 else
     echo "no GPU: a few of the tests, in Triton's interpreter"
     part checks 120 --seconds 110 -- tests/op_tests/test_ops.py -m "not slow" -k "against and silu and no-vector" -n 1

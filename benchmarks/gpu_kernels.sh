@@ -3,16 +3,16 @@
 #
 #   benchmarks/gpu_kernels.sh [OUT.json]       default benchmarks/results/kernels-DATE.json
 #
-# Every launch that the parts of an op may have, beside the one that the package chooses; then the table of the ops, whose
-# kernels are compiled by then, beside PyTorch's; then the library's 1x1 convolutions, as such and as matrix products.
-# Environment: PYTHON (default python). Without a GPU the smallest form.
+# Times every launch of an op's space beside the one that the package chooses, then the ops beside PyTorch's operators,
+# then 1x1 convolutions as convolutions and as matrix products. Without a GPU the smallest form of each runs.
+# Environment: PYTHON (default python).
 set -uo pipefail
 suite=kernels
 # shellcheck source=benchmarks/parts.sh
 source "$(dirname "$0")/parts.sh"
 
 if on_gpu; then
-    # The limits add up to 580 s; each writes what it has after every part of an op.
+    # The limits add up to 580 s; each script writes its result after every row.
     part tune 360 --limit 12
     part ops 160 --no-compile --op bn_silu --op depthwise_conv --op mbconv --limit 12
     part pointwise 60

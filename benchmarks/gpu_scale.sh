@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The scaling study's five models at equal cost on one GPU, and where each of them looks.
+# The scaling study's five models at equal cost on one GPU, and the maps of each.
 #
 #   benchmarks/gpu_scale.sh                    SAVE_DIR/scale/study.json and SAVE_DIR/scale-maps/gallery.html, summary.csv
 #
 # Environment: PYTHON (default python), DATA_DIR (a folder with CIFAR-100, default data), SAVE_DIR (default results),
-# EPOCHS (default 15), SECONDS_AT_MOST of the study (default 480): it goes on where it was when it is called again.
-# Without a GPU each model sees a few procedural images.
+# EPOCHS (default 15), SECONDS_AT_MOST of the study (default 480). Run it again to resume a study that was stopped.
+# Without a GPU each model trains on a few synthetic images.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
@@ -15,7 +15,7 @@ images=$save_dir/scale-images
 data=(--dataset cifar100 --data_dir "${DATA_DIR:-data}")
 settings=(--config "$here/../effnet_fast/recipes/cifar100.yaml" --num_epochs "${EPOCHS:-15}" --target_flops 4.245e8)
 if "$python" -c "import sys, torch; sys.exit(torch.cuda.is_available())"; then
-    echo "no GPU: procedural images, for a moment; the figures say nothing"
+    echo "no GPU: a few synthetic images; the figures say nothing"
     data=(--dataset synthetic --data_dir "$save_dir")
     settings=(--num_epochs 1 --limit_train 64 --limit_eval 20 --batch_size 32 --output_stride 32 --target_flops 2.984e7)
 fi

@@ -3,20 +3,20 @@
 #
 #   benchmarks/gpu_suite.sh [OUT.json]         default benchmarks/results/suite-DATE.json
 #
-# Environment: PYTHON (default python). It changes no setting of the machine. Without a GPU the smallest form of each
-# runs to its end. A benchmark that fails or takes too long is named, and the status is 1; the others go on. The time to
-# an accuracy, which takes minutes, is gpu_train.sh's on a GPU.
+# Environment: PYTHON (default python). It changes no setting of the machine. A benchmark that fails or takes too long is
+# reported, the others run, and the status is 1. The time to an accuracy, which takes minutes, is in gpu_train.sh. Without
+# a GPU the smallest form of each runs.
 set -uo pipefail
 suite=suite
 # shellcheck source=benchmarks/parts.sh
 source "$(dirname "$0")/parts.sh"
 
 if on_gpu; then
-    # The limits add up to 580 s. Most of throughput's time is compiling, which nothing interrupts and which takes the
-    # better part of a minute a model: so it begins none after 180 s. What is last may be left out, and is named.
+    # The limits add up to 580 s. Compiling takes most of throughput's time, up to a minute a model, and cannot be
+    # interrupted: after 180 s it starts no further one and reports the rest as left out.
     part throughput 270 --require-peers --output-stride 8 --direction train --rounds 10 --seconds 180 \
         --step graph --step compile --step eager
-    # The roofline and the loaders need the captured step's time, and compile it again only where it is not known.
+    # The roofline and the loaders need the captured step's time; they measure it only where throughput did not.
     measured='import json, sys; rows = json.load(open(sys.argv[1]))["rows"]
 print(*next((row["ms"][1], row["img/s"][1]) for row in rows if row["step"] == "graph"))'
     read -r step_ms step_rate < <("$python" -c "$measured" "${parts[0]}" 2>/dev/null)

@@ -2,14 +2,14 @@
 # CIFAR-100 on one GPU, in three commands of under 10 minutes each.
 #
 #   benchmarks/gpu_train.sh choose [OUT.json]  variants of the recipe, compared on validation images alone
-#   benchmarks/gpu_train.sh final              the recipe to its end; SAVE_DIR/cifar100 keeps curves, rows, provenance
-#   benchmarks/gpu_train.sh times [OUT.json]   seconds until 75 and 80 % top-1, three seeds; each evaluation is kept
+#   benchmarks/gpu_train.sh final              the recipe to its end; SAVE_DIR/cifar100 has curves, rows, provenance
+#   benchmarks/gpu_train.sh times [OUT.json]   seconds to 75 and 80 % top-1, three seeds; every evaluation is recorded
 #
 # OUT.json is by default benchmarks/results/train-DATE.json. Environment: PYTHON (default python), DATA_DIR (a folder
-# with CIFAR-100, default data), SAVE_DIR (default results), STEP (default graph; compile, should capturing fail), EPOCHS
-# of `choose` (default 30) and `times` (default 60: the schedule must end soon for a target to be met soon). After
-# SECONDS_AT_MOST of training (default 540) `final` evaluates, saves and ends; the same command goes on from there.
-# Without a GPU each trains the procedural images for a moment.
+# with CIFAR-100, default data), SAVE_DIR (default results), STEP (default graph; use compile if capturing fails), EPOCHS
+# of `choose` (default 30) and `times` (default 60: a short schedule meets a target sooner). After SECONDS_AT_MOST of
+# training (default 540) `final` evaluates, saves and ends; the same command resumes. Without a GPU each trains on a few
+# synthetic images.
 set -uo pipefail
 what=${1:-}
 shift
@@ -24,7 +24,7 @@ flags=(--data_dir "${DATA_DIR:-data}" --step "$step" --time_budget "${SECONDS_AT
 epochs=${EPOCHS:-30}
 target=(--target 75 80 --seeds 3 --set "num_epochs=${EPOCHS:-60}" --set eval_every_epochs=1)
 if ! on_gpu; then
-    echo "no GPU: procedural images, for a moment; the figures say nothing"
+    echo "no GPU: a few synthetic images; the figures say nothing"
     small=(dataset=synthetic limit_train=64 limit_eval=20 batch_size=32 output_stride=32 num_workers=1)
     settings=()
     for setting in "${small[@]}"; do
@@ -53,7 +53,7 @@ times)
     part time_to_accuracy 590 --recipe cifar100 "${settings[@]}" "${target[@]}"
     ;;
 *)
-    echo "error: say choose, final or times, not '$what'" >&2
+    echo "error: the first argument must be choose, final or times, not '$what'" >&2
     exit 2
     ;;
 esac

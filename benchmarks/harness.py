@@ -1,12 +1,13 @@
-"""What the benchmarks share: a case, its batch, its loader and its training step, timing, rates, and the result file.
+"""Shared by the benchmarks: a case with its batch, loader and training step; timing; rates; and the result file.
 
-A step here is `effnet_fast.train.step.Step`, the very one that `effnet-fast train` takes, with its defaults: SGD with
-Nesterov momentum, label smoothing 0.1, clipping at 5, and the guard against a gradient that is not finite.
+The step is `effnet_fast.train.step.Step`, as `effnet-fast train` runs it by default: SGD with Nesterov momentum, label
+smoothing 0.1, gradients clipped at 5, and the guard against non-finite gradients.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet_fast import create_model, provenance
+from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import TrainConfig
 from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.choose_loader import make_loader
@@ -33,9 +35,9 @@ from effnet_fast.train.step import Step, StepOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPEATS = 20
-INNER = 10 if DEVICE == "cuda" else 1  # steps timed together: the host issues one while the GPU is at those before
+INNER = 10 if DEVICE == "cuda" else 1  # steps timed together, so that the host runs ahead of the GPU as in training
 MODES = ("eager", "compile", "graph")
-CACHE_BYTES = 256 << 20  # several times the second-level cache of an A100 or H100
+CACHE_BYTES = 256 << 20  # several times the L2 cache of an A100 or H100
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 RATE, MOMENTUM, DECAY, SMOOTHING, CLIP = 0.01, 0.9, 5e-4, 0.1, 5.0
 
@@ -45,7 +47,7 @@ Quantiles = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a model on square images, in batches, in a type of arithmetic (autocast)."""
+    """A model on batches of square images, computed in `dtype` under autocast."""
 
     model: str = "efficientnet-b0"
     image_size: int = 32
@@ -56,7 +58,7 @@ class Case:
 
     @property
     def precision(self) -> str:
-        """As `--mixed_precision` calls it."""
+        """The value of `--mixed_precision`."""
         return PRECISIONS[self.dtype]
 
     def __str__(self) -> str:
@@ -67,23 +69,23 @@ class Case:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that every benchmark has: `--out`."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--out", type=Path, help="write the result, with its provenance, as JSON")
-    return made
+    """An argument parser with `--out`, which every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the result, with its provenance, as JSON")
+    return parser
 
 
-def add_case(to: argparse.ArgumentParser) -> None:
-    """The arguments that make a `Case`; the defaults fit the device."""
-    to.add_argument("--model", default="efficientnet-b0")
-    to.add_argument("--image-size", type=int, default=32)
-    to.add_argument("--output-stride", type=int, choices=(4, 8, 16, 32), help="default 8 below 128 px, else 32")
-    to.add_argument("--batch-size", type=int, default=512 if DEVICE == "cuda" else 64)
-    to.add_argument("--dtype", choices=PRECISIONS, default="bfloat16" if DEVICE == "cuda" else "float32")
+def add_case(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a `Case`; the defaults depend on the device."""
+    parser.add_argument("--model", default="efficientnet-b0")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--output-stride", type=int, choices=(4, 8, 16, 32), help="default 8 below 128 px, else 32")
+    parser.add_argument("--batch-size", type=int, default=512 if DEVICE == "cuda" else 64)
+    parser.add_argument("--dtype", choices=PRECISIONS, default="bfloat16" if DEVICE == "cuda" else "float32")
 
 
 def case_of(args: argparse.Namespace) -> Case:
-    """The case that the arguments name.
+    """The case of parsed arguments.
 
     Raises:
         ValueError: an unknown model or an impossible size.
@@ -97,7 +99,7 @@ def case_of(args: argparse.Namespace) -> Case:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call a script's main; what the user can mend becomes one line and status 2."""
+    """Call a script's main; a user's mistake prints one line and exits with status 2."""
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError) as error:
@@ -105,11 +107,11 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.exit(2)
 
 
-# -- what is measured
+# -- model, batch, step, loader
 
 
 def make_model(case: Case) -> nn.Module:
-    """Our model of the case, on the device."""
+    """The case's model, on the device."""
     torch.manual_seed(0)
     model = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
     return model.to(DEVICE)
@@ -124,7 +126,7 @@ def make_batch(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def check_mode(mode: str) -> tuple[bool, bool]:
-    """Whether a step of this mode is compiled, and whether it is captured, as `effnet-fast train --step` has it.
+    """Whether a step of this mode is compiled, and whether it is captured in a CUDA graph, as in `train --step`.
 
     Raises:
         ValueError: graph without CUDA.
@@ -133,11 +135,11 @@ def check_mode(mode: str) -> tuple[bool, bool]:
 
 
 def make_step(case: Case, mode: str, world: World | None = None, wrap: Callable | None = None) -> Step:
-    """The training step of the case in a mode: eager, compile or graph (captured, with the compiled model in it).
+    """The training step of a case in a mode: eager, compile, or graph (compiled and captured).
 
     Args:
-        world: of several ranks; default this process alone.
-        wrap: what to put around the module before it is compiled, such as DistributedDataParallel.
+        world: the ranks; default this process alone.
+        wrap: applied to the module before it is compiled, such as DistributedDataParallel.
 
     Raises:
         ValueError: see `check_mode`.
@@ -158,7 +160,7 @@ def make_step(case: Case, mode: str, world: World | None = None, wrap: Callable 
 
 
 def plain_step(model: nn.Module, case: Case) -> Callable[[Tensor, Tensor], object]:
-    """The step that a user of another library writes: forward, loss, backward, fused SGD; no clipping, no guard."""
+    """The usual step of another library's user: forward, loss, backward, fused SGD; no clipping, no guard."""
     optimizer = torch.optim.SGD(
         model.parameters(), lr=RATE, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY, fused=True
     )
@@ -188,10 +190,10 @@ def inference(model: nn.Module, case: Case) -> Callable[[Tensor], Tensor]:
 def make_batches(
     case: Case, kind: str, workers: int, images: int = 10_000, device: torch.device | None = None
 ) -> tuple[Loader, Iterator]:
-    """A training loader over procedural images, and its batches without end, on a device, default the one in use.
+    """A training loader over synthetic images, and its endless batches, on `device` (default: the one in use).
 
     Raises:
-        ValueError: the loader cannot serve here.
+        ValueError: the loader does not work on this machine.
     """
     data = load_synthetic(train_size=max(images, case.batch_size), test_size=100)
     device = device or torch.device(DEVICE)
@@ -235,27 +237,34 @@ def synchronise() -> None:
 
 
 def wall_ms(call: Call) -> float:
-    """Milliseconds of one call, the device's work included."""
+    """Milliseconds of one call and of the work it queues on the device."""
     synchronise()
-    begin = time.perf_counter()
+    start = time.perf_counter()
     call()
     synchronise()
-    return (time.perf_counter() - begin) * 1e3
+    return (time.perf_counter() - start) * 1e3
 
 
 def host_ms(call: Call) -> float:
-    """Milliseconds until a call returns that finds the device idle: what it takes the host to issue it."""
+    """Milliseconds until a call returns on an idle device: the host's time to issue it."""
     synchronise()
-    begin = time.perf_counter()
+    start = time.perf_counter()
     call()
-    return (time.perf_counter() - begin) * 1e3
+    return (time.perf_counter() - start) * 1e3
 
 
-def alternating(calls: dict[Any, Call], rounds: int, warm_up: int, inner: int = 1) -> dict[Any, list[float]]:
-    """Milliseconds of each call, taken in turns, so that what else the machine does meets all of them alike.
+def alternating(
+    calls: dict[Any, Call],
+    rounds: int,
+    warm_up: int,
+    inner: int = 1,
+    after_round: Callable[[dict[Any, list[float]]], None] = lambda samples: None,
+) -> dict[Any, list[float]]:
+    """Milliseconds of each call. The calls take turns, so that other load on the machine affects all alike.
 
     Args:
-        inner: calls that are timed together, so that a GPU's queue stays filled.
+        inner: calls timed together, so that a GPU's queue stays filled.
+        after_round: receives all samples so far, to keep them should the script be stopped.
     """
     for call in calls.values():
         for _ in range(warm_up):
@@ -264,11 +273,12 @@ def alternating(calls: dict[Any, Call], rounds: int, warm_up: int, inner: int = 
     for _ in range(rounds):
         for name, call in calls.items():
             samples[name].append(wall_ms(lambda call=call: [call() for _ in range(inner)]) / inner)  # type: ignore[misc]
+        after_round(samples)
     return samples
 
 
 def replayed(functions: list[Call]) -> Quantiles:
-    """p20, p50, p80 in ms of one call, the functions (equal but for their buffers) taking turns in one CUDA graph."""
+    """p20, p50, p80 in ms of one call. The functions differ only in their buffers and take turns in one CUDA graph."""
     if DEVICE == "cpu":
         return quantiles([wall_ms(function) for function in functions[:2]])
     for function in functions:
@@ -276,33 +286,34 @@ def replayed(functions: list[Call]) -> Quantiles:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for function in functions:
-            function()
+        # Keep all outputs: a freed one's memory would serve the next call, whose writes would then stay in the cache.
+        outputs = [function() for function in functions]
     samples = []
     for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        samples.append(begin.elapsed_time(end) / len(functions))
+        samples.append(start.elapsed_time(end) / len(functions))
+    del outputs
     return quantiles(samples)
 
 
 def rotations(bytes_each: int) -> int:
-    """Copies of the buffers that together exceed the cache."""
+    """How many copies of buffers of this size together exceed the cache."""
     return 2 if DEVICE == "cpu" else max(2, min(16, CACHE_BYTES // bytes_each + 1))
 
 
 def copy_bandwidth() -> float:
-    """GB/s of a copy within the device's memory, read and write counted."""
+    """GB/s of a copy in the device's memory, counting reads and writes."""
     size = 1 << 28
     a, b = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     return 2 * size / _least_ms(lambda: b.copy_(a)) / 1e6
 
 
 def matrix_rate(dtype: str) -> float:
-    """FLOP/s of a large square matrix product of this type; float32 with TF32 where the device has it."""
+    """FLOP/s of a large square matrix product in `dtype`; float32 uses TF32 where the device has it."""
     side = 8192 if DEVICE == "cuda" else 1024
     set_backends(deterministic=False)
     a, b = (torch.randn(side, side, device=DEVICE, dtype=getattr(torch, dtype)) for _ in range(2))
@@ -310,7 +321,7 @@ def matrix_rate(dtype: str) -> float:
 
 
 def _least_ms(call: Call) -> float:
-    """The least milliseconds of a call; on a GPU of several in a row, since one hardly outlasts its launch."""
+    """Least milliseconds of a call; on a GPU of twenty in a row, since one is hardly longer than its launch."""
     inner = 20 if DEVICE == "cuda" else 1
     return min(alternating({"call": call}, rounds=5, warm_up=1, inner=inner)["call"])
 
@@ -319,36 +330,41 @@ def _least_ms(call: Call) -> float:
 
 
 def warning() -> str:
-    """What a reader must know of figures from here; empty on a GPU."""
+    """A note for readers of a CPU's figures; empty on a GPU."""
     if DEVICE == "cuda":
         return ""
     return f"CPU figures ({torch.get_num_threads()} threads): they say nothing about a GPU."
 
 
+# Asked of git and the driver, so once a process: results are written again after each row.
+environment = functools.cache(provenance.environment)
+
+
 def result(benchmark: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A result as it is written: what was measured, where, and whether the figures are a GPU's."""
+    """A result as it is written: benchmark, device, provenance, settings and rows."""
     return {
         "benchmark": benchmark,
         "device": DEVICE,
         "note": warning(),
         "threads": torch.get_num_threads(),
-        "provenance": provenance.environment(),
+        "provenance": dict(environment()),
         "settings": settings,
         "rows": rows,
     }
 
 
-def write(path: Path | None, made: dict[str, Any]) -> None:
-    """Write a result, if a path is given."""
+def write(path: Path | None, result: dict[str, Any], quiet: bool = False) -> None:
+    """Write a result, if a path is given; the file is replaced at once, so that a kill leaves a whole one."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made, indent=1) + "\n")
-    print(f"written: {path}")
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    if not quiet:
+        print(f"written: {path}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table; the first row names the columns."""
+    """Rows as a Markdown table with the columns of the first row."""
     if not rows:
         return ""
     names = list(rows[0])
@@ -357,5 +373,5 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def settings_of(case: Case, **more: Any) -> dict[str, Any]:
-    """A case and what else was set, JSON-ready."""
+    """A case and further settings, as JSON types."""
     return asdict(case) | more

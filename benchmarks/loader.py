@@ -1,16 +1,16 @@
 """Images per second of the loaders: `python benchmarks/loader.py [--step-rate IMG_PER_S] [--record]`.
 
 DALI (on the GPU where there is one, and on the CPU), the resident loader, and a torch DataLoader with worker processes
-as what a user would take instead: all deliver the same training batches of procedural 32 px images with crop and flip,
-and take turns. The share of the step is the time a batch takes to make over the time a training step takes; at 100 % or
-more the loader is the bottleneck. `--record` writes what `--loader auto` follows.
+deliver the same training batches of synthetic 32 px images with crop and flip, and take turns. The share of the step is
+a batch's loading time over a training step's time: at 100 % or more the loader is the bottleneck. `--record` writes the
+file that `--loader auto` follows.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import harness
@@ -19,17 +19,16 @@ from harness import Case
 
 from effnet_fast.data import choose_loader
 from effnet_fast.data.loader import Loader
-from effnet_fast.provenance import environment
 
-IMAGES = 50_000  # as many as CIFAR has, since what begins an epoch is a part of the rate
+IMAGES = 50_000  # as in CIFAR: the start of an epoch is part of the rate
 SPEEDS = Path(choose_loader.__file__).with_name("loader_speeds.json")
 
 
 def make(kind: str, case: Case, workers: int) -> tuple[Loader, Iterator]:
-    """A loader and its endless batches, delivered on the device; `dali-cpu` computes on the CPU and copies them up.
+    """A loader and its endless batches on the device; `dali-cpu` loads on the CPU and copies to the device.
 
     Raises:
-        ValueError, ImportError: it cannot serve here.
+        ValueError, ImportError: the loader does not work on this machine.
     """
     if kind != "dali-cpu":
         return harness.make_batches(case, kind, workers, IMAGES)
@@ -38,30 +37,33 @@ def make(kind: str, case: Case, workers: int) -> tuple[Loader, Iterator]:
 
 
 def kinds() -> list[str]:
-    """What there is to measure: DALI on the CPU is DALI where there is no GPU."""
+    """Loaders to measure; without a GPU `dali` is DALI on the CPU."""
     return (["dali", "dali-cpu"] if harness.DEVICE == "cuda" else ["dali"]) + ["resident", "torch"]
 
 
-def speeds(case: Case, workers: int, batches: int, rounds: int) -> dict[str, list[float]]:
-    """img/s of each loader that can serve here, one figure a round, in turns."""
-    made = {}
+def speeds(
+    case: Case, workers: int, batches: int, rounds: int, after_round: Callable[[dict[str, list[float]]], None]
+) -> dict[str, list[float]]:
+    """img/s of each loader that works here, one figure a round, in turns; `after_round` receives those so far."""
+    loaders = {}
     for kind in kinds():
         try:
-            made[kind] = make(kind, case, workers)
+            loaders[kind] = make(kind, case, workers)
         except (ValueError, ImportError) as error:
             print(f"{kind} is left out: {error}")
     try:
-        for _, stream in made.values():
+        for _, stream in loaders.values():
             _drain(stream, batches)
-        found: dict[str, list[float]] = {kind: [] for kind in made}
+        rates: dict[str, list[float]] = {kind: [] for kind in loaders}
         for _ in range(rounds):
-            for kind, (_, stream) in made.items():
-                begin = time.perf_counter()
+            for kind, (_, stream) in loaders.items():
+                start = time.perf_counter()
                 _drain(stream, batches)
-                found[kind].append(batches * case.batch_size / (time.perf_counter() - begin))
-        return found
+                rates[kind].append(batches * case.batch_size / (time.perf_counter() - start))
+            after_round(rates)
+        return rates
     finally:
-        for loader, _ in made.values():
+        for loader, _ in loaders.values():
             loader.close()
 
 
@@ -72,8 +74,8 @@ def _drain(stream: Iterator, batches: int) -> None:
 
 
 def record(path: Path, rows: list[dict]) -> None:
-    """Put the medians under this device's name into the file that `--loader auto` follows."""
-    about = environment()
+    """Write the medians under this device's name into the file that `--loader auto` follows."""
+    about = harness.environment()
     name = torch.cuda.get_device_name() if harness.DEVICE == "cuda" else "cpu"
     known = json.loads(path.read_text()) if path.exists() else {}
     known[name] = {row["loader"]: round(row["img/s"][1]) for row in rows if row["loader"] != "dali-cpu"} | {
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> None:
     parser = harness.parser(__doc__)
     harness.add_case(parser)
     parser.add_argument("--num-workers", type=int, default=8, help="threads or processes, at most the cores")
-    parser.add_argument("--batches", type=int, default=20, help="of each loader's turn")
+    parser.add_argument("--batches", type=int, default=20, help="batches in each turn of a loader")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--step-rate", type=float, help="img/s of the training step; default measured here")
     parser.add_argument("--step", choices=harness.MODES, default="eager", help="mode of the step that is measured")
@@ -101,19 +103,31 @@ def main(argv: list[str]) -> None:
     case = harness.case_of(args)
     print(f"{case}\n{harness.warning()}".rstrip())
     rate = args.step_rate or step_rate(case, args.step)
-    rows = []
-    for kind, found in speeds(case, args.num_workers, args.batches, args.rounds).items():
-        row = {"loader": kind, "img/s": harness.quantiles(found)}
-        rows.append(row | {"share of step": rate / row["img/s"][1]})
-        print(f"{kind:9} {row['img/s'][1]:12,.0f} img/s  {rate / row['img/s'][1]:7.1%} of a step at {rate:,.0f} img/s")
+    settings = harness.settings_of(case, num_workers=args.num_workers, step_rate=rate, step=args.step)
+
+    def save(rates: dict[str, list[float]], quiet: bool = True) -> list[dict]:
+        rows = rows_of(rates, rate)
+        harness.write(args.out, harness.result("loader", settings, rows), quiet)
+        return rows
+
+    rows = save(speeds(case, args.num_workers, args.batches, args.rounds, save), quiet=False)
+    for row in rows:
+        print(f"{row['loader']:9} {row['img/s'][1]:12,.0f} img/s  {row['share of step']:7.1%} of a step at {rate:,.0f}")
     if args.record:
         record(args.speeds, rows)
-    settings = harness.settings_of(case, num_workers=args.num_workers, step_rate=rate, step=args.step)
-    harness.write(args.out, harness.result("loader", settings, rows))
+
+
+def rows_of(rates: dict[str, list[float]], step_rate: float) -> list[dict]:
+    """A row for each loader."""
+    rows = []
+    for kind, samples in rates.items():
+        quantiles = harness.quantiles(samples)
+        rows.append({"loader": kind, "img/s": quantiles, "share of step": step_rate / quantiles[1]})
+    return rows
 
 
 def step_rate(case: Case, mode: str) -> float:
-    """img/s of our training step on a batch in memory."""
+    """img/s of our training step on a batch on the device."""
     step, batch = harness.make_step(case, mode), harness.make_batch(case)
     ms = harness.quantiles(harness.alternating({"step": lambda: step(*batch, 0)}, 5, 2, harness.INNER)["step"])[1]
     return case.batch_size / ms * 1e3

@@ -1,11 +1,11 @@
 """Time every op of effnet_kernels on EfficientNet-B0's shapes: `python benchmarks/ops.py [--op mbconv] [--out FILE]`.
 
-For each op and shape: Triton, eager PyTorch (for the convolution that is cuDNN) and the compiled reference, forward
-and backward apart, as milliseconds (p20/p50/p80), GB/s of the op's least traffic, and the share of the copy bandwidth
-measured in the same run. A time is printed only where the op agrees with its float64 reference on that very shape.
-Kernels are replayed from a CUDA graph over rotating buffers that together exceed the cache, so that each finds it cold.
+For each op and shape: Triton, eager PyTorch (cuDNN for the convolution) and the compiled reference, forward and
+backward separately. Reports milliseconds (p20/p50/p80), GB/s of the op's least traffic, and its share of the copy
+bandwidth measured in the same run. A time is printed only where the op agrees with its float64 reference on that shape.
+Kernels are replayed from a CUDA graph over rotating buffers larger than the cache, so that each starts with a cold one.
 
-On the CPU the script runs to its end on tiny maps in Triton's interpreter; its times then say nothing.
+On the CPU the script runs on tiny maps in Triton's interpreter; the times then mean nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Shape:
 
 
 def b0_shapes() -> Iterator[Shape]:
-    """Every distinct depthwise layer of B0, read off the model: 512 images at 32 px, output stride 8; 128 at 224 px."""
+    """B0's distinct depthwise layers, collected from the model: 512 images of 32 px, output stride 8; 128 of 224 px."""
     for batch, pixels in ((512, 32), (128, 224)):
         model = create_model("efficientnet-b0", image_size=pixels)
         seen: dict[Shape, None] = {}
@@ -95,7 +95,7 @@ class Op:
 
 @functools.cache
 def _running(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Running statistics, made once, so that no timing holds their making."""
+    """Running statistics, cached so that no timing includes their allocation."""
     return torch.zeros(channels, device=DEVICE, dtype=dtype), torch.ones(channels, device=DEVICE, dtype=dtype)
 
 
@@ -168,7 +168,7 @@ def agrees(op: Op, shape: Shape, dtype: torch.dtype) -> float:
 
 
 def measure(op: Op, shape: Shape, dtype: torch.dtype, kernels: str, compiled: bool) -> dict[str, tuple[float, ...]]:
-    """Quantiles of forward alone, which keeps what backward needs, and of backward alone, of outputs made before."""
+    """Quantiles of forward, which saves what backward needs, and of backward on saved outputs."""
     run = torch.compile(op.run, fullgraph=True, dynamic=False) if compiled else op.run
     x_bytes = shape.n * shape.c * shape.size**2 * dtype.itemsize
     sets = [make(op, shape, dtype) for _ in range(rotations(3 * x_bytes))]
@@ -195,7 +195,9 @@ def least_bytes(shape: Shape, passes: tuple[int, int], dtype: torch.dtype) -> in
 
 
 def line(row: dict) -> str:
-    """A row as it is printed; without a GPU there is no rate to show."""
+    """A row as printed text; without a GPU there is no rate to show."""
+    if "wrong by" in row:
+        return f"{row['op']:16} {row['shape']:28} WRONG by {row['wrong by']}, so no time is shown"
     rate = f"{row['GB/s']:7.1f} GB/s, {row['share of copy']:6.1%}" if DEVICE == "cuda" else "not a timing"
     head = f"{row['op']:16} {row['shape']:28} {row['direction']:8} {row['path']:8}"
     return f"{head} {row['ms p20/p50/p80'][1]:9.4f} ms ({rate})"
@@ -234,16 +236,16 @@ def speed_up(name: str, rows: list[dict]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    words = parser(__doc__)
-    words.add_argument("--op", choices=OPS, action="append", help="only this op (may be repeated)")
-    words.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    words.add_argument("--limit", type=int, help="only so many shapes of each op")
-    words.add_argument("--no-compile", action="store_true", help="leave the compiled reference out")
-    args = words.parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--op", choices=OPS, action="append", help="only this op; repeat for several")
+    options.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    options.add_argument("--limit", type=int, help="number of shapes of each op")
+    options.add_argument("--no-compile", action="store_true", help="skip the compiled reference")
+    args = options.parse_args(argv)
     dtype = getattr(torch, args.dtype)
     bandwidth = copy_bandwidth()
     if DEVICE == "cpu":
-        print("NOT A TIMING: no GPU, so tiny maps in Triton's interpreter; this run only shows that the script works.")
+        print("NOT A TIMING: without a GPU, tiny maps in Triton's interpreter only show that the script works.")
     print(f"copy bandwidth {bandwidth:.0f} GB/s; {args.dtype}; p50 ms (GB/s, share of copy) per path")
     shapes = list(b0_shapes())
     if DEVICE == "cpu":
@@ -251,18 +253,19 @@ def main(argv: list[str]) -> None:
     paths = {"triton": ("triton", False), "eager": ("torch", False)}
     if not args.no_compile:
         paths["compiled"] = ("torch", True)
-    rows = []
+    settings = {"dtype": args.dtype, "copy_GBs": bandwidth}
+    rows: list[dict] = []
     for name in args.op or OPS:
         for shape in shapes[: args.limit]:
             for row in rows_of(name, shape, dtype, paths, bandwidth):
-                wrong = f"{name:16} {row['shape']:28} WRONG by {row.get('wrong by')}, so no time is shown"
-                print(wrong if "wrong by" in row else line(row), flush=True)
+                print(line(row), flush=True)
                 rows.append(row)
+                write(args.out, result("ops", settings, rows), quiet=True)
         print(speed_up(name, rows))
-        write(args.out, result("ops", {"dtype": args.dtype, "copy_GBs": bandwidth}, rows))
+    write(args.out, result("ops", settings, rows))
 
 
 if __name__ == "__main__":
-    # Autograd runs a backward on its forward's stream, and a graph is captured on a stream of its own: one serves both.
+    # A backward runs on its forward's stream, and a graph is not captured on the default stream: use one for both.
     with torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else contextlib.nullcontext():
         run(main)

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # suite is set by who sources this
-# What the suites share; sourced by them. A suite is a list of parts, each a script of this folder with a time limit, and
-# joins what they wrote into one JSON. A part that fails or takes too long is named, and the others go on.
+# Sourced by the suites. A suite runs parts, each a script of this folder with a time limit, and joins their results into
+# one JSON. A part that fails or takes too long is reported, and the next one runs.
 #
 # Environment: PYTHON (default python). Before it is sourced: `suite`, the name; the JSON is the first argument, default
 # benchmarks/results/SUITE-DATE.json.
@@ -19,17 +19,17 @@ fi
 failed=0
 parts=()
 
-# part NAME SECONDS ARGUMENTS...: run NAME.py within its time, and keep what it wrote.
+# part NAME SECONDS ARGUMENTS...: run NAME.py within its time; its result is kept even if it is killed.
 part() {
-    local name=$1 seconds=$2 begin=$SECONDS
+    local name=$1 seconds=$2 start=$SECONDS
     local result=$work/$((${#parts[@]} + 1))-$name.json
     shift 2
     echo "== $name $*"
     parts+=("$result")
     if timeout -k 5 "$seconds" "$python" "$here/$name.py" --out "$result" "$@"; then
-        echo "== $name took $((SECONDS - begin)) s"
+        echo "== $name took $((SECONDS - start)) s"
     else
-        echo "FAILED: $name.py after $((SECONDS - begin)) s" >&2
+        echo "FAILED: $name.py after $((SECONDS - start)) s" >&2
         failed=1
     fi
 }
@@ -38,7 +38,7 @@ on_gpu() {
     "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 }
 
-# finish: join the results; the status says whether all went well.
+# finish: join the results; status 1 if a part failed.
 finish() {
     "$python" "$here/report.py" --merge "$out" "${parts[@]}" || exit 1
     exit "$failed"

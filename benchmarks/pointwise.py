@@ -1,9 +1,9 @@
 """Is a 1x1 convolution faster as a convolution or as a matrix product? `python benchmarks/pointwise.py [--out FILE]`.
 
 For each distinct 1x1 convolution of EfficientNet-B0, channels last: y = x w, dx = dy w and dw = dy x, by torch's
-convolution (on CUDA cuDNN's) and by a product of the same memory seen as matrices (cuBLAS's), as milliseconds
-(p20/p50/p80), GB/s of what must be moved at the least, and its share of the copy bandwidth measured in the same run.
-Kernels are replayed from a CUDA graph over rotating buffers. On the CPU the script runs on a few small maps.
+convolution (on CUDA cuDNN's) and by a matrix product on the same memory (cuBLAS's). Reports milliseconds
+(p20/p50/p80), GB/s of the least traffic, and its share of the copy bandwidth measured in the same run. Kernels are
+replayed from a CUDA graph over rotating buffers. On the CPU the script runs on a few small maps.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Layer:
 
     @property
     def bytes(self) -> int:
-        """Values that each of the three moves at the least, in elements."""
+        """Least traffic of each of the three results, in elements."""
         return self.n * self.size**2 * (self.inputs + self.outputs) + self.inputs * self.outputs
 
 
 def layers(batch: int, pixels: int) -> list[Layer]:
-    """Every distinct one of B0 but those of squeeze-and-excitation, read off the model."""
+    """B0's distinct 1x1 convolutions, without those of squeeze-and-excitation, collected from the model."""
     model = create_model("efficientnet-b0", image_size=pixels)
     seen: dict[Layer, None] = {}
 
@@ -71,8 +71,8 @@ class FlatTensors:
     @classmethod
     def of(cls, layer: Layer, dtype: torch.dtype) -> FlatTensors:
         def map_of(channels: int) -> Tensor:
-            made = torch.randn(layer.n, channels, layer.size, layer.size, device=DEVICE, dtype=dtype)
-            return made.contiguous(memory_format=torch.channels_last)
+            x = torch.randn(layer.n, channels, layer.size, layer.size, device=DEVICE, dtype=dtype)
+            return x.contiguous(memory_format=torch.channels_last)
 
         w = torch.randn(layer.outputs, layer.inputs, 1, 1, device=DEVICE, dtype=dtype) / layer.inputs**0.5
         return cls(map_of(layer.inputs), map_of(layer.outputs), w)
@@ -85,7 +85,7 @@ class FlatTensors:
 
 
 def rows(x: Tensor) -> Tensor:
-    """[n, c, h, w], channels last, as [n h w, c] without a copy."""
+    """View [n, c, h, w], channels last, as [n h w, c]."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
@@ -100,14 +100,14 @@ WAYS: dict[str, dict[str, Callable[[FlatTensors], Tensor]]] = {
 
 
 def as_rows(value: Tensor) -> Tensor:
-    """A result of either way in the product's shape."""
+    """Either way's result in the product's shape."""
     if value.dim() == 2:
         return value
     return value.flatten(1) if value.shape[-2:] == (1, 1) else rows(value)
 
 
 def rows_of(layer: Layer, dtype: torch.dtype, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """A row for each result and way; without times where the two disagree."""
+    """A row for each result and way; without times where the two ways disagree."""
     size = layer.bytes * dtype.itemsize
     sets = [FlatTensors.of(layer, dtype) for _ in range(rotations(size))]
     for what, ways in WAYS.items():
@@ -134,21 +134,23 @@ def gain(rows: list[dict[str, Any]], what: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    words = parser(__doc__)
-    words.add_argument("--dtype", choices=PRECISIONS, default="bfloat16" if DEVICE == "cuda" else "float32")
-    words.add_argument("--limit", type=int, help="only so many layers")
-    args = words.parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--dtype", choices=PRECISIONS, default="bfloat16" if DEVICE == "cuda" else "float32")
+    options.add_argument("--limit", type=int, help="number of layers")
+    args = options.parse_args(argv)
     set_backends(deterministic=False)
     dtype, bandwidth = getattr(torch, args.dtype), copy_bandwidth()
     chosen = layers(512, 32) + layers(128, 224) if DEVICE == "cuda" else layers(2, 32)
-    made: list[dict[str, Any]] = []
+    settings = {"dtype": args.dtype, "copy_GBs": bandwidth}
+    measured: list[dict[str, Any]] = []
     for layer in chosen[: args.limit]:
         new = list(rows_of(layer, dtype, bandwidth))
         print(table(new), flush=True)
-        made += new
+        measured += new
+        write(args.out, result("pointwise", settings, measured), quiet=True)
         torch.cuda.empty_cache()
-    print(f"convolution over product, geometric mean: {', '.join(gain(made, what) for what in WAYS)}")
-    write(args.out, result("pointwise", {"dtype": args.dtype, "copy_GBs": bandwidth}, made))
+    print(f"convolution over product, geometric mean: {', '.join(gain(measured, what) for what in WAYS)}")
+    write(args.out, result("pointwise", settings, measured))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Weak and strong scaling over ranks: `python benchmarks/scaling.py --ranks 1 2 4 8`.
 
-Starts itself under torchrun with each number of ranks (nccl on GPUs, gloo on the CPU, one thread a rank) and measures
-the training step under DistributedDataParallel with shared BatchNorm statistics, as `effnet-fast train` runs it. Weak:
-each rank has the whole batch; strong: the batch is divided. Efficiency is the rate over ranks times the rate of the
-smallest number of ranks, per rank. The communication share is what a step takes longer than the same step with
-gradients and statistics kept apart.
+Runs itself under torchrun with each number of ranks (nccl on GPUs, gloo on the CPU, one thread a rank) and measures
+the training step under DistributedDataParallel with shared BatchNorm statistics. Weak: each rank has the whole batch;
+strong: the batch is divided. Efficiency is the rate per rank, relative to the smallest number of ranks. The
+communication share is the extra time over the same step without exchange of gradients and statistics.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import harness
@@ -30,7 +30,7 @@ from effnet_fast.run.build import data_parallel
 
 
 def worker(args: argparse.Namespace, case: Case) -> None:
-    """One rank: times the step with and without communication; rank 0 writes both."""
+    """One rank: time the step with and without communication; rank 0 writes both."""
     world = distributed.init(harness.DEVICE)
     try:
         wrap = functools.partial(data_parallel, static_graph=False)
@@ -57,18 +57,19 @@ def worker(args: argparse.Namespace, case: Case) -> None:
 
 
 def launch(ranks: int, case: Case, args: argparse.Namespace) -> dict[str, float]:
-    """Measure with so many ranks, each with the case's batch.
+    """Measure with this number of ranks, each with the case's batch.
 
     Raises:
         OSError: the ranks failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "found.json"
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
-        words += ["--model", case.model, "--image-size", case.image_size, "--output-stride", case.output_stride]
-        words += ["--batch-size", case.batch_size, "--dtype", case.dtype, "--rounds", args.rounds, "--step", args.step]
+        times = Path(folder) / "times.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
+        command += ["--model", case.model, "--image-size", case.image_size, "--output-stride", case.output_stride]
+        command += ["--batch-size", case.batch_size, "--dtype", case.dtype]
+        command += ["--rounds", args.rounds, "--step", args.step, "--worker", times]
         done = subprocess.run(
-            [*map(str, words), "--worker", str(found)],
+            list(map(str, command)),
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -77,35 +78,34 @@ def launch(ranks: int, case: Case, args: argparse.Namespace) -> dict[str, float]
         if done.returncode:
             reason = next((x for x in done.stderr.splitlines() if "Error" in x or "error" in x), "no message")
             raise OSError(f"{ranks} ranks failed: {reason}")
-        return json.loads(found.read_text())
+        return json.loads(times.read_text())
 
 
-def rows_of(kind: str, case: Case, args: argparse.Namespace) -> list[dict]:
-    """One row per number of ranks."""
-    rows: list[dict] = []
+def rows_of(kind: str, case: Case, args: argparse.Namespace) -> Iterator[dict]:
+    """One row per number of ranks, as soon as it is measured."""
+    base = None
     for ranks in args.ranks:
         share = case if kind == "weak" else dataclasses.replace(case, batch_size=case.batch_size // ranks)
-        found = launch(ranks, share, args)
-        rate = ranks * share.batch_size / found["ms"] * 1e3
-        base = rows[0]["img/s"] / rows[0]["ranks"] if rows else rate / ranks
-        rows.append(
-            {
-                "scaling": kind,
-                "ranks": ranks,
-                "batch a rank": share.batch_size,
-                "ms": found["ms"],
-                "img/s": rate,
-                "efficiency": rate / (ranks * base),
-                "communication": max(0.0, 1 - found["ms apart"] / found["ms"]),
-            }
-        )
-        row = rows[-1]
-        print(
-            f"{kind:6} {ranks} rank(s) x {row['batch a rank']}: {rate:10.1f} img/s  "
-            f"efficiency {row['efficiency']:.1%}  communication {row['communication']:.1%}",
-            flush=True,
-        )
-    return rows
+        times = launch(ranks, share, args)
+        rate = ranks * share.batch_size / times["ms"] * 1e3
+        base = base or rate / ranks
+        yield {
+            "scaling": kind,
+            "ranks": ranks,
+            "batch a rank": share.batch_size,
+            "ms": times["ms"],
+            "img/s": rate,
+            "efficiency": rate / (ranks * base),
+            "communication": max(0.0, 1 - times["ms apart"] / times["ms"]),
+        }
+
+
+def line(row: dict) -> str:
+    """A row as printed text."""
+    return (
+        f"{row['scaling']:6} {row['ranks']} rank(s) x {row['batch a rank']}: {row['img/s']:10.1f} img/s  "
+        f"efficiency {row['efficiency']:.1%}  communication {row['communication']:.1%}"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -128,8 +128,12 @@ def main(argv: list[str]) -> None:
     if any(ranks < 1 or case.batch_size % ranks for ranks in args.ranks):
         raise ValueError(f"--ranks must be at least 1 and divide the batch of {case.batch_size}")
     print(f"{case}\n{harness.warning()}".rstrip())
-    rows = [row for kind in args.kind or ["weak", "strong"] for row in rows_of(kind, case, args)]
-    harness.write(args.out, harness.result("scaling", harness.settings_of(case, step=args.step), rows))
+    rows: list[dict] = []
+    for kind in args.kind or ["weak", "strong"]:
+        for row in rows_of(kind, case, args):
+            print(line(row), flush=True)
+            rows.append(row)
+            harness.write(args.out, harness.result("scaling", harness.settings_of(case, step=args.step), rows))
 
 
 if __name__ == "__main__":

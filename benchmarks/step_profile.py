@@ -1,9 +1,8 @@
-"""Where a training step's time goes: `python benchmarks/step_profile.py [--trace FILE]`.
+"""Where the time of a training step goes: `python benchmarks/step_profile.py [--trace FILE]`.
 
-Profiles a few steps fed by a loader, with a range for each stage of the model, the step and the loader (NVTX too on
-CUDA, so that Nsight shows them), and prints the top kernels (on the CPU: operators), the time by category, and on CUDA
-the gaps between kernels. On the CPU categories go by the operators' own time, and the idle share is what no operator
-took.
+Profiles a few steps fed by a loader, with a range for the loader, the step and each stage of the model (also in NVTX on
+CUDA, for Nsight). Prints the top kernels (on the CPU: operators), the time by category, and on CUDA the gaps between
+kernels. On the CPU a category sums the operators' self time, and idle is the rest of the wall time.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from effnet_fast.model import Network
 
-# The first pattern found in a kernel's or operator's name decides. The names of effnet_kernels come first.
+# The first category with a pattern in the name of a kernel or operator is taken; effnet_kernels' names come first.
 CATEGORIES = (
     (
         "optimizer",
@@ -47,7 +46,7 @@ CATEGORIES = (
 
 
 def category(name: str, shapes: list | None = None) -> str:
-    """Of a kernel or operator; a convolution with weights [C, 1, k, k], k > 1 or not, is depthwise."""
+    """The category of a kernel or operator; a convolution with weights [C, 1, k, k] is depthwise."""
     if "conv" in name and any(len(s) == 4 and s[1] == 1 and s[0] > 1 for s in (shapes or [])[1:3]):
         return "depthwise"
     return next((label for label, patterns in CATEGORIES if any(p in name for p in patterns)), "other")
@@ -55,7 +54,7 @@ def category(name: str, shapes: list | None = None) -> str:
 
 @contextlib.contextmanager
 def span(name: str) -> Iterator[None]:
-    """A named range, in the trace and, on CUDA, in NVTX."""
+    """A named range in the trace and, on CUDA, in NVTX."""
     with record_function(name):
         if harness.DEVICE == "cuda":
             torch.cuda.nvtx.range_push(name)
@@ -67,7 +66,7 @@ def span(name: str) -> Iterator[None]:
 
 
 def mark_layers(model: Network) -> None:
-    """Put a range around the forward pass of the stem, of every stage, and of what follows them."""
+    """Put a range around the forward pass of the stem, each stage, and the head."""
     for name, modules in model.layers().items():
         for module in modules:
             inner = module.forward
@@ -80,9 +79,9 @@ def mark_layers(model: Network) -> None:
 
 
 def profiled(case: harness.Case, mode: str, kind: str, steps: int) -> tuple[profile, float]:
-    """The profile of some steps, and their wall time in ms."""
+    """The profile of `steps` steps, and their wall time in ms."""
     step = harness.make_step(case, mode)
-    if mode == "eager":  # a compiled model's stages melt into one another
+    if mode == "eager":  # compiling merges the stages
         mark_layers(step.module)  # type: ignore[arg-type]
     loader, batches = harness.make_batches(case, kind, 2)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if harness.DEVICE == "cuda" else [])
@@ -97,33 +96,33 @@ def profiled(case: harness.Case, mode: str, kind: str, steps: int) -> tuple[prof
         once()
     harness.synchronise()
     with profile(activities=activities, record_shapes=True) as prof:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(steps):
             once()
         harness.synchronise()
-        wall = (time.perf_counter() - begin) * 1e3
+        wall = (time.perf_counter() - start) * 1e3
     loader.close()
     return prof, wall
 
 
 def kernels_of(prof: profile) -> list[tuple[str, str, float, float]]:
-    """(name, category, start us, us) of everything that took time on the device, in order."""
-    found = []
+    """(name, category, start us, us) of all kernels, or of all operators on the CPU, in order."""
+    kernels = []
     for event in prof.events():
         if event.is_user_annotation:  # a range of `span`, on the device's time line too
             continue
         if harness.DEVICE == "cuda":
             if event.device_type == DeviceType.CUDA:
                 label = category(event.name)
-                found.append((event.name, label, event.time_range.start, event.time_range.elapsed_us()))
+                kernels.append((event.name, label, event.time_range.start, event.time_range.elapsed_us()))
         elif event.self_cpu_time_total > 0:
             label = _category_by_range(event) or category(event.name, event.input_shapes)
-            found.append((event.name, label, event.time_range.start, event.self_cpu_time_total))
-    return sorted(found, key=lambda kernel: kernel[2])
+            kernels.append((event.name, label, event.time_range.start, event.self_cpu_time_total))
+    return sorted(kernels, key=lambda kernel: kernel[2])
 
 
 def _category_by_range(event) -> str | None:
-    """The loader's and the optimizer's operators are theirs whatever they do."""
+    """The loader's or the optimizer's, for operators within their ranges."""
     while event is not None:
         if event.name == "loader":
             return "loader"
@@ -134,7 +133,7 @@ def _category_by_range(event) -> str | None:
 
 
 def by_category(kernels: list, wall_ms: float) -> list[dict]:
-    """ms and share of the wall time, largest first; idle is what is left."""
+    """ms and share of the wall time, largest first; idle is the rest."""
     spent: Counter[str] = Counter()
     for _, label, _, us in kernels:
         spent[label] += us / 1e3
@@ -145,7 +144,7 @@ def by_category(kernels: list, wall_ms: float) -> list[dict]:
 
 
 def top(kernels: list, count: int) -> list[dict]:
-    """The names that took most time."""
+    """The kernels with the most time."""
     spent: Counter[tuple[str, str]] = Counter()
     calls: Counter[tuple[str, str]] = Counter()
     for name, label, _, us in kernels:
@@ -158,19 +157,19 @@ def top(kernels: list, count: int) -> list[dict]:
 
 
 def gaps(kernels: list) -> dict[str, float]:
-    """Time between the end of a kernel and the start of the next, in us: how many, in all, p50, p80, longest."""
-    end, found = kernels[0][2] + kernels[0][3], []
+    """Times between the end of a kernel and the start of the next, in us: count, sum, p50, p80, longest."""
+    end, idle = kernels[0][2] + kernels[0][3], []
     for _, _, start, us in kernels[1:]:
         if start > end:
-            found.append(start - end)
+            idle.append(start - end)
         end = max(end, start + us)
-    _, middle, high = harness.quantiles(found or [0.0])
+    _, middle, high = harness.quantiles(idle or [0.0])
     return {
-        "gaps": len(found),
-        "in all us": sum(found),
+        "gaps": len(idle),
+        "in all us": sum(idle),
         "p50 us": middle,
         "p80 us": high,
-        "longest us": max(found or [0]),
+        "longest us": max(idle or [0]),
     }
 
 
@@ -187,17 +186,17 @@ def main(argv: list[str]) -> None:
     print(f"{case}, {args.step}, loader {args.loader}\n{harness.warning()}".rstrip())
     prof, wall = profiled(case, args.step, args.loader, args.steps)
     kernels = kernels_of(prof)
-    categories, most = by_category(kernels, wall), top(kernels, args.top)
-    print(f"\n{args.steps} steps in {wall:.1f} ms (profiled, hence slower than usual)\n\n{harness.table(categories)}")
-    print(f"\n{harness.table(most)}\n")
+    categories, longest = by_category(kernels, wall), top(kernels, args.top)
+    print(f"\n{args.steps} steps in {wall:.1f} ms (profiling slows them down)\n\n{harness.table(categories)}")
+    print(f"\n{harness.table(longest)}\n")
     between = gaps(kernels) if harness.DEVICE == "cuda" else None
-    print("gaps between kernels: " + (str(between) if between else "none to tell: there are no launches on the CPU"))
+    print(f"gaps between kernels: {between or 'none, the CPU launches none'}")
     if args.trace:
         prof.export_chrome_trace(str(args.trace))
         print(f"written: {args.trace}")
     settings = harness.settings_of(case, step=args.step, loader=args.loader, steps=args.steps, wall_ms=wall)
-    made = harness.result("step_profile", settings, categories)
-    harness.write(args.out, made | {"top": most, "gaps": between})
+    result = harness.result("step_profile", settings, categories)
+    harness.write(args.out, result | {"top": longest, "gaps": between})
 
 
 if __name__ == "__main__":

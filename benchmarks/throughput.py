@@ -1,15 +1,15 @@
 """Images per second of training and inference: `python benchmarks/throughput.py [--peers] [--out FILE]`.
 
-Our step is the one of `effnet-fast train` (clipping and the guard against bad steps included). With `--peers` the same
-architecture of timm, torchvision and efficientnet-pytorch, where they can be imported, runs beside it on the same
-batch, channels last, with a plain step, eager and compiled; all take turns, so that a ratio of two is of neighbours in
-time. Ratios are the peer's time over ours, taken per turn: above 1 we are faster. An EfficientNet of a peer
-gets the strides of the case.
+Our step is that of `effnet-fast train`, with clipping and the guard against non-finite gradients. `--peers` runs the
+same architecture of timm, torchvision and efficientnet-pytorch, where installed, on the same batch, channels last, with
+a plain step, eager and compiled. All take turns. A ratio is the peer's time over ours in the same turn: above 1, ours
+is faster. A peer's EfficientNet gets the strides of the case.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import subprocess
@@ -24,9 +24,11 @@ from harness import Case
 from torch import nn
 
 from effnet_fast import create_model
+from effnet_fast.provenance import version
 
-Who = tuple[str, str]  # library and mode of its step
-DROP_PATH, DROPOUT = 0.2, 0.2  # of B0 in all four libraries
+Who = tuple[str, str]  # library, mode of its step
+Samples = dict[Who, list[float]]  # milliseconds, one a round
+DROP_PATH, DROPOUT = 0.2, 0.2  # B0's, in all four libraries
 
 
 def _timm(case: Case) -> nn.Module:
@@ -58,16 +60,16 @@ def make_peer(who: str, case: Case) -> nn.Module:
     peer = PEERS[who](case)
     if case.output_stride != 32:
         ours = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
-        for own, other in zip(_spatial(ours), _spatial(peer), strict=True):
-            if own.stride != other.stride:
-                other.stride = own.stride
+        for conv, other in zip(_spatial(ours), _spatial(peer), strict=True):
+            if conv.stride != other.stride:
+                other.stride = conv.stride
                 if hasattr(other, "static_padding"):  # EfficientNet-PyTorch's; at stride 1 SAME is symmetric
                     other.static_padding = nn.ZeroPad2d(other.kernel_size[0] // 2)
     return peer
 
 
 def _spatial(model: nn.Module) -> list[nn.Conv2d]:
-    """Convolutions over more than a pixel, the stem's and the depthwise ones, which come in one order everywhere."""
+    """Convolutions larger than 1x1: the stem's and the depthwise ones, in the same order in every library."""
     return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1]
 
 
@@ -75,8 +77,8 @@ def peers(case: Case, required: bool) -> list[str]:
     """The peers that can be imported and built.
 
     Raises:
-        ValueError: the case has strides that the peers lack.
-        ImportError: one is missing and `required`.
+        ValueError: the peers cannot have the strides of the case.
+        ImportError: a peer is missing and `required`.
     """
     if case.output_stride != 32 and not case.model.startswith("efficientnet"):
         raise ValueError(f"the peers' {case.model} has stock strides only: --peers needs --output-stride 32")
@@ -94,7 +96,7 @@ def peers(case: Case, required: bool) -> list[str]:
 
 
 def train_call(who: str, mode: str, case: Case) -> harness.Call:
-    """A training step of one library in one mode, on a batch in memory."""
+    """A training step of one library in one mode, on a batch on the device."""
     images, labels = harness.make_batch(case)
     if who == "effnet_fast":
         step = harness.make_step(case, mode)
@@ -106,7 +108,7 @@ def train_call(who: str, mode: str, case: Case) -> harness.Call:
 
 
 def inference_call(who: str, mode: str, case: Case) -> harness.Call:
-    """A forward pass in evaluation mode of one library in one mode, on a batch in memory."""
+    """A forward pass in evaluation mode of one library in one mode, on a batch on the device."""
     images, _ = harness.make_batch(case)
     model = harness.make_model(case) if who == "effnet_fast" else make_peer(who, case).to(harness.DEVICE)
     model = model.to(memory_format=torch.channels_last)
@@ -115,14 +117,14 @@ def inference_call(who: str, mode: str, case: Case) -> harness.Call:
 
 
 def loader_call(mode: str, case: Case, kind: str, workers: int) -> harness.Call:
-    """A training step of ours on the next batch of a loader."""
+    """Our training step on the next batch of a loader."""
     step = harness.make_step(case, mode)
     _, batches = harness.make_batches(case, kind, workers)
     return lambda: step(*next(batches), 0)
 
 
 def candidates(args: argparse.Namespace, case: Case) -> list[Who]:
-    """(library, mode) of all that is measured; the first is what ratios refer to. What compiles longest comes last."""
+    """All candidates; ratios refer to the first, and those that compile longest come last."""
     modes = args.step or ["eager"]
     for mode in modes:
         harness.check_mode(mode)
@@ -135,10 +137,14 @@ def candidates(args: argparse.Namespace, case: Case) -> list[Who]:
 
 
 def peak_memory(who: str, mode: str, case: Case, args: argparse.Namespace) -> dict[str, float]:
-    """Peak MiB of a few training steps in a process of their own: all of it, and what building and training added."""
-    words = ["--model", case.model, "--image-size", case.image_size, "--output-stride", case.output_stride]
-    words += ["--batch-size", case.batch_size, "--dtype", case.dtype, "--threads", torch.get_num_threads()]
-    command = [sys.executable, __file__, "--memory-of", who, mode, *map(str, words)]
+    """Peak MiB of a few training steps in a new process: in all, and above the imports.
+
+    Raises:
+        OSError: the process failed.
+    """
+    flags = ["--model", case.model, "--image-size", case.image_size, "--output-stride", case.output_stride]
+    flags += ["--batch-size", case.batch_size, "--dtype", case.dtype, "--threads", torch.get_num_threads()]
+    command = [sys.executable, __file__, "--memory-of", who, mode, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"measuring the memory of {who} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -146,10 +152,10 @@ def peak_memory(who: str, mode: str, case: Case, args: argparse.Namespace) -> di
 
 
 def memory_here(who: str, mode: str, case: Case) -> dict[str, float]:
-    """The peak of this very process: resident memory on the CPU, allocated memory on the GPU."""
+    """Peak MiB of this process: resident memory on the CPU, allocated memory on the GPU."""
 
     def resident() -> float:
-        # Not ru_maxrss, which a process inherits from the one that started it.
+        # Not ru_maxrss, which a process inherits from its parent.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
@@ -165,83 +171,107 @@ def memory_here(who: str, mode: str, case: Case) -> dict[str, float]:
 
 
 def warmed(
-    calls: dict[Who, harness.Call], warm_up: int, seconds: float
+    calls: dict[Who, harness.Call], args: argparse.Namespace, keep: Callable[[Samples, dict[Who, str]], None]
 ) -> tuple[dict[Who, harness.Call], dict[Who, str]]:
-    """The calls that can be measured, compiled and warm; and why the others cannot.
+    """Warm up the calls, which compiles them. Returns those that work, and the reasons of the others.
 
     Args:
-        seconds: after which no further call is compiled; one that is being compiled cannot be interrupted.
+        args: after `args.seconds` no further call is compiled; a running compilation cannot be interrupted.
+        keep: receives a first time of each call, so that a kill during the next compilation loses no call.
     """
-    until = time.perf_counter() + seconds
+    deadline = time.perf_counter() + args.seconds
     warm: dict[Who, harness.Call] = {}
     left_out: dict[Who, str] = {}
+    first: Samples = {}
     for who, call in calls.items():
-        if time.perf_counter() > until:
-            left_out[who] = f"{seconds:g} s were over"
+        if time.perf_counter() > deadline:
+            left_out[who] = f"{args.seconds:g} s were over"
             continue
         try:
-            for _ in range(warm_up):
+            for _ in range(args.warm_up):
                 call()
-        except Exception as error:  # whatever ails one of them shall not hide the others' figures
+        except Exception as error:  # one candidate's failure must not hide the others' figures
             left_out[who] = str(error).strip().partition("\n")[0] or type(error).__name__
         else:
             warm[who] = call
+            first[who] = [harness.wall_ms(call)]
+            keep(first, left_out)
     return warm, left_out
 
 
-def measure(args: argparse.Namespace, case: Case) -> tuple[list[dict], list[dict]]:
-    """One row per library, mode and direction; and one for each that could not be measured, with the reason."""
-    harness.set_backends(deterministic=False)  # the same for all, whoever comes first
+def make_calls(direction: str, args: argparse.Namespace, case: Case, chosen: list[Who]) -> dict[Who, harness.Call]:
+    """The calls to measure in one direction."""
+    calls = {}
+    for who, mode in chosen:
+        if direction == "inference":
+            if mode != "graph":
+                calls[who, mode] = inference_call(who, mode, case)
+        elif args.loader != "memory" and who == "effnet_fast":
+            calls[who, mode] = loader_call(mode, case, args.loader, args.num_workers)
+        else:
+            calls[who, mode] = train_call(who, mode, case)
+    return calls
+
+
+def measure(
+    args: argparse.Namespace, case: Case, save: Callable[[list[dict], list[dict]], None]
+) -> tuple[list[dict], list[dict]]:
+    """One row per library, mode and direction; and one for each that could not be measured, with the reason.
+
+    Args:
+        save: receives the rows so far whenever there are more.
+    """
+    harness.set_backends(deterministic=False)  # the same for all candidates
     chosen = candidates(args, case)
     rows: list[dict] = []
     missing: list[dict] = []
     for direction in args.direction or ["train", "inference"]:
-        calls = {}
-        for who, mode in chosen:
-            if direction == "inference":
-                if mode != "graph":
-                    calls[who, mode] = inference_call(who, mode, case)
-            elif args.loader != "memory" and who == "effnet_fast":
-                calls[who, mode] = loader_call(mode, case, args.loader, args.num_workers)
-            else:
-                calls[who, mode] = train_call(who, mode, case)
-        warm, left_out = warmed(calls, args.warm_up, args.seconds)
-        found = rows_of(direction, case, harness.alternating(warm, args.rounds, 0, args.inner))
+
+        def keep(samples: Samples, left_out: dict[Who, str], direction: str = direction) -> None:
+            save(rows + rows_of(direction, case, samples), missing + reasons(direction, left_out))
+
+        calls = make_calls(direction, args, case, chosen)
+        warm, left_out = warmed(calls, args, keep)
+        after_round = functools.partial(keep, left_out=left_out)
+        measured = rows_of(direction, case, harness.alternating(warm, args.rounds, 0, args.inner, after_round))
         if harness.DEVICE == "cuda":
-            for row, call in zip(found, warm.values(), strict=True):
+            for row, call in zip(measured, warm.values(), strict=True):
                 row["host ms"] = harness.quantiles([harness.host_ms(call) for _ in range(args.rounds)])
-        rows += found
-        for (who, mode), why in left_out.items():
-            missing.append({"direction": direction, "library": who, "step": mode, "why": why})
+        rows.extend(measured)
+        missing.extend(reasons(direction, left_out))
+        save(rows, missing)
     if args.memory:
         for row in rows:
             if row["direction"] == "train":
                 row["memory"] = peak_memory(row["library"], row["step"], case, args)
+                save(rows, missing)
     return rows, missing
 
 
-def rows_of(direction: str, case: Case, samples: dict) -> list[dict]:
+def reasons(direction: str, left_out: dict[Who, str]) -> list[dict]:
+    """Rows of the candidates that could not be measured."""
+    return [{"direction": direction, "library": who, "step": mode, "why": why} for (who, mode), why in left_out.items()]
+
+
+def rows_of(direction: str, case: Case, samples: Samples) -> list[dict]:
     """Times, rates and ratios to the first candidate, each as p20, p50, p80."""
     ours = next(iter(samples.values()), [])
-    rows = []
-    for (who, mode), times in samples.items():
-        rate = [case.batch_size / t * 1e3 for t in times]
-        ratio = [theirs / t for theirs, t in zip(times, ours, strict=True)]
-        rows.append(
-            {
-                "direction": direction,
-                "library": who,
-                "step": mode,
-                "ms": harness.quantiles(times),
-                "img/s": harness.quantiles(rate),
-                "time over ours": harness.quantiles(ratio),
-            }
-        )
-    return rows
+    return [
+        {
+            "direction": direction,
+            "library": who,
+            "step": mode,
+            "rounds": len(times),
+            "ms": harness.quantiles(times),
+            "img/s": harness.quantiles([case.batch_size / t * 1e3 for t in times]),
+            "time over ours": harness.quantiles([theirs / t for theirs, t in zip(times, ours, strict=True)]),
+        }
+        for (who, mode), times in samples.items()
+    ]
 
 
 def line(row: dict) -> str:
-    """A row as it is printed."""
+    """A row as printed text."""
     low, middle, high = row["time over ours"]
     memory = f"  peak {row['memory']['MiB']:.0f} MiB" if "memory" in row else ""
     host = f"  issued in {row['host ms'][1]:.2f} ms" if "host ms" in row else ""
@@ -254,18 +284,18 @@ def line(row: dict) -> str:
 def main(argv: list[str]) -> None:
     parser = harness.parser(__doc__)
     harness.add_case(parser)
-    parser.add_argument("--step", choices=harness.MODES, action="append", help="mode of our step (may be repeated)")
+    parser.add_argument("--step", choices=harness.MODES, action="append", help="mode of our step; repeat for several")
     parser.add_argument("--direction", choices=("train", "inference"), action="append", help="default both")
     parser.add_argument("--loader", choices=("memory", "dali", "resident", "torch"), default="memory")
     parser.add_argument("--num-workers", type=int, default=8)
     parser.add_argument("--peers", action="store_true", help="measure other libraries beside ours")
-    parser.add_argument("--require-peers", action="store_true", help="as --peers; one that is missing is an error")
+    parser.add_argument("--require-peers", action="store_true", help="as --peers, but a missing peer is an error")
     parser.add_argument("--no-compile", action="store_true", help="peers eager only")
-    parser.add_argument("--memory", action="store_true", help="peak memory too, each in a process of its own")
+    parser.add_argument("--memory", action="store_true", help="peak memory too, each in a new process")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--inner", type=int, default=harness.INNER, help="calls timed together")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing else is compiled")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="then compile no further candidate")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--memory-of", nargs=2, metavar=("LIBRARY", "STEP"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -276,22 +306,23 @@ def main(argv: list[str]) -> None:
         print(json.dumps(memory_here(*args.memory_of, case)))
         return
     print(f"{case}\n{harness.warning()}".rstrip())
-    rows, missing = measure(args, case)
+
+    def save(rows: list[dict], missing: list[dict], quiet: bool = True) -> None:
+        about = {"loader": args.loader, "rounds": args.rounds, "peers": _versions(rows), "left_out": missing}
+        result = harness.result("throughput", harness.settings_of(case, **about), rows)
+        harness.write(args.out, result, quiet)
+
+    rows, missing = measure(args, case, save)
     for row in rows:
         print(line(row))
     for row in missing:
         print(f"{row['direction']:9} {row['library']:21} {row['step']:8} left out: {row['why']}")
-    settings = harness.settings_of(
-        case, loader=args.loader, rounds=args.rounds, peers=_versions(rows), left_out=missing
-    )
-    harness.write(args.out, harness.result("throughput", settings, rows))
+    save(rows, missing, quiet=False)
     if missing:
         sys.exit(1)
 
 
 def _versions(rows: list[dict]) -> dict[str, str | None]:
-    from effnet_fast.provenance import version
-
     return {name: version(name) for name in {row["library"] for row in rows} & PEERS.keys()}
 
 

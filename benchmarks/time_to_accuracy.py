@@ -1,10 +1,9 @@
 """Seconds until a run first reaches a top-1 on its test images: `python benchmarks/time_to_accuracy.py --target 75 80`.
 
-Runs `effnet-fast train` with a recipe (`--recipe`, and `--set FIELD=VALUE`), once for each seed, in one process, and
-stops each as soon as an evaluation reaches the highest target. A step and an evaluation before the clock starts compile
-and are then undone: their seconds are told apart. The clock covers training, loading and saving; seconds with and
-without evaluations are told. A target that a seed ends without reaching has no mean. The result is written after each
-seed, so that one that is cut off takes none of the others with it.
+Runs `effnet-fast train` with a recipe (`--recipe`, and `--set FIELD=VALUE`) once for each seed, and stops each run when
+an evaluation reaches the highest target. Before the clock starts, a step and an evaluation compile everything and are
+undone; their seconds are reported separately. The clock covers training, loading and saving, with and without
+evaluations. A target that a seed misses has no mean. The result is written after each seed.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ RECIPES = Path(effnet_fast.__file__).parent / "recipes"
 
 
 class _Reached(Exception):
-    """The run has done what it was started for."""
+    """The run has reached its target."""
 
 
 class Clock:
-    """Stands in for the loop `fit`: compiles first, notes when each evaluation ended, and stops at a top-1."""
+    """Replaces the loop `fit`: compiles first, records the time of each evaluation, and stops at a top-1."""
 
     def __init__(self, target: float) -> None:
         self.target = target
@@ -43,9 +42,9 @@ class Clock:
 
     def fit(self, step, loader, watch, progress, epochs, hooks, stop) -> None:
         evaluate = hooks.evaluate
-        begin = time.perf_counter()
-        self._compile(step, loader, evaluate.__self__)  # the run, whose method it is
-        self.compile_seconds = time.perf_counter() - begin
+        start = time.perf_counter()
+        self._compile(step, loader, evaluate.__self__)  # the run
+        self.compile_seconds = time.perf_counter() - start
         self.start, self.evaluating = time.perf_counter(), 0.0
         hooks = dataclasses.replace(hooks, evaluate=lambda: self._evaluate(evaluate, progress))
         self.real(step, loader, watch, progress, epochs, hooks, stop)
@@ -53,18 +52,18 @@ class Clock:
     real = staticmethod(training.fit)
 
     def _compile(self, step, loader, run) -> None:
-        with unchanged(step.tensors):  # not by load_state, after which a graph is captured anew
+        with unchanged(step.tensors):  # load_state would make the step capture its graph again
             step(*next(iter(loader.epoch(0))), 0)
-            run._evaluate_weights()  # its kernels are others than the step's
+            run._evaluate_weights()  # compiles other kernels than the step
         harness.synchronise()
 
     def _evaluate(self, evaluate: Callable[[], None], progress) -> None:
         harness.synchronise()
-        begin = time.perf_counter()
+        start = time.perf_counter()
         evaluate()
         now = time.perf_counter()
-        self.evaluating += now - begin
-        row = evaluate.__self__.last_result  # type: ignore[attr-defined]  # the run's own method
+        self.evaluating += now - start
+        row = evaluate.__self__.last_result  # type: ignore[attr-defined]
         top1 = row.get("ema_top1", row["top1"])
         seconds = now - self.start
         self.history.append(
@@ -75,7 +74,7 @@ class Clock:
 
 
 def one_run(config: TrainConfig, target: float) -> dict:
-    """Train until the target or the end; every evaluation, and when it was."""
+    """Train until the target or the end; all evaluations with their times."""
     clock = Clock(target)
     with mock.patch.object(training, "fit", clock.fit):
         try:
@@ -88,7 +87,7 @@ def one_run(config: TrainConfig, target: float) -> dict:
 
 
 def reached(row: dict, target: float) -> dict[str, float] | None:
-    """The first evaluation of a run that came to the target."""
+    """A run's first evaluation at or above the target."""
     return next((moment for moment in row["history"] if moment["top1"] >= target), None)
 
 
@@ -96,7 +95,7 @@ def recipe(name: str, changes: list[str]) -> TrainConfig:
     """A packaged recipe or a YAML file, with FIELD=VALUE changes.
 
     Raises:
-        ValueError: there is no such recipe or field.
+        ValueError: the recipe or a field does not exist.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.exists():
@@ -110,17 +109,17 @@ def recipe(name: str, changes: list[str]) -> TrainConfig:
 
 
 def summary(rows: list[dict], target: float) -> dict[str, float]:
-    """How many seeds came to a target; mean and standard deviation of their seconds where all did."""
+    """How many seeds reached a target; if all did, mean and standard deviation of their seconds."""
     seconds = [moment["s"] for moment in (reached(row, target) for row in rows) if moment is not None]
-    counted = {"target": target, "seeds": len(rows), "reached": len(seconds)}
+    counts = {"target": target, "seeds": len(rows), "reached": len(seconds)}
     if len(seconds) < len(rows):
-        return counted
+        return counts
     spread = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
-    return counted | {"mean s": statistics.mean(seconds), "standard deviation s": spread}
+    return counts | {"mean s": statistics.mean(seconds), "standard deviation s": spread}
 
 
-def tell(row: dict, targets: list[float]) -> None:
-    """Print a seed's run."""
+def print_run(row: dict, targets: list[float]) -> None:
+    """Print the run of a seed."""
     print(f"seed {row['seed']}: compiling {row['compile s']:.1f} s")
     for target in targets:
         moment, last = reached(row, target), row["history"][-1]
@@ -138,7 +137,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--recipe", default="cifar100-cpu", help="name in effnet_fast/recipes, or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change the recipe")
     parser.add_argument("--target", type=float, nargs="+", required=True, help="top-1 in percent, one or several")
-    parser.add_argument("--seeds", type=int, default=3, help="runs, of seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs, with seeds 0, 1, ...")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {args.seeds}")
@@ -151,11 +150,11 @@ def main(argv: list[str]) -> None:
         for seed in range(args.seeds):
             torch.compiler.reset()
             rows.append(one_run(dataclasses.replace(config, seed=seed, save_dir=folder, resume="no"), targets[-1]))
-            tell(rows[-1], targets)
-            found = [summary(rows, target) for target in targets]
-            settings = {"recipe": args.recipe, "changes": args.set, "summary": found}
+            print_run(rows[-1], targets)
+            goals = [summary(rows, target) for target in targets]
+            settings = {"recipe": args.recipe, "changes": args.set, "summary": goals}
             harness.write(args.out, harness.result("time_to_accuracy", settings, rows))
-    for row in found:
+    for row in goals:
         if "mean s" in row:
             print(
                 f"{row['target']:g} %: {row['mean s']:.1f} +- {row['standard deviation s']:.1f} s over "

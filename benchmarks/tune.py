@@ -1,11 +1,10 @@
 """Time every launch of an op's space, on B0's shapes: `python benchmarks/tune.py [--target NAME] [--out FILE]`.
 
-Says for each part of an op and each shape how the launch that the package chooses compares with the fastest of its
-space, so that the choice can be mended where it is not the best. A time is taken only where the result agrees with that
-of the package's choice. On a GPU the candidates are compiled side by side first, by `--workers` processes, which the
-disk cache of Triton hands to this one.
+Compares, for each part of an op and each shape, the launch that the package chooses with the fastest of its space. A
+candidate is timed only where its result agrees with that of the package's choice. On a GPU `--workers` processes first
+compile the candidates in parallel into Triton's disk cache.
 
-On the CPU the script runs to its end on tiny maps in Triton's interpreter; its times then say nothing.
+On the CPU the script runs on tiny maps in Triton's interpreter; the times then mean nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def _out(s: Shape) -> int:
 
 @dataclass(frozen=True)
 class Maps:
-    """What the parts of a layer's ops take: x [n, c, h, h], dy and d of the depthwise convolution's output, vectors."""
+    """Inputs of the parts of a layer's ops: maps [n, c, h, h] before and after the depthwise convolution, vectors."""
 
     shape: Shape
     dtype: torch.dtype
@@ -175,7 +174,7 @@ class Candidate:
 
     name: str
     shape: Shape
-    cut: Any
+    launch: Any
 
     @property
     def target(self) -> Target:
@@ -183,7 +182,7 @@ class Candidate:
 
     def taken(self) -> contextlib.AbstractContextManager[Any]:
         """Within, the package chooses this launch."""
-        return mock.patch.object(self.target.module, self.target.choice, return_value=self.cut)
+        return mock.patch.object(self.target.module, self.target.choice, return_value=self.launch)
 
 
 def candidates(name: str, shape: Shape) -> tuple[Any, list[Candidate]]:
@@ -193,7 +192,7 @@ def candidates(name: str, shape: Shape) -> tuple[Any, list[Candidate]]:
     with mock.patch.object(target.module, target.choice, choice), quiet():
         target.make(Maps(shape, torch.float32, "meta"))()
     chosen = getattr(target.module, target.choice)(*choice.call_args.args)
-    return chosen, [Candidate(name, shape, cut) for cut in dict.fromkeys([chosen, *target.space(shape)])]
+    return chosen, [Candidate(name, shape, choice) for choice in dict.fromkeys([chosen, *target.space(shape)])]
 
 
 @contextlib.contextmanager
@@ -248,8 +247,8 @@ def rows_of(name: str, shape: Shape, dtype: torch.dtype, bandwidth: float) -> It
     call = TARGETS[name].make(Maps(shape, dtype, DEVICE))
     reference = (call, summed(call()))
     for candidate in all_of_them:
-        row: dict[str, Any] = {"target": name, "shape": str(shape), "launch": asdict(candidate.cut)}
-        row["chosen"] = candidate.cut == chosen
+        row: dict[str, Any] = {"target": name, "shape": str(shape), "launch": asdict(candidate.launch)}
+        row["chosen"] = candidate.launch == chosen
         try:
             off, ms = timed(candidate, dtype, reference)
         except RuntimeError as refusal:  # more registers or shared memory than there are
@@ -276,31 +275,38 @@ def line(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def compile_all(name: str, shapes: list[Shape], dtype: torch.dtype, pool: Any) -> None:
+    """Compile a target's candidates in the processes of a pool."""
+    work = [(candidate, dtype) for shape in shapes for candidate in candidates(name, shape)[1]]
+    print(f"{name}: compiling {len(work)} candidates", flush=True)
+    pool.starmap(compile_ahead, work, chunksize=1)
+
+
 def main(argv: list[str]) -> None:
-    words = parser(__doc__)
-    words.add_argument("--target", choices=TARGETS, action="append", help="only this part (may be repeated)")
-    words.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    words.add_argument("--limit", type=int, help="only so many shapes; the first twelve are those at 32 px")
-    words.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 12), help="processes that compile")
-    args = words.parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--target", choices=TARGETS, action="append", help="only this part; repeat for several")
+    options.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    options.add_argument("--limit", type=int, help="number of shapes; the first twelve are those at 32 px")
+    options.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 12), help="compiling processes")
+    args = options.parse_args(argv)
     dtype, bandwidth = getattr(torch, args.dtype), copy_bandwidth()
+    settings = {"dtype": args.dtype, "copy_GBs": bandwidth}
     shapes = list(b0_shapes())[: args.limit]
     if DEVICE == "cpu":
-        print("NOT A TIMING: no GPU, so tiny maps in Triton's interpreter; this run only shows that the script works.")
+        print("NOT A TIMING: without a GPU, tiny maps in Triton's interpreter only show that the script works.")
         shapes = list(dict.fromkeys(tiny(s) for s in shapes))
-    names = args.target or list(TARGETS)
-    if DEVICE == "cuda":
-        work = [(c, dtype) for name in names for shape in shapes for c in candidates(name, shape)[1]]
-        print(f"compiling {len(work)} candidates in {args.workers} processes", flush=True)
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-            pool.starmap(compile_ahead, work, chunksize=1)
     rows: list[dict[str, Any]] = []
-    for name in names:
-        for shape in shapes:
-            new = list(rows_of(name, shape, dtype, bandwidth))
-            print(line(new), flush=True)
-            rows += new
-        write(args.out, result("tune", {"dtype": args.dtype, "copy_GBs": bandwidth}, rows))
+    with contextlib.ExitStack() as stack:
+        pool = DEVICE == "cuda" and stack.enter_context(multiprocessing.get_context("spawn").Pool(args.workers))
+        for name in args.target or TARGETS:
+            if pool:
+                compile_all(name, shapes, dtype, pool)
+            for shape in shapes:
+                new = list(rows_of(name, shape, dtype, bandwidth))
+                print(line(new), flush=True)
+                rows += new
+                write(args.out, result("tune", settings, rows), quiet=True)
+    write(args.out, result("tune", settings, rows))
 
 
 if __name__ == "__main__":

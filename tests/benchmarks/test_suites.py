@@ -142,7 +142,7 @@ def test_the_whole_training_on_a_gpu_ends_in_good_order_within_its_time(stand_in
 def test_the_training_needs_to_know_what(stand_in):
     done = suite("gpu_train.sh", python=stand_in[0])
     assert done.returncode == 2
-    assert done.stderr == "error: say choose, final or times, not ''\n"
+    assert done.stderr == "error: the first argument must be choose, final or times, not ''\n"
 
 
 @pytest.mark.parametrize("name", ["gpu_suite.sh", "gpu_correct.sh", "gpu_kernels.sh"])

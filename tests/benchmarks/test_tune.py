@@ -23,7 +23,7 @@ import torch
 import tune
 shape = tune.Shape(512, 96, 8, 3, 1, 4)
 chosen, all_of_them = tune.candidates({name!r}, shape)
-assert all_of_them[0].cut == chosen and len(all_of_them) > 1
+assert all_of_them[0].launch == chosen and len(all_of_them) > 1
 tune.compile_ahead(all_of_them[1], torch.bfloat16)
 
 def started(op, kernel, grid, *args, **options):

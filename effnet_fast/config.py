@@ -433,18 +433,31 @@ class PredictConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Export a checkpoint's model to safetensors, ONNX or torch.export."""
+    """Export a checkpoint's model to safetensors, ONNX, torch.export or a folder for the Hugging Face hub."""
 
     checkpoint: str
     """Checkpoint to export, e.g. results/RUN/best.pt."""
-    format: Literal["safetensors", "onnx", "torch-export"] = "safetensors"
-    """safetensors stores the weights; onnx and torch-export (.pt2) also store the graph, for any batch size."""
+    format: Literal["safetensors", "onnx", "torch-export", "hub"] = "safetensors"
+    """safetensors stores the weights; onnx and torch-export (.pt2) also store the graph, for any batch size; hub is a
+    folder with weights, config.json and a model card, to upload to the Hugging Face hub."""
+    layout: Literal["effnet-fast", "timm", "torchvision"] = "effnet-fast"
+    """Names of the tensors, for safetensors and hub; timm also gets a config.json. Needs --output_stride 32."""
     output: str | None = None
-    """Output file; default: the checkpoint's path with .safetensors, .onnx or .pt2."""
+    """Output file, or folder for hub; default: the checkpoint's path with .safetensors, .onnx, .pt2 or -hub."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """Weights to use; auto is the moving average (EMA) if the run has one."""
     fold_batchnorm: bool = False
     """Fold BatchNorm into the preceding convolutions: fewer operations, same logits; for inference only."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.layout == "effnet-fast" or self.format in ("safetensors", "hub"),
+            f"--layout {self.layout} is for --format safetensors or hub, not {self.format}",
+        )
+        _require(
+            not self.fold_batchnorm or (self.layout == "effnet-fast" and self.format != "hub"),
+            "--fold_batchnorm is not for --layout timm or torchvision, nor for --format hub: leave it out",
+        )
 
 
 @dataclass(frozen=True)

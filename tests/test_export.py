@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,14 +10,18 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import effnet_fast
 from command_line import run
 from effnet_fast import checkpoint, create_model
+from effnet_fast.config import TrainConfig
 from effnet_fast.model import batch_norms
 from effnet_fast.model.trained import TrainedModel
 from effnet_fast.model.weights import read_safetensors
+from plain_networks import timm_b0, torchvision_b0
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 
@@ -139,3 +144,108 @@ def test_mistakes(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     run(f"export --checkpoint {trained} --format onnx", expected=2)
     assert "pip install 'effnet-fast[export]'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a B0 at output stride 32 with statistics of its own, as after training."""
+    torch.manual_seed(0)
+    model = create_model("efficientnet-b0", 10, 64, output_stride=32, bn_momentum=0.5).train()
+    for _ in range(10):
+        model(torch.randn(8, 3, 64, 64))
+    config = TrainConfig(dataset="cifar10", output_stride=32, num_epochs=3, learning_rate=0.3)
+    state = {
+        "model": model.state_dict(),
+        "ema": None,
+        "config": dataclasses.asdict(config),
+        "architecture": dataclasses.asdict(model.architecture),
+        "classes": [f"class-{i}" for i in range(10)],
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.25],
+        "result": {"split": "test", "loss": 0.51234, "top1": 87.654, "top5": 99.5},
+    }
+    path = tmp_path_factory.mktemp("published") / "last.pt"
+    checkpoint.save(path, state)
+    return path
+
+
+ORACLES = {"timm": timm_b0, "torchvision": torchvision_b0}
+
+
+@pytest.mark.parametrize("layout", ORACLES)
+def test_layouts_of_other_libraries(published: Path, tmp_path: Path, layout: str) -> None:
+    output = tmp_path / "model.safetensors"
+    run(f"export --checkpoint {published} --layout {layout} --output {output}")
+    tensors, images = load_file(output), torch.randn(2, 3, 64, 64)
+    expected = effnet_fast.load(published, device="cpu").model
+    with torch.no_grad():
+        torch.testing.assert_close(ORACLES[layout](tensors, images), expected(images), rtol=1e-4, atol=1e-4)
+    if layout == "torchvision":
+        assert not (tmp_path / "config.json").exists()
+        return
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == "efficientnet_b0"
+    assert (config["num_classes"], config["label_names"][3]) == (10, "class-3")
+    assert config["pretrained_cfg"]["mean"] == [0.5, 0.4, 0.3]
+    again = create_model("efficientnet-b0", 10, 64, output_stride=32, pretrained=output).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), expected(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_of_another_library_is_not_overwritten(published: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    run(f"export --checkpoint {published} --layout timm --output {tmp_path}/model.safetensors", expected=2)
+    assert "config.json is not timm's and would be overwritten" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "vit"}'
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--layout timm", "timm's networks have output stride 32, this model 8"),
+        ("--layout timm --format onnx", "--layout timm is for --format safetensors or hub, not onnx"),
+        ("--layout timm --fold_batchnorm", "--fold_batchnorm is not for --layout timm"),
+        ("--format hub --fold_batchnorm", "--fold_batchnorm is not for"),
+    ],
+)
+def test_impossible_layouts(trained: Path, tmp_path: Path, capsys, flags: str, message: str) -> None:
+    run(f"export --checkpoint {trained} --output {tmp_path}/out.safetensors {flags}", expected=2)
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("layout", ["effnet-fast", "timm", "torchvision"])
+def test_a_folder_for_the_hub(published: Path, tmp_path: Path, layout: str) -> None:
+    run(f"export --checkpoint {published} --format hub --layout {layout} --output {tmp_path}/hub")
+    folder = tmp_path / "hub"
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    _, front_matter, card = (folder / "README.md").read_text().split("---\n", 2)
+    facts = yaml.safe_load(front_matter)
+    assert facts["library_name"] == ("timm" if layout == "timm" else "effnet_fast")
+    assert facts["datasets"] == ["cifar10"]
+    (result,) = facts["model-index"][0]["results"]
+    assert (result["metrics"][0]["value"], result["dataset"]["split"]) == (87.65, "test")
+    assert "| top-1 accuracy (%) | 87.65 |\n| top-5 accuracy (%) | 99.50 |\n| loss | 0.5123 |\n\n" in card
+    recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert recipe == {
+        "model": "efficientnet-b0",
+        "dataset": "cifar10",
+        "num_epochs": 3,
+        "learning_rate": 0.3,
+        "output_stride": 32,
+    }
+    assert ", ".join(f"class-{i}" for i in range(10)) in card
+    if layout == "effnet-fast":
+        assert effnet_fast.load(folder / "model.safetensors", device="cpu").classes[9] == "class-9"
+
+
+def test_the_hub_needs_a_checkpoint_and_lists_the_averages_results(trained: Path, tmp_path: Path, capsys) -> None:
+    run(f"export --checkpoint {trained} --format hub --output {tmp_path}/ema")
+    run(f"export --checkpoint {trained} --format hub --weights raw --output {tmp_path}/raw")
+    result = checkpoint.load(trained)["result"]
+    for folder, key in (("ema", "ema_loss"), ("raw", "loss")):
+        assert f"| loss | {result[key]:.4f} |" in (tmp_path / folder / "README.md").read_text()
+    assert f"{result['ema_loss']:.4f}" != f"{result['loss']:.4f}"
+    run(f"export --checkpoint {tmp_path}/ema/model.safetensors --format hub --output {tmp_path}/x", expected=2)
+    assert "--format hub needs a run's checkpoint" in capsys.readouterr().err

@@ -6,12 +6,19 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from effnet_fast import __version__, checkpoint
+from safetensors.torch import save
+
+from effnet_fast import __version__
+from effnet_fast.checkpoint import Checkpoint, write_atomically
 from effnet_fast.config import ExportConfig
 from effnet_fast.model import Network
 from effnet_fast.model.serialize import fold_batch_norms, to_onnx, to_safetensors, to_torch_export
 from effnet_fast.model.trained import TrainedModel, load
+from effnet_fast.model.weights.timm import make_config, read_config
+from effnet_fast.model.weights.write import to_foreign
+from effnet_fast.run.hub import model_card
 from effnet_fast.run.output import check_writable
 
 _FORMATS: dict[str, tuple[str, Callable[[Network, Mapping[str, str]], bytes]]] = {
@@ -28,6 +35,8 @@ def export(config: ExportConfig) -> int:
         ValueError, OSError: a user's mistake, in one line.
     """
     path = Path(config.checkpoint)
+    if config.format == "hub":
+        return _export_hub(config, path)
     suffix, write = _FORMATS[config.format]
     output = Path(config.output) if config.output else path.with_suffix(suffix)
     if output.suffix != suffix:
@@ -36,18 +45,71 @@ def export(config: ExportConfig) -> int:
         raise ValueError(f"{output} is the file to export: choose another --output")
     check_writable(output.parent, "--output")
     trained = load(path, config.weights, "cpu", kernels="torch")
+    if config.layout != "effnet-fast":
+        return _export_layout(config, trained, output)
     if config.fold_batchnorm and not trained.folded:
         fold_batch_norms(trained.model)
         trained = dataclasses.replace(trained, folded=True)
-    content = write(trained.model, _metadata(trained))
-    checkpoint.write_atomically(output, content)
-    print(f"written: {output} ({len(content) / 1e6:.1f} MB, {len(trained.classes)} classes)")
+    _write(output, write(trained.model, _metadata(trained)), trained)
     return 0
 
 
+def _export_layout(config: ExportConfig, trained: TrainedModel, output: Path) -> int:
+    content, settings = _weights_and_config(config, trained)
+    if config.layout == "timm":
+        file = output.parent / "config.json"
+        if file.exists() and not read_config(output.parent):
+            raise ValueError(f"{file} is not timm's and would be overwritten: choose another folder with --output")
+        write_atomically(file, _json(settings))
+    _write(output, content, trained)
+    return 0
+
+
+def _export_hub(config: ExportConfig, path: Path) -> int:
+    """Write a folder that `huggingface-cli upload` takes: weights, config.json and a model card."""
+    if path.suffix == ".safetensors":
+        raise ValueError(f"--format hub needs a run's checkpoint, whose results the model card lists, not {path}")
+    folder = Path(config.output) if config.output else path.with_name(f"{path.stem}-hub")
+    check_writable(folder, "--output", create=True)
+    trained = load(path, config.weights, "cpu", kernels="torch")
+    content, settings = _weights_and_config(config, trained)
+    card = model_card(Checkpoint.read(path), trained, config.weights, config.layout)
+    write_atomically(folder / "config.json", _json(settings))
+    write_atomically(folder / "README.md", card.encode(errors="backslashreplace"))
+    _write(folder / "model.safetensors", content, trained)
+    return 0
+
+
+def _weights_and_config(config: ExportConfig, trained: TrainedModel) -> tuple[bytes, dict[str, Any]]:
+    """The content of the safetensors file in the asked layout, and of config.json."""
+    if config.layout == "effnet-fast":
+        return to_safetensors(trained.model, _metadata(trained)), {"library_name": "effnet_fast", **_facts(trained)}
+    if trained.folded:
+        raise ValueError(f"{config.checkpoint} has its BatchNorm folded, which --layout {config.layout} needs")
+    foreign = to_foreign(trained.model, config.layout)
+    features = trained.model.classifier.in_features
+    settings = make_config(
+        foreign.architecture, features, trained.classes, trained.image_size, trained.mean, trained.std
+    )
+    return save(foreign.tensors, {"format": "pt"}), settings
+
+
+def _write(output: Path, content: bytes, trained: TrainedModel) -> None:
+    write_atomically(output, content)
+    print(f"written: {output} ({len(content) / 1e6:.1f} MB, {len(trained.classes)} classes)")
+
+
+def _json(settings: Mapping[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2) + "\n").encode()
+
+
 def _metadata(trained: TrainedModel) -> dict[str, str]:
-    """Describe the model and its preprocessing, each value as JSON: pixels are scaled to 0..1 before mean and std."""
-    facts = {
+    return {name: json.dumps(value) for name, value in _facts(trained).items()}
+
+
+def _facts(trained: TrainedModel) -> dict[str, Any]:
+    """Describe the model and its preprocessing; pixels are scaled to 0..1 before mean and std."""
+    return {
         "effnet_fast": __version__,
         "architecture": dataclasses.asdict(trained.model.architecture),
         "classes": trained.classes,
@@ -56,4 +118,3 @@ def _metadata(trained: TrainedModel) -> dict[str, str]:
         "std": trained.std,
         "folded": trained.folded,
     }
-    return {name: json.dumps(value) for name, value in facts.items()}

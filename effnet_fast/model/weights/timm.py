@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from effnet_fast.data.dataset import Channels
 from effnet_fast.model.weights.layout import Layout, Names
 from effnet_fast.model.weights.normalisation import checked_normalisation
 
@@ -100,3 +101,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: pretrained_cfg must hold mean and std, not be {settings!r}")
     return {"architectures": [config["architecture"]], **checked_normalisation(file, settings)}
+
+
+def make_config(
+    architecture: str, features: int, classes: Sequence[str], image_size: int, mean: Channels, std: Channels
+) -> dict[str, Any]:
+    """The config.json that `timm.create_model("local-dir:FOLDER")` reads."""
+    return {
+        "architecture": architecture,
+        "num_classes": len(classes),
+        "num_features": features,
+        "label_names": list(classes),
+        "pretrained_cfg": {
+            "num_classes": len(classes),
+            "input_size": [3, image_size, image_size],
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": list(mean),
+            "std": list(std),
+        },
+    }

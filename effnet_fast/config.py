@@ -508,10 +508,12 @@ class CamConfig:
     weights: Literal["auto", "ema", "raw"] = "auto"
     """Weights to use; auto is the moving average (EMA) if the run has one."""
 
-    method: Literal["grad-cam", "cam", "integrated-gradients", "occlusion", "guided-grad-cam"] = "grad-cam"
+    method: Literal[
+        "grad-cam", "grad-cam++", "layer-cam", "cam", "integrated-gradients", "occlusion", "guided-grad-cam"
+    ] = "grad-cam"
     """Attribution method; cam is exact for a linear classifier on a pooled map, guided-grad-cam needs ReLU."""
     layer: str | None = None
-    """Module whose output Grad-CAM uses, e.g. stages.5; default: the input of the global pooling."""
+    """Module whose output the Grad-CAM methods use, e.g. stages.5; default: the input of the global pooling."""
     target: str = "predicted"
     """Class to explain: predicted (by each model), true, or a class name."""
     labels: str | None = None
@@ -524,8 +526,8 @@ class CamConfig:
     curve_steps: int = 20
     """Steps of the deletion and insertion curves."""
 
-    colormap: str = "jet"
-    """Any matplotlib colormap; jet is the paper's blue to red."""
+    colormap: str = "efficientnet"
+    """efficientnet is the paper's blue to red in even steps, jet the paper's own; or any colormap of matplotlib."""
     opacity: float = 0.5
     """Opacity of the map over the image, 0 to 1."""
     format: Literal["png", "svg", "pdf"] = "png"

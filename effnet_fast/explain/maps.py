@@ -4,6 +4,9 @@ Each map explains a class's logit (before the softmax). Negative evidence is set
 of different methods can be compared. A is a layer's output [K, h, w] and g the gradient of the logit with respect to A.
 
 - `grad-cam` (Selvaraju et al. 2017, equations 1 and 2): ReLU(sum_k mean(g_k) A_k).
+- `grad-cam++` (Chattopadhay et al. 2018, equation 19): ReLU(sum_k w_k A_k), w_k = sum over pixels of
+  a ReLU(g_k) with a = g_k^2 / (2 g_k^2 + sum(A_k) g_k^3).
+- `layer-cam` (Jiang et al. 2021): ReLU(sum_k ReLU(g_k) A_k), pixel by pixel.
 - `cam` (Zhou et al. 2016): ReLU(sum_k w_k A_k) with the classifier's weights w. It requires a classifier that is linear
   on the mean of A; there it equals Grad-CAM times the number of pixels.
 - `integrated-gradients` (Sundararajan et al. 2017): 50 steps from the zero image, summed over colours.
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +31,9 @@ from torch import Tensor, nn
 from effnet_fast.data.resize import central_square
 from effnet_fast.explain.layers import find_layer, uncompiled
 
-Method = Literal["grad-cam", "cam", "integrated-gradients", "occlusion", "guided-grad-cam"]
-METHODS: tuple[Method, ...] = ("grad-cam", "cam", "integrated-gradients", "occlusion", "guided-grad-cam")
-LAYER_METHODS = ("grad-cam", "guided-grad-cam")  # methods that take a layer
+Method = Literal["grad-cam", "grad-cam++", "layer-cam", "cam", "integrated-gradients", "occlusion", "guided-grad-cam"]
+METHODS: tuple[Method, ...] = get_args(Method)
+LAYER_METHODS = ("grad-cam", "grad-cam++", "layer-cam", "guided-grad-cam")  # methods that take a layer
 
 _INTEGRATION_STEPS = 50
 _INTEGRATION_BATCH = 256  # images per pass of integrated gradients; bounds its memory
@@ -137,6 +140,33 @@ def _grad_cam(model: nn.Module, images: Tensor, targets: Tensor, layer: str | No
     return method.attribute(images, targets, relu_attributions=True)[:, 0]  # Captum's default omits the ReLU
 
 
+def _grad_cam_plus_plus(model: nn.Module, images: Tensor, targets: Tensor, layer: str | None) -> Tensor:
+    activation, gradient = _activation_and_gradient(model, images, targets, layer)
+    denominator = 2 * gradient**2 + activation.sum((2, 3), keepdim=True) * gradient**3
+    weight = torch.where(denominator != 0, gradient**2 / denominator, 0)
+    return ((weight * gradient.relu()).sum((2, 3), keepdim=True) * activation).sum(1)
+
+
+def _layer_cam(model: nn.Module, images: Tensor, targets: Tensor, layer: str | None) -> Tensor:
+    activation, gradient = _activation_and_gradient(model, images, targets, layer)
+    return (gradient.relu() * activation).sum(1)
+
+
+def _activation_and_gradient(
+    model: nn.Module, images: Tensor, targets: Tensor, layer: str | None
+) -> tuple[Tensor, Tensor]:
+    """Return a layer's output and the gradient of the targets' logits with respect to it, float64 [N, K, h, w] each.
+
+    Grad-CAM++ divides by differences that float32 would round.
+    """
+    from captum.attr import LayerActivation, LayerGradientXActivation
+
+    module = find_layer(model, layer, images)
+    activation = LayerActivation(model, module).attribute(images)
+    gradient = LayerGradientXActivation(model, module, multiply_by_inputs=False).attribute(images, targets)
+    return activation.detach().double(), gradient.detach().double()
+
+
 def _class_weights_cam(model: nn.Module, images: Tensor, targets: Tensor, layer: str | None) -> Tensor:
     from captum.attr import LayerActivation
 
@@ -194,6 +224,8 @@ def _guided_grad_cam(model: nn.Module, images: Tensor, targets: Tensor, layer: s
 
 _ATTRIBUTIONS: dict[str, Callable[[nn.Module, Tensor, Tensor, str | None], Tensor]] = {
     "grad-cam": _grad_cam,
+    "grad-cam++": _grad_cam_plus_plus,
+    "layer-cam": _layer_cam,
     "cam": _class_weights_cam,
     "integrated-gradients": _integrated_gradients,
     "occlusion": _occlusion,

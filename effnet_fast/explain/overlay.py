@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from effnet_fast.data.resize import central_square
+from effnet_fast.explain.colormap import NAME
 from effnet_fast.explain.maps import place
 from effnet_fast.explain.tables import Record
+from effnet_fast.report.fonts import drawable, text_style
 
 LARGEST_SIDE = 1024  # pixels; larger images are drawn smaller
 _CELL, _GAP, _CAPTION, _HEADING, _BAR = 1.75, 0.1, 0.5, 0.5, 0.95  # inches: an image's side and the space around it
@@ -56,7 +58,7 @@ class Row:
 def check_colormap(name: str) -> None:
     """Raise ValueError unless matplotlib knows the colormap."""
     if name not in colormaps:
-        raise ValueError(f"matplotlib has no colormap {name!r}: try jet, viridis, magma, turbo or another of its maps")
+        raise ValueError(f"matplotlib has no colormap {name!r}: try {NAME}, jet, viridis, turbo or another of its maps")
 
 
 def shrink(image: Image.Image, largest: int = LARGEST_SIDE) -> Image.Image:
@@ -88,8 +90,7 @@ def _over_image(square: NDArray[np.float32], image: Image.Image) -> NDArray[np.f
     return whole
 
 
-@rc_context({"text.parse_math": False})  # file and class names may contain dollar signs
-def draw(rows: Sequence[Row], models: Sequence[str], colormap: str = "jet", opacity: float = 0.5) -> Figure:
+def draw(rows: Sequence[Row], models: Sequence[str], colormap: str = NAME, opacity: float = 0.5) -> Figure:
     """Draw a grid with one row per image: the original, then each model's map over it; predictions below each map.
 
     Args:
@@ -98,6 +99,13 @@ def draw(rows: Sequence[Row], models: Sequence[str], colormap: str = "jet", opac
         colormap: of matplotlib.
         opacity: of the maps, 0 to 1.
     """
+    names = [name for row in rows for name in (row.name, row.label or "")]
+    names += [name for row in rows for panel in row.panels for name in (panel.prediction, panel.target)]
+    with text_style([*models, *names]):
+        return _draw(rows, models, colormap, opacity)
+
+
+def _draw(rows: Sequence[Row], models: Sequence[str], colormap: str, opacity: float) -> Figure:
     columns = len(models) + 1
     heights = [_CELL * min(1, row.image.shape[0] / row.image.shape[1]) for row in rows]
     width, height = _CELL * columns + _BAR, sum(heights) + _CAPTION * len(rows) + _HEADING
@@ -120,7 +128,7 @@ def draw(rows: Sequence[Row], models: Sequence[str], colormap: str = "jet", opac
     for cells, row in zip(axes, rows, strict=True):
         _draw_row(cells, row, colormap, opacity)
     for cell, heading in zip(axes[0], ["original", *models], strict=True):
-        cell.set_title(textwrap.fill(heading, _NAME_LENGTH), fontsize=9)
+        cell.set_title(textwrap.fill(drawable(heading), _NAME_LENGTH), fontsize=9)
     _draw_colorbar(figure, colormap)
     return figure
 
@@ -157,4 +165,5 @@ def _caption(panel: Panel) -> str:
 
 
 def _shorten(name: str) -> str:
+    name = drawable(name)
     return name if len(name) <= _NAME_LENGTH else "..." + name[3 - _NAME_LENGTH :]

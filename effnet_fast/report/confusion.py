@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from effnet_fast.report import picture
+from effnet_fast.report.fonts import drawable, text_style
 
 MOST_NAMES = 120  # with more classes, their names beside the matrix would be too small to read
 LISTED = 20  # pairs and classes listed beside the matrix
@@ -43,7 +44,6 @@ def write_per_class(path: str | Path, classes: Sequence[str], confusion: NDArray
         raise ValueError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
 
-@rc_context({"text.parse_math": False})  # class names may contain dollar signs
 def plot_confusion(path: str | Path, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
     """Draw the confusion matrix, each row divided by its sum, with the most confused pairs and classes beside it.
 
@@ -60,16 +60,22 @@ def plot_confusion(path: str | Path, classes: Sequence[str], confusion: NDArray[
     _check(classes, confusion)
     path = Path(path)
     picture.check_suffix(path)
-    images = confusion.sum()
-    if images == 0:
+    if not confusion.any():
         raise ValueError("a confusion matrix needs at least one image: evaluate on more")
+    names = [drawable(name) for name in classes]
+    with text_style(names):
+        picture.save(_draw(names, confusion), path)
+
+
+def _draw(classes: Sequence[str], confusion: NDArray[np.int64]) -> Figure:
     figure = Figure(figsize=(16, 12), dpi=140, layout="constrained")
     matrix, listing = figure.subplots(1, 2, width_ratios=(3.4, 1))
     _draw_matrix(figure, matrix, classes, confusion)
     _list_worst(listing, classes, confusion)
+    images = confusion.sum()
     top1 = 100 * confusion.trace() / images
     figure.suptitle(f"Confusion matrix: {images:,} images, {len(classes)} classes, top-1 {top1:.2f} %", fontsize=14)
-    picture.save(figure, path)
+    return figure
 
 
 def most_confused(confusion: NDArray[np.int64], count: int) -> list[tuple[int, int]]:
@@ -124,7 +130,9 @@ def _list_worst(axes: Axes, classes: Sequence[str], confusion: NDArray[np.int64]
     evaluated = np.flatnonzero(confusion.sum(1))
     lowest = evaluated[np.argsort(percent.diagonal()[evaluated], kind="stable")][:LISTED]
     accuracies = [f"{percent[k, k]:5.1f} %  {classes[k]}" for k in lowest]
+    families = ["monospace", *rcParams["font.family"]]
     for top, title, lines in ((1, "Most confused: true → predicted", pairs), (0.5, "Lowest top-1", accuracies)):
         axes.text(0, top, title, va="top", fontsize=12)
-        axes.text(0, top - 0.025, "\n".join(lines) or "none", va="top", family="monospace", fontsize=9, linespacing=1.7)
+        body = "\n".join(lines) or "none"
+        axes.text(0, top - 0.025, body, va="top", family=families, fontsize=9, linespacing=1.7)
     axes.axis("off")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from effnet_fast.report import picture
+from effnet_fast.report.fonts import drawable, text_style
 
 Row = dict[str, Any]
 Style = dict[str, Any]  # keyword arguments of matplotlib
@@ -84,7 +84,6 @@ def read_metrics(run_dir: str | Path) -> Metrics:
     return Metrics(name=run_dir.resolve().name, **by_kind)
 
 
-@rc_context({"text.parse_math": False})  # run names may contain dollar signs
 def plot_curves(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
     """Draw loss, top-1, learning rate and throughput of runs against epochs, and return the picture's path.
 
@@ -101,7 +100,13 @@ def plot_curves(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
     if not run_dirs:
         raise ValueError("no runs to plot: give at least one run's folder")
     runs = [read_metrics(run_dir) for run_dir in run_dirs]
+    labels = [drawable(label) for label in _labels(runs, run_dirs)]
+    with text_style(labels):
+        picture.save(_draw_panels(runs, labels), output)
+    return output
 
+
+def _draw_panels(runs: Sequence[Metrics], labels: Sequence[str]) -> Figure:
     figure = Figure(figsize=(12, 8.5), dpi=120, layout="constrained")
     loss, top1, learning_rate, throughput = figure.subplots(2, 2).flat
     _draw(loss, runs, {TRAINING: "loss", EVALUATION: "loss", EMA: "ema_loss"})
@@ -116,9 +121,8 @@ def plot_curves(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
     throughput.autoscale_view(scalex=False)
     throughput.set_ylim(bottom=0)
     throughput.yaxis.set_major_formatter(EngFormatter())
-    _legend(figure, runs, _labels(runs, run_dirs))
-    picture.save(figure, output)
-    return output
+    _legend(figure, runs, labels)
+    return figure
 
 
 def _rows(path: Path) -> Iterator[Row]:

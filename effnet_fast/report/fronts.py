@@ -21,6 +21,7 @@ COSTS = {
     "pareto_parameters": ("parameters", "parameters"),
     "pareto_latency": ("latency_ms", "measured latency of one image (ms)"),
 }
+BASELINE_COLOR = COLORS[2]
 LINES = ("-", "--", "-.", ":")
 REFERENCE_MARKERS = ("P", "X", "*", "h", "p")
 
@@ -116,6 +117,7 @@ def pareto_fronts(rows: Sequence[Row], chosen: str | None = None) -> Figure:
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.margins(x=0.3, y=0.15)
         axes.grid(alpha=0.3)
+    _start_at_zero_without_spread(figure.axes[0], [row for row in rows if row["top1_mean"] is not None])
     figure.axes[0].set_ylabel("validation top-1 (%), mean and standard deviation")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -128,6 +130,15 @@ def _points(rows: Sequence[Row], cost: str) -> tuple[list[float], list[float]]:
 def _error_bars(axes: Axes, rows: Sequence[Row], cost: str, **style: Any) -> None:
     spreads = [row["top1_std"] or 0 for row in rows]
     axes.errorbar(*_points(rows, cost), yerr=spreads, fmt="o", capsize=3, elinewidth=0.9, markersize=8, **style)
+
+
+def _start_at_zero_without_spread(axes: Axes, rows: Sequence[Row]) -> None:
+    """Start the accuracy axis at zero unless error bars show the spread of every point.
+
+    A cropped axis without error bars makes differences within the noise look large.
+    """
+    if any(row["top1_std"] is None for row in rows):
+        axes.set_ylim(bottom=0)
 
 
 def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
@@ -143,10 +154,11 @@ def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
     known = [row for row in rows if row["top1_mean"] is not None]
     baseline = [row for row in known if row["model"] == "baseline"]
     ways = list(dict.fromkeys(row["model"] for row in known if row["model"] != "baseline" and row["depth"]))
+    colors = [color for color in COLORS if color != BASELINE_COLOR]
     for number, way in enumerate(ways):
         line = sorted((row for row in known if row["model"] == way), key=lambda row: row["macs"])
         points = [*baseline, *line]
-        style: Style = {"color": COLORS[number], "linestyle": LINES[number % len(LINES)]}
+        style: Style = {"color": colors[number], "linestyle": LINES[number % len(LINES)]}
         axes.errorbar(
             *_points(points, "macs"),
             yerr=[row["top1_std"] or 0 for row in points],
@@ -159,7 +171,8 @@ def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
     references = (row for row in known if row["depth"] is None)
     for marker, row in zip(itertools.cycle(REFERENCE_MARKERS), references):
         axes.plot(*_points([row], "macs"), marker, color="0.35", markersize=9, label=row["model"])
-    axes.plot(*_points(baseline, "macs"), "o", color=COLORS[2], markersize=11, zorder=4, label="baseline (B0)")
+    axes.plot(*_points(baseline, "macs"), "o", color=BASELINE_COLOR, markersize=11, zorder=4, label="baseline (B0)")
+    _start_at_zero_without_spread(axes, known)
     axes.set(xlabel="multiply-accumulates per image", ylabel=f"{split} top-1 (%)", title="Ways to scale B0")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)

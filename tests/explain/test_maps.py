@@ -11,7 +11,7 @@ import effnet_fast
 from effnet_fast import create_model
 from effnet_fast.explain import METHODS, cam
 from effnet_fast.explain.layers import map_layers, pooled_layer
-from effnet_fast.explain.maps import evidence, place
+from effnet_fast.explain.maps import evidence, normalise, place
 
 
 class TinyHead(nn.Module):
@@ -105,6 +105,70 @@ def test_grad_cam_equals_paper(b0, images, layer):
     targets = torch.tensor([3, 7])
     expected = paper_grad_cam(b0, layer, images, targets)
     torch.testing.assert_close(evidence(b0, images, targets, layer=layer), expected, rtol=1e-3, atol=1e-6)
+
+
+def loop_grad_cam_plus_plus(activation, gradient):
+    """Equations 5 and 19 of Chattopadhay et al. 2018 for one image [K, h, w], pixel by pixel in Python."""
+    total = np.zeros(activation.shape[1:])
+    for a, g in zip(activation, gradient, strict=True):
+        weight = 0.0
+        for value in g.ravel():
+            denominator = 2 * value**2 + a.sum() * value**3
+            alpha = value**2 / denominator if denominator else 0.0
+            weight += alpha * max(value, 0.0)
+        total += weight * a
+    return np.maximum(total, 0)
+
+
+def loop_layer_cam(activation, gradient):
+    """Jiang et al. 2021 for one image [K, h, w]: each pixel is weighted by its own positive gradient."""
+    total = np.zeros(activation.shape[1:])
+    for a, g in zip(activation, gradient, strict=True):
+        for i, j in np.ndindex(total.shape):
+            total[i, j] += max(g[i, j], 0.0) * a[i, j]
+    return np.maximum(total, 0)
+
+
+@pytest.mark.parametrize(("method", "loop"), [("grad-cam++", loop_grad_cam_plus_plus), ("layer-cam", loop_layer_cam)])
+@pytest.mark.parametrize("layer", ["head", "stages.4"])
+def test_grad_cam_plus_plus_and_layer_cam_equal_papers(b0, images, method, loop, layer):
+    targets, outputs = torch.tensor([3, 7]), {}
+    handle = b0.get_submodule(layer).register_forward_hook(lambda module, inputs, output: outputs.update(a=output))
+    logits = b0(images)
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), outputs["a"])
+    maps = evidence(b0, images, targets, method=method, layer=layer)
+    for one_map, a, g in zip(maps, outputs["a"].detach().double().numpy(), gradient.double().numpy(), strict=True):
+        expected = loop(a, g)
+        assert expected.max() > 0
+        np.testing.assert_allclose(one_map.numpy(), expected, rtol=1e-3, atol=1e-5 * expected.max())
+
+
+def test_grad_cam_plus_plus_equals_higher_derivatives():
+    """Equation 10: alpha is the second derivative of Y = exp(logit) over twice it plus sum(A) times the third."""
+    model, target = TinyHead(), 1
+    activation = model.features(TINY_IMAGE)[0].detach().double()  # [2, 2, 2]
+    head = model.classifier.double()
+
+    def derivatives(k, i, j):
+        shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        moved = activation.clone()
+        moved[k, i, j] = activation[k, i, j] + shift
+        orders = [head(moved.mean((1, 2)))[target].exp()]
+        for _ in range(3):
+            orders += torch.autograd.grad(orders[-1], shift, create_graph=True)
+        return [order.item() for order in orders[1:]]
+
+    expected = torch.zeros(2, 2, dtype=torch.float64)
+    for k in range(2):
+        weight = 0.0
+        for i, j in np.ndindex(2, 2):
+            first, second, third = derivatives(k, i, j)
+            denominator = 2 * second + float(activation[k].sum()) * third
+            weight += second / denominator * max(first, 0) if denominator else 0.0
+        expected += weight * activation[k]
+    ours = evidence(TinyHead(), TINY_IMAGE, torch.tensor([target]), method="grad-cam++")
+    torch.testing.assert_close(normalise(ours)[0].double(), expected / expected.max(), rtol=1e-5, atol=1e-6)
 
 
 def test_default_layer(b0, images):

@@ -18,7 +18,7 @@ from effnet_fast.data.examine import examine_file
 from effnet_fast.data.image import load_image
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.torch_loader import TorchLoader
-from effnet_fast.explain import cam, explainer, output
+from effnet_fast.explain import cam, explainer, output, overlay
 from effnet_fast.explain.image_files import list_image_files
 from effnet_fast.explain.models import load_models
 
@@ -138,6 +138,18 @@ def test_study_loads_one_seed_of_each_model_with_torch_kernels(study):
     other = models_of(study, seed=1)
     assert [m.name for m in other] == ["baseline"]
     assert other[0].digest != found[0].digest
+
+
+def test_headings_do_not_wrap_inside_a_factor(study, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    label = "compound of all (d = 2, w = 1.82, r = 1.414)"
+    (baseline, *_) = json.loads((folder / "study.json").read_text())["models"]
+    (folder / "study.json").write_text(json.dumps({"models": [baseline | {"label": label}]}))
+    (model,) = models_of(folder)
+    row = overlay.Row("a", np.zeros((8, 8, 3), np.uint8), None, [overlay.Panel(np.ones((8, 8)), "a", 1.0, "a", 1.0)])
+    heading = overlay.draw([row], [model.label]).axes[1].get_title()
+    assert heading.replace("\N{NO-BREAK SPACE}", " ").split("\n") == ["compound of all (d = 2,", "w = 1.82, r = 1.414)"]
 
 
 def test_run_flag_and_single_checkpoint(study, tmp_path):
@@ -370,7 +382,7 @@ def test_bf16(study, tmp_path):
     np.testing.assert_allclose(coarse, exact, atol=0.1)
 
 
-@pytest.mark.parametrize("method", ["cam", "integrated-gradients", "occlusion"])
+@pytest.mark.parametrize("method", ["cam", "grad-cam++", "layer-cam", "integrated-gradients", "occlusion"])
 def test_methods(study, tmp_path, method):
     images = write(tmp_path / "images", (40, 32))
     run(
@@ -379,7 +391,7 @@ def test_methods(study, tmp_path, method):
     )
     assert (tmp_path / "out" / "grids" / "grid-00001.pdf").read_bytes().startswith(b"%PDF")
     with np.load(tmp_path / "out" / "maps" / "bear" / "0.png.npz") as maps:
-        assert maps["a"].shape == ((4, 4) if method == "cam" else (32, 32))
+        assert maps["a"].shape == ((32, 32) if method in ("integrated-gradients", "occlusion") else (4, 4))
 
 
 @pytest.mark.parametrize(

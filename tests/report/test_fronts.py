@@ -72,6 +72,27 @@ def test_lines_are_distinguishable_without_color():
     assert len(styles) == 4
 
 
+def test_baseline_has_a_color_of_its_own():
+    lines = scaling_curves(MODELS, "test").axes[0].get_lines()
+    colors = {line.get_color() for line in lines if len(line.get_xdata()) == 2 and line.get_linestyle() != "None"}
+    (baseline,) = [line.get_color() for line in lines if line.get_label() == "baseline (B0)"]
+    assert len(colors) == 4
+    assert baseline not in colors
+
+
+def with_spread(rows):
+    return [row | {"top1_std": 0.5} for row in rows]
+
+
+def test_accuracy_axis_starts_at_zero_unless_spread_is_drawn():
+    for figure in (scaling_curves(MODELS, "test"), pareto_fronts(ROWS)):
+        assert figure.axes[0].get_ylim()[0] == 0
+    for figure, lowest in ((scaling_curves(with_spread(MODELS), "test"), 20.0), (pareto_fronts(with_spread(ROWS)), 10)):
+        low, high = figure.axes[0].get_ylim()
+        assert 0 < low < lowest - 0.5
+        assert high > lowest
+
+
 class Links(HTMLParser):
     def __init__(self):
         super().__init__()

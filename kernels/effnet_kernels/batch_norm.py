@@ -231,7 +231,7 @@ def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, bn: Affine, scale: Tensor | 
     if ops := cpp_ops(x):
         return ops.grad_sums(dy, x, stats, *bn, scale, activation)
     m, c = rows_of(x)
-    config = row_launch(m, c)
+    config = row_launch(m, c, resident=5)
     grid = config.grid(m, c)
     sums = torch.empty(grid[1], 2, c, device=x.device, dtype=torch.float32)
     launch(

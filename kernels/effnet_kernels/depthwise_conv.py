@@ -26,6 +26,7 @@ backward kernel keeps k rows of activations and of dx: a row of g contributes to
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.launch import (
-    PROGRAMS,
     Kernels,
     cdiv,
     channel_block,
@@ -42,6 +42,7 @@ from effnet_kernels.launch import (
     cpp_ops,
     kernel,
     launch,
+    slots,
     tl,
     triton,
     use_kernels,
@@ -93,9 +94,35 @@ def _strip(columns: int, widest: int, multiple: int = 1) -> int:
     return columns if strips == 1 else cdiv(cdiv(columns, strips), multiple) * multiple
 
 
-def _band(rows: int, programs: int, k: int) -> int:
-    """Rows per program: all, or fewer if there were too few programs. Rows at the edge of a band are read twice."""
-    return cdiv(rows, max(min(cdiv(2 * PROGRAMS, programs), rows // (4 * k)), 1))
+@functools.cache
+def _band(rows: int, programs: int, k: int, resident: int) -> int:
+    """Rows per program: the split of `rows` whose rounds of programs take least time on an H100.
+
+    A band costs its rows and about half of the k - 1 rows around it, which are read again.
+    """
+
+    def cost(band: int) -> float:
+        return _rounds(programs * cdiv(rows, band), resident) * (band + k / 2)
+
+    return min((cdiv(rows, bands) for bands in range(1, max(rows // k, 1) + 1)), key=cost)
+
+
+@functools.cache
+def _tasks(total: int, blocks: int, least: int, resident: int) -> int:
+    """Tasks per program, at least `least`: the split of `total` tasks per channel block that takes least time.
+
+    Among equals, most tasks per program: fewer programs write fewer partial sums.
+    """
+
+    def cost(tasks: int) -> tuple[int, int]:
+        return _rounds(cdiv(total, tasks) * blocks, resident) * tasks, -tasks
+
+    return min(range(least, max(cdiv(total * blocks, slots(resident)), least) + 1), key=cost)
+
+
+def _rounds(programs: int, resident: int) -> int:
+    """Rounds in which the multiprocessors run `programs`, `resident` at a time on each."""
+    return cdiv(programs, slots(resident))
 
 
 def forward_launch(
@@ -111,24 +138,37 @@ def forward_launch(
     block_c = channel_block(c, widest=64)
     block_p = num_warps * 32 * elements // block_c
     programs = cdiv(n * cdiv(wo, strip), block_p) * cdiv(c, block_c)
-    return ForwardLaunch(strip, block_p, block_c, _band(ho, programs, k), num_warps)
+    band = _band(ho, programs, k, resident=(16 if k == 3 else 12) // num_warps)
+    return ForwardLaunch(strip, block_p, block_c, band, num_warps)
 
 
 def backward_launch(
-    n: int, c: int, h: int, w: int, k: int, stride: int, elements: int = 2, widest: int = 4, num_warps: int = 4
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    k: int,
+    stride: int,
+    elements: int | None = None,
+    widest: int = 4,
+    num_warps: int = 4,
 ) -> BackwardLaunch:
     """As `forward_launch`, with narrower strips: dw's k * k sums and k rows of x and of dx need more registers.
 
+    At k = 5 and stride 2, a thread of a wide map gets 1 channel, which leaves room for 16 warps instead of 8.
     A program handles at least 256 pixels, so that writing its sums for dw costs little beside the maps.
     """
+    elements = elements or (1 if k == 5 and stride == 2 and w > 8 else 2)
+    warps = (16, 12) if k == 3 else (8, 16 if elements == 1 else 8)  # that registers leave room for, by stride
+    resident = max(warps[stride - 1] // num_warps, 1)
     strip = _strip(w, widest, stride)
     block_c = channel_block(c, widest=64)
     block_p = num_warps * 32 * elements // block_c
-    groups = cdiv(n * cdiv(w, strip), block_p)
-    band = _band(h, groups * cdiv(c, block_c), k)
+    groups, blocks = cdiv(n * cdiv(w, strip), block_p), cdiv(c, block_c)
+    band = _band(h, groups * blocks, k, resident) if groups * blocks < slots(resident) else h
     total = groups * cdiv(h, band)
-    tasks = max(cdiv(total * cdiv(c, block_c), PROGRAMS), min(cdiv(256, block_p * strip * band), total))
-    return BackwardLaunch(strip, block_p, block_c, band, tasks, num_warps)
+    least = min(cdiv(256, block_p * strip * band), total)
+    return BackwardLaunch(strip, block_p, block_c, band, _tasks(total, blocks, least, resident), num_warps)
 
 
 def forward_space(n: int, c: int, ho: int, wo: int, k: int) -> list[ForwardLaunch]:

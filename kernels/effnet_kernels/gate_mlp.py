@@ -3,8 +3,9 @@
     hidden = W1 pool + b1,  gate = sigmoid(W2 silu(hidden) + b2)
 
 Forward   `_spans_kernel` multiplies by W1, `_gate_kernel` by W2.
-Backward  from the gradient at the gate: `_spans_kernel` multiplies by W2, `_dpool_kernel` by W1; then
-          `_parameters_backward_kernel` sums dW1, dW2, db1, db2 and BatchNorm's dgamma and dbeta over the images.
+Backward  From the gradient at the gate, `_spans_kernel` multiplies by W2 and `_dpool_kernel` by W1. Then
+          `_parameters_backward_kernel` sums dW1, dW2, db1, db2 and BatchNorm's dgamma and dbeta over splits of the
+          images, and `_add_splits_kernel` adds the splits in order.
 
 The matrices are small, so latency dominates. Each product over the channels is split into spans of channels, each a
 program; the next launch adds the spans' sums in order. Products are float32 as three TF32 products (tf32x3), which
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_kernels.launch import cdiv, cpp_ops, kernel, launch, power_of_2, tl, triton, vector
+from effnet_kernels.launch import cdiv, cpp_ops, kernel, launch, power_of_2, slots, tl, triton, vector
 from effnet_kernels.silu import sigmoid, silu_slope
 from effnet_kernels.statistics import load
 
@@ -66,6 +67,15 @@ def gate_launch(r: int) -> GateLaunch:
 def parameters_launch(r: int) -> GateLaunch:
     """Launch for the parameters' gradients. Their hidden values are independent: at most 64 per program."""
     return GateLaunch(16, 32, min(max(power_of_2(r), 16), 64), num_warps=4)
+
+
+def images_per_split(n: int, blocks: int, block_n: int) -> int:
+    """Images per split of the parameters' gradients: at least two blocks of them, for about one wave of programs.
+
+    A single program over all images would wait for memory once per block of images. `blocks`: programs per split.
+    """
+    splits = max(min(slots(2) // blocks, cdiv(n, 2 * block_n)), 1)
+    return cdiv(cdiv(n, splits), block_n) * block_n
 
 
 def gate_launch_space(r: int) -> list[GateLaunch]:
@@ -203,16 +213,13 @@ def _parameters_backward_kernel(
     dpool_ptr,  # [N, C]
     hidden_ptr,  # [N, R]
     dhidden_ptr,  # [N, R]
-    dw1_ptr,  # [R, C]
-    db1_ptr,  # [R]
-    dw2_ptr,  # [C, R]
-    db2_ptr,  # [C]
-    bn_ptr,  # [2, C]: dbeta, dgamma
+    partials_ptr,  # [splits, 2*R*C + 3*C + R]: dw1 [R, C], dw2 [C, R], db2 [C], dbeta [C], dgamma [C], db1 [R]
     N,
     C,
     R,
     NC,
     HW,
+    images,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -227,7 +234,8 @@ def _parameters_backward_kernel(
     db2 = tl.zeros([BLOCK_C], tl.float32)
     dbeta = tl.zeros([BLOCK_C], tl.float32)
     dgamma = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(0, N, BLOCK_N):
+    start = tl.program_id(2) * images
+    for first in range(start, tl.minimum(start + images, N), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         nc = n[:, None] * C + c[None, :]
         nc_ok = (n < N)[:, None] & (c < C)[None, :]
@@ -255,12 +263,44 @@ def _parameters_backward_kernel(
     c_ok = c < C
     # All programs of a grid row or column compute the same vectors; the first one stores them.
     once = c_ok & (tl.program_id(1) == 0)
-    tl.store(dw1_ptr + r[:, None] * C + c[None, :], dw1, mask=(r < R)[:, None] & c_ok[None, :])
-    tl.store(dw2_ptr + c[:, None] * R + r[None, :], dw2, mask=c_ok[:, None] & (r < R)[None, :])
-    tl.store(db1_ptr + r, db1, mask=(r < R) & (tl.program_id(0) == 0))
-    tl.store(db2_ptr + c, db2, mask=once)
-    tl.store(bn_ptr + c, dbeta, mask=once)
-    tl.store(bn_ptr + C + c, dgamma, mask=once)
+    RC = R * C
+    partials_ptr += tl.program_id(2).to(tl.int64) * (2 * RC + 3 * C + R)
+    tl.store(partials_ptr + r[:, None] * C + c[None, :], dw1, mask=(r < R)[:, None] & c_ok[None, :])
+    tl.store(partials_ptr + RC + c[:, None] * R + r[None, :], dw2, mask=c_ok[:, None] & (r < R)[None, :])
+    vectors_ptr = partials_ptr + 2 * RC
+    tl.store(vectors_ptr + c, db2, mask=once)
+    tl.store(vectors_ptr + C + c, dbeta, mask=once)
+    tl.store(vectors_ptr + 2 * C + c, dgamma, mask=once)
+    tl.store(vectors_ptr + 3 * C + r, db1, mask=(r < R) & (tl.program_id(0) == 0))
+
+
+@kernel
+def _add_splits_kernel(
+    partials_ptr,  # [splits, 2*R*C + 3*C + R], as above
+    dw1_ptr,  # [R, C]
+    dw2_ptr,  # [C, R]
+    db2_ptr,  # [C]
+    bn_ptr,  # [2, C]: dbeta, dgamma
+    db1_ptr,  # [R]
+    C,
+    R,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    RC = R * C
+    size = 2 * RC + 3 * C + R
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(splits):
+        total += load(partials_ptr + i, i < size)
+        partials_ptr += size
+    # Each value goes to the tensor its index falls in.
+    dw2_at, db2_at, bn_at, db1_at = RC, 2 * RC, 2 * RC + C, 2 * RC + 3 * C
+    tl.store(dw1_ptr + i, total.to(dw1_ptr.dtype.element_ty), mask=i < dw2_at)
+    tl.store(dw2_ptr + i - dw2_at, total.to(dw2_ptr.dtype.element_ty), mask=(i >= dw2_at) & (i < db2_at))
+    tl.store(db2_ptr + i - db2_at, total.to(db2_ptr.dtype.element_ty), mask=(i >= db2_at) & (i < bn_at))
+    tl.store(bn_ptr + i - bn_at, total, mask=(i >= bn_at) & (i < db1_at))
+    tl.store(db1_ptr + i - db1_at, total.to(db1_ptr.dtype.element_ty), mask=(i >= db1_at) & (i < size))
 
 
 def _span_sums(x: Tensor, gate: Tensor | None, w: Tensor, r: int) -> Tensor:
@@ -367,26 +407,46 @@ def _parameters_backward(
     """BatchNorm's [dbeta, dgamma] [2, C] over this rank, and the gradients of `se`."""
     n, c = gate.shape
     r = hidden.shape[1]
-    grads = SqueezeExcite(*(torch.empty_like(p) for p in se))
-    bn = pool.new_empty(2, c)
     config = parameters_launch(r)
+    blocks = cdiv(c, config.block_c), cdiv(r, config.block_r)
+    images = images_per_split(n, blocks[0] * blocks[1], config.block_n)
+    partials = pool.new_empty(cdiv(n, images), 2 * r * c + 3 * c + r)
     launch(
         "se_gate",
         _parameters_backward_kernel,
-        (cdiv(c, config.block_c), cdiv(r, config.block_r)),
+        (*blocks, len(partials)),
         sums,
         gate,
         pool,
         dpool,
         hidden,
         dhidden,
-        *grads,
-        bn,
+        partials,
         n,
         c,
         r,
         n * c,
         hw,
+        images,
         **config.constants(c),
+    )
+    grads = SqueezeExcite(*(torch.empty_like(p) for p in se))
+    bn = pool.new_empty(2, c)
+    block = 256
+    launch(
+        "se_gate",
+        _add_splits_kernel,
+        (cdiv(partials.shape[1], block),),
+        partials,
+        grads.reduce_weight,
+        grads.expand_weight,
+        grads.expand_bias,
+        bn,
+        grads.reduce_bias,
+        c,
+        r,
+        len(partials),
+        BLOCK=block,
+        num_warps=4,
     )
     return bn, grads

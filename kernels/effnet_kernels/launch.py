@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -39,9 +40,9 @@ CPU_STORAGE_TYPES = (torch.bfloat16, torch.float32)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _ENVIRONMENT = os.environ.get("EFFNET_KERNELS", "auto")
 
-# A few waves over the 108 to 132 multiprocessors of an A100 or H100, with several programs resident on each. It is a
-# constant rather than a query of the device, so that every GPU splits sums alike and returns the same bits.
-PROGRAMS = 1024
+# Multiprocessors of an H100; an A100 has 108. A constant rather than a query of the device, so that every GPU splits
+# sums alike and returns the same bits.
+PROCESSORS = 132
 
 
 def kernel(function: Any) -> Any:
@@ -110,6 +111,14 @@ def vector(channels: int) -> int:
     return math.gcd(channels, 16)
 
 
+def slots(resident: int) -> int:
+    """Programs that run at once with `resident` of them on each multiprocessor.
+
+    A grid slightly larger than this, or than a multiple of it, ends with most multiprocessors idle.
+    """
+    return PROCESSORS * resident
+
+
 def channel_block(channels: int, widest: int = 128, slack: float = 1.0) -> int:
     """Channels per program: a power of two from 32 to `widest`, fewer only if there are fewer channels.
 
@@ -139,18 +148,22 @@ class RowLaunch:
         return cdiv(c, self.block_c), cdiv(m, self.rows)
 
 
-def row_launch(m: int, c: int, elements: int = 2048) -> RowLaunch:
-    """Tiles of `elements` values, 16 per thread (two 16-byte loads of bf16), and about PROGRAMS programs."""
+def row_launch(m: int, c: int, resident: int = 7, values: int = 16, num_warps: int = 4) -> RowLaunch:
+    """`values` values per thread at a time, and programs for one wave with `resident` programs per multiprocessor.
+
+    16 values are two 16-byte loads of bf16.
+    """
     block_c = channel_block(c)
-    block_m = max(elements // block_c, 1)
-    chunks = max(PROGRAMS // cdiv(c, block_c), 1)
+    block_m = max(num_warps * 32 * values // block_c, 1)
+    chunks = max(slots(resident) // cdiv(c, block_c), 1)
     rows = cdiv(cdiv(m, block_m), chunks) * block_m
-    return RowLaunch(block_m, block_c, rows, num_warps=elements // 512)
+    return RowLaunch(block_m, block_c, rows, num_warps)
 
 
 def row_launch_space(m: int, c: int) -> list[RowLaunch]:
     """Launches an autotuner may try in place of `row_launch`'s choice."""
-    return [row_launch(m, c, elements) for elements in (512, 1024, 2048, 4096)]
+    choices = itertools.product((5, 7, 8, 14), (8, 16), (2, 4, 8))
+    return list(dict.fromkeys(row_launch(m, c, *choice) for choice in choices))
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ dy.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -78,20 +79,21 @@ class ImageLaunch:
         return {"VEC": vector(c), "BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "num_warps": self.num_warps}
 
 
-def image_launch(hw: int, c: int, elements: int = 2048) -> ImageLaunch:
-    """16 values per thread at a time, and at least 64 in all where the map has them: small maps use fewer warps.
+def image_launch(hw: int, c: int, values: int = 16, most_warps: int = 4) -> ImageLaunch:
+    """`values` values per thread at a time, and at least 64 in all where the map has them: small maps use fewer warps.
 
     Blocks are wide, so that few threads share a channel and the sum over them at the end is short.
     """
     block_c = channel_block(c, widest=256, slack=1.08)
     warps = max(hw * block_c // (32 * 64), 1)
-    num_warps = min(1 << warps.bit_length() - 1, elements // 512)
-    return ImageLaunch(min(power_of_2(hw), max(num_warps * 512 // block_c, 1)), block_c, num_warps)
+    num_warps = min(1 << warps.bit_length() - 1, most_warps)
+    return ImageLaunch(min(power_of_2(hw), max(num_warps * 32 * values // block_c, 1)), block_c, num_warps)
 
 
 def image_launch_space(hw: int, c: int) -> list[ImageLaunch]:
     """Launches an autotuner may try in place of `image_launch`'s choice."""
-    return [image_launch(hw, c, elements) for elements in (512, 1024, 2048, 4096)]
+    choices = itertools.product((8, 16), (1, 2, 4, 8))
+    return list(dict.fromkeys(image_launch(hw, c, *choice) for choice in choices))
 
 
 @triton.jit
@@ -250,7 +252,7 @@ def squeeze(x: Tensor, stats: Tensor, bn: Affine) -> Tensor:
     if ops := cpp_ops(x):
         return ops.squeeze(x, stats, *bn)
     n, c, h, w = x.shape
-    config = image_launch(h * w, c)
+    config = image_launch(h * w, c, values=8, most_warps=8)
     pool = torch.empty(n, c, device=x.device, dtype=torch.float32)
     launch("se_gate", _squeeze_kernel, config.grid(n, c), x, stats, *bn, pool, h * w, c, **config.constants(c))
     return pool
@@ -272,7 +274,7 @@ def five_sums(dy: Tensor | None, x: Tensor, stats: Tensor, bn: Affine) -> Tensor
     if ops := cpp_ops(x):
         return ops.five_sums(dy, x, stats, *bn)
     n, c, h, w = x.shape
-    config = image_launch(h * w, c)
+    config = image_launch(h * w, c, values=8)  # five sums of 16 values each would leave room for 12 warps
     sums = torch.empty(2 if dy is None else 5, n, c, device=x.device, dtype=torch.float32)
     launch(
         "se_gate",

@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
-from effnet_kernels import batch_norm, depthwise_conv, launch, mbconv
+from effnet_kernels import batch_norm, launch, mbconv
 
 SECTOR = 32
 BATCH = 512  # whose share of work per program the audit keeps at its own small batch
@@ -103,17 +103,17 @@ def recorded(batch: int):
         programs.clear()
 
     torch_ops = _TorchOps(traffic)
-    share = launch.PROGRAMS
+    processors = launch.PROCESSORS
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
     InterpreterBuilder.set_grid_idx = begin
-    launch.PROGRAMS = depthwise_conv.PROGRAMS = max(share * batch // BATCH, 1)
+    launch.PROCESSORS = max(processors * batch // BATCH, 1)
     try:
         with launch.launches_go_to(counted_launch), torch_ops:
             yield traffic
     finally:
         for name, function in originals.items():
             setattr(InterpreterBuilder, name, function)
-        launch.PROGRAMS = depthwise_conv.PROGRAMS = share
+        launch.PROCESSORS = processors
 
 
 @dataclass(frozen=True)

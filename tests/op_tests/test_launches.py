@@ -47,7 +47,7 @@ def check(row: dict) -> None:
     # 16 bytes a thread wherever the channels and the share of a thread in the tile allow; the depthwise convolution
     # has one or two channels to a thread, since a thread needs all taps of each.
     rows = constants.get("BLOCK_M", constants.get("BLOCK_P"))
-    if "BLOCK" in constants:  # Swish alone
+    if row["kernel"].startswith("_silu"):
         assert set(row["widths"]) == {"ld16", "st16"}, row
     if rows is not None:
         share = max(rows * constants["BLOCK_C"] // (32 * constants["num_warps"]), 1)

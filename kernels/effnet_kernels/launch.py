@@ -92,8 +92,8 @@ def is_built() -> bool:
 
 
 def cpp_ops(x: Tensor) -> Any | None:
-    """The C++ ops, `torch.ops.effnet_cpu`, where they handle `x`, else None."""
-    return build.library() if on_cpu(x) else None
+    """The C++ ops, `torch.ops.effnet_cpu`, where they handle `x`, else None (and within `launches_go_to`)."""
+    return build.library() if on_cpu(x) and _replacement is None else None
 
 
 def cdiv(a: int, b: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from effnet_fast import __version__, config
 from effnet_fast.credentials import mask_credentials
+from effnet_fast.streams import quiet_streams
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Verb:
         return {f"--{f.name}" for f in dataclasses.fields(self.settings) if str(f.type).startswith("list[str] |")}
 
 
+# Settings in which `~` and `$VARIABLE` are expanded.
+_PATHS = {
+    "data_dir", "save_dir", "pretrained", "resume", "checkpoint", "checkpoints", "run", "runs", "images",
+    "images_path", "labels", "output", "output_dir", "output_path", "export",
+}  # fmt: skip
+
 VERBS = {
     "train": Verb(config.TrainConfig, "training", "train"),
     "eval": Verb(config.EvalConfig, "evaluation", "evaluate_checkpoint"),
@@ -70,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     A user's mistake prints one line on stderr and exits with status 2; EFFNET_FAST_DEBUG=1 shows the traceback.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    with quiet_streams():
+        _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         sys.exit(0 if args else 2)
@@ -123,13 +135,75 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
         parser.add_argument(verb.positional, nargs="+", type=str, help=verb.positional_help)
     if verb.leading and args and not args[0].startswith("-"):
         args = [f"--{verb.leading}={args[0]}", *args[1:]]
+    args = _prepare_config_files(args)
     try:
         filled = _append_repeated_flags(_fill_bare_flags(args, verb.bare_flags), verb.repeated_flags)
         values = parser.parse_args(filled).as_dict()
     except ArgumentError as error:
-        raise ValueError(f"{_one_line(error)} (effnet-fast {name} --help lists the options)") from error
+        raise ValueError(f"{_explain(error)} (effnet-fast {name} --help lists the options)") from error
     values.pop("config")
-    return verb.settings(**values)
+    return verb.settings(**{key: _expand(value) if key in _PATHS else value for key, value in values.items()})
+
+
+def _expand(value: Any) -> Any:
+    """Replace `~` and `$VARIABLE` in a path, in NAME=PATH, or in each of a list; a path that exists stays as it is."""
+    if isinstance(value, list):
+        return [_expand(item) for item in value]
+    if not isinstance(value, str) or os.path.exists(value):
+        return value
+    name, equals, path = value.rpartition("=")
+    return name + equals + os.path.expandvars(os.path.expanduser(path))
+
+
+def _prepare_config_files(args: list[str]) -> list[str]:
+    """Expand the paths of --config and check the files.
+
+    Raises:
+        ValueError: a file is empty, is not a list of settings, or sets something twice.
+    """
+    prepared: list[str] = []
+    for index, arg in enumerate(args):
+        flag, equals, path = arg.partition("=")
+        if index and args[index - 1] == "--config":
+            flag, equals, path = "", "", arg
+        elif not (flag == "--config" and equals):
+            prepared.append(arg)
+            continue
+        path = _expand(path)
+        _check_settings_file(path)
+        prepared.append(flag + equals + path)
+    return prepared
+
+
+def _check_settings_file(path: str) -> None:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            root = yaml.compose(file, Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):  # jsonargparse reports these
+        return
+    if root is None:
+        raise ValueError(f"--config {path}: the file is empty; write one `name: value` per line")
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"--config {path}: write one `name: value` per line")
+    lines: dict[str, int] = {}
+    for key, _ in root.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise ValueError(f"--config {path}: {key.value} is set in line {lines[key.value]} and in line {line}")
+        lines[str(key.value)] = line
+
+
+def _explain(error: BaseException) -> str:
+    """jsonargparse's message in one line; for a value of the wrong type, in plain words."""
+    text = _one_line(error)
+    key, value = re.search(r'Parser key "([\w.]+)"', text), re.search(r"Given value: (.+)$", text)
+    types = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", text))
+    types.pop("NoneType", None)
+    if not (key and value and list(types) == ["str"]):
+        return text
+    return f"--{key[1]} must be text, not the number {value[1]}: put it in quotes in the YAML file"
 
 
 def _load_plain_yaml(text: str) -> Any:

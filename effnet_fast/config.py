@@ -211,6 +211,7 @@ class TrainConfig:
         for name in ("width", "depth"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"--{name} must be above 0, not {value}")
+        _require(0 <= self.seed < 2**64, f"--seed must be from 0 to 2**64 - 1, not {self.seed}")
         _require(0 < self.layer_decay <= 1, f"--layer_decay must be above 0 and at most 1, not {self.layer_decay}")
         _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
         for name, given in (

@@ -14,7 +14,7 @@ PACKAGE, KERNELS = ROOT / "effnet_fast", ROOT / "kernels" / "effnet_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests")
 
-GROUND = {"config", "credentials", "checkpoint", "precision", "distributed", "provenance", "rendezvous"}
+GROUND = {"config", "credentials", "checkpoint", "precision", "distributed", "provenance", "rendezvous", "streams"}
 FLOOR = {"model", "data"} | GROUND
 VERBS = {"train", "search", "explain", "report"}
 # What each room may import besides itself; `effnet_fast` is the face, __init__.py.

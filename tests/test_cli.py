@@ -208,3 +208,54 @@ def test_config_file_of_a_run_is_a_recipe(tmp_path):
 
     path.write_text(yaml.safe_dump(dataclasses.asdict(config.TrainConfig(mixed_precision="no", resume="no"))))
     assert settings(f"--config {path}").mixed_precision == "no"
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**64), "1" + "0" * 30])
+@pytest.mark.parametrize("dry_run", ["", " --dry_run"])
+def test_seed_out_of_range(capsys, seed, dry_run):
+    assert "--seed must be from 0 to 2**64 - 1" in mistake(capsys, f"train {TINY} --seed {seed}{dry_run}")
+
+
+def test_largest_seed_trains(tmp_path):
+    with pytest.raises(SystemExit) as done:
+        cli.main(f"train {TINY} --width 0.25 --depth 0.3 --mixup 1 --seed {2**64 - 1} --save_dir {tmp_path}".split())
+    assert done.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "the file is empty"),
+        ("# only a comment\n", "the file is empty"),
+        ("just words\n", "write one `name: value` per line"),
+        ("seed: 1\nmodel: efficientnet-b1\nseed: 2\n", "seed is set in line 1 and in line 3"),
+        ("run_name: 5\n", "--run_name must be text, not the number 5: put it in quotes"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--config {}", "--config={}"])
+def test_faults_of_a_settings_file(tmp_path, capsys, text, words, flag):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert words in mistake(capsys, f"train {flag.format(path)} --dry_run")
+
+
+def test_tilde_and_variables_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "here")
+    (tmp_path / "recipe.yaml").write_text("data_dir: ~/$PLACE/data\nsave_dir: $HOME/results\n")
+    for flag in ("--config=~/recipe.yaml", "--config ~/recipe.yaml", "--config $HOME/recipe.yaml"):
+        read = settings(f"{flag} --pretrained ~/${{PLACE}}.pth --run_name $PLACE --resume $UNSET/last.pt")
+        assert (read.data_dir, read.save_dir) == (f"{tmp_path}/here/data", f"{tmp_path}/results")
+        assert (read.pretrained, read.resume) == (f"{tmp_path}/here.pth", "$UNSET/last.pt")
+        assert read.run_name == "$PLACE"  # a name, not a path
+    predicted = settings("--checkpoint ~/last.pt ~/a.png $PLACE.png", "predict")
+    assert (predicted.checkpoint, predicted.images) == (f"{tmp_path}/last.pt", [f"{tmp_path}/a.png", "here.png"])
+    explained = settings("--images_path ~/images --output_path ~/out --run B0=~/b0", "cam")
+    assert (explained.images_path, explained.output_path) == (f"{tmp_path}/images", f"{tmp_path}/out")
+    assert explained.run == [f"B0={tmp_path}/b0"]
+
+
+def test_an_existing_path_with_a_dollar_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", "elsewhere")
+    (tmp_path / "$PLACE").mkdir()
+    assert settings(f"--data_dir {tmp_path}/$PLACE").data_dir == f"{tmp_path}/$PLACE"

@@ -7,14 +7,15 @@
 # EPOCHS (default 15), SECONDS_AT_MOST of the study (default 480). Run it again to resume a study that was stopped.
 # Without a GPU each model trains on a few synthetic images.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-python=${PYTHON:-python}
+suite=scale # writes no JSON of its own
+# shellcheck source=benchmarks/parts.sh
+source "$(dirname "$0")/parts.sh"
 save_dir=${SAVE_DIR:-results}
 images=$save_dir/scale-images
 
 data=(--dataset cifar100 --data_dir "${DATA_DIR:-data}")
 settings=(--config "$here/../effnet_fast/recipes/cifar100.yaml" --num_epochs "${EPOCHS:-15}" --target_flops 4.245e8)
-if "$python" -c "import sys, torch; sys.exit(torch.cuda.is_available())"; then
+if ! on_gpu; then
     echo "no GPU: a few synthetic images; the figures say nothing"
     data=(--dataset synthetic --data_dir "$save_dir")
     settings=(--num_epochs 1 --limit_train 64 --limit_eval 20 --batch_size 32 --output_stride 32 --target_flops 2.984e7)

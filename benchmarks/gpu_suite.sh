@@ -14,7 +14,7 @@ source "$(dirname "$0")/parts.sh"
 if on_gpu; then
     # The limits add up to 580 s. Compiling takes most of throughput's time, up to a minute a model, and cannot be
     # interrupted: after 180 s it starts no further one and reports the rest as left out.
-    part throughput 270 --require-peers --output-stride 8 --direction train --rounds 10 --seconds 180 \
+    part throughput 270 --peers --output-stride 8 --direction train --rounds 10 --seconds 180 \
         --step graph --step compile --step eager
     # The roofline and the loaders need the captured step's time; they measure it only where throughput did not.
     measured='import json, sys; rows = json.load(open(sys.argv[1]))["rows"]
@@ -28,7 +28,7 @@ print(*next((row["ms"][1], row["img/s"][1]) for row in rows if row["step"] == "g
     fi
     part throughput 75 --image-size 224 --batch-size 256 --direction train --rounds 10 --seconds 55 \
         --step graph --step compile
-    part throughput 40 --require-peers --output-stride 8 --direction inference --no-compile --rounds 10 --seconds 20
+    part throughput 40 --peers --output-stride 8 --direction inference --no-compile --rounds 10 --seconds 20
     part roofline 40 "${roofline[@]}"
     part loader 45 --num-workers 16 --batches 50 "${loader[@]}"
     part step_profile 35

@@ -3,10 +3,15 @@
 # Sourced by the suites. A suite runs parts, each a script of this folder with a time limit, and joins their results into
 # one JSON. A part that fails or takes too long is reported, and the next one runs.
 #
-# Environment: PYTHON (default python). Before it is sourced: `suite`, the name; the JSON is the first argument, default
-# benchmarks/results/SUITE-DATE.json.
+# Environment: PYTHON (default python), CARRIED (a folder of packages that this machine lacks, default .carry in the
+# repository; README.md says how to fill it). Before it is sourced: `suite`, the name; the JSON is the first argument,
+# default benchmarks/results/SUITE-DATE.json.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
+carried=${CARRIED:-$here/../.carry}
+if [[ -d $carried ]]; then
+    export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$carried
+fi
 out=${1:-$here/results/$suite-$(date +%Y%m%d-%H%M%S).json}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -14,6 +19,21 @@ trap 'rm -rf "$work"' EXIT
 if ! "$python" -c "import effnet_fast" 2>"$work/import.log"; then
     echo "error: $python cannot import effnet_fast: pip install '.[bench]' first, or set PYTHON ($(tail -n 1 "$work/import.log"))" >&2
     exit 2
+fi
+
+absent=$("$python" -c '
+from importlib.util import find_spec
+
+def absent(name):
+    try:
+        return find_spec(name) is None
+    except ModuleNotFoundError:  # of the parent package
+        return True
+
+names = "jsonargparse fvcore captum optuna nvidia.dali timm torchvision efficientnet_pytorch pytest_reportlog"
+print(*filter(absent, names.split()), sep=", ")')
+if [[ -n $absent ]]; then
+    echo "not installed: $absent; parts that need them are reported and skipped"
 fi
 
 failed=0

@@ -74,7 +74,7 @@ def _spatial(model: nn.Module) -> list[nn.Conv2d]:
 
 
 def peers(case: Case, required: bool) -> list[str]:
-    """The peers that can be imported and built.
+    """The peers that can be imported and built; the others are printed.
 
     Raises:
         ValueError: the peers cannot have the strides of the case.
@@ -82,7 +82,7 @@ def peers(case: Case, required: bool) -> list[str]:
     """
     if case.output_stride != 32 and not case.model.startswith("efficientnet"):
         raise ValueError(f"the peers' {case.model} has stock strides only: --peers needs --output-stride 32")
-    found = []
+    available = []
     for name in PEERS:
         try:
             make_peer(name, case)
@@ -91,8 +91,8 @@ def peers(case: Case, required: bool) -> list[str]:
                 raise ImportError(f"--require-peers: {name} cannot be imported ({error}): pip install {name}") from None
             print(f"{name} is left out: {error}")
         else:
-            found.append(name)
-    return found
+            available.append(name)
+    return available
 
 
 def train_call(who: str, mode: str, case: Case) -> harness.Call:
@@ -132,8 +132,8 @@ def candidates(args: argparse.Namespace, case: Case) -> list[Who]:
     if not (args.peers or args.require_peers):
         return ours
     others = ["eager"] if args.no_compile else ["eager", "compile"]
-    found = peers(case, args.require_peers)
-    return ours + [(name, mode) for mode in others for name in found]
+    available = peers(case, args.require_peers)
+    return ours + [(name, mode) for mode in others for name in available]
 
 
 def peak_memory(who: str, mode: str, case: Case, args: argparse.Namespace) -> dict[str, float]:
@@ -307,8 +307,11 @@ def main(argv: list[str]) -> None:
         return
     print(f"{case}\n{harness.warning()}".rstrip())
 
+    # Versions of the peers; None is not installed.
+    versions = {name: version(name) for name in PEERS} if args.peers or args.require_peers else {}
+
     def save(rows: list[dict], missing: list[dict], quiet: bool = True) -> None:
-        about = {"loader": args.loader, "rounds": args.rounds, "peers": _versions(rows), "left_out": missing}
+        about = {"loader": args.loader, "rounds": args.rounds, "peers": versions, "left_out": missing}
         result = harness.result("throughput", harness.settings_of(case, **about), rows)
         harness.write(args.out, result, quiet)
 
@@ -320,10 +323,6 @@ def main(argv: list[str]) -> None:
     save(rows, missing, quiet=False)
     if missing:
         sys.exit(1)
-
-
-def _versions(rows: list[dict]) -> dict[str, str | None]:
-    return {name: version(name) for name in {row["library"] for row in rows} & PEERS.keys()}
 
 
 if __name__ == "__main__":

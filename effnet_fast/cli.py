@@ -93,6 +93,12 @@ def _main(args: list[str]) -> None:
         sys.exit(_run(args[0], args[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if os.environ.get("EFFNET_FAST_DEBUG") or package.startswith("effnet"):
+            raise
+        print(f"error: {package} is not installed, which {args[0]} needs: pip install {package}", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("EFFNET_FAST_DEBUG"):
             raise

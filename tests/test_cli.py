@@ -144,6 +144,11 @@ def test_yaml_that_contains_itself(tmp_path, capsys):
     assert "YAML aliases (*name) are not supported" in mistake(capsys, f"train --config {path}")
 
 
+def test_a_missing_package_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert "jsonargparse is not installed, which train needs: pip install jsonargparse" in mistake(capsys, "train")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(capsys):
     assert "no CUDA GPU is visible" in mistake(capsys, "train --dataset synthetic --device cuda")

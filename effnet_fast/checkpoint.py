@@ -75,7 +75,7 @@ class Checkpoint(StepState):
         fingerprint: of the data set.
         progress: fields of `train.loop.Progress`.
         result: row of the last evaluation; empty before the first.
-        ranks: per rank, the loader's state, and BatchNorm statistics where ranks keep their own.
+        ranks: per rank, BatchNorm statistics where ranks keep their own.
         images_per_pass: images of one forward pass on one rank; None in old files.
         launch: identifier of the torchrun or Slurm job that wrote the file; None without one.
         schedule_start: step at which the learning-rate schedule starts; above 0 in a run that adds epochs to another.

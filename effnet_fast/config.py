@@ -109,6 +109,8 @@ class TrainConfig:
     """Layer-wise learning rate decay: each layer (stem, stages, head) uses this factor times the rate of the next;
     above 0, at most 1."""
 
+    alternating_flip: bool = False
+    """Mirror each image in every second epoch, rather than at random in each."""
     rotation: float = 0.0
     """Maximum rotation in degrees, in either direction."""
     color_jitter: float = 0.0

@@ -159,3 +159,15 @@ def test_a_numbered_gpu_is_respected(monkeypatch) -> None:
     assert current == [1, 0, 0, 0]
     with pytest.raises(ValueError, match="--device cuda:2: this machine has 2 GPUs"):
         distributed.choose_device("cuda:2")
+
+
+def test_folders_are_listed_as_for_training(trained: Path, tmp_path: Path, capsys) -> None:
+    """Hidden folders are left out, linked ones are followed, endings may be in upper case."""
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for path in (folder / "a.PNG", folder / ".ipynb_checkpoints" / "a.png", folder / ".b.png", elsewhere / "c.jfif"):
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40)).save(path, "JPEG" if path.suffix == ".jfif" else "PNG")
+    (folder / "linked").symlink_to(elsewhere)
+    run(f"predict --checkpoint {trained} {folder} --device cpu")
+    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [str(folder / "a.PNG"), str(folder / "linked" / "c.jfif")]

@@ -23,6 +23,7 @@ class Augment:
     Attributes:
         crop: pad with black by an eighth of the image's size (4 px at 32) and crop back at a random position.
         flip: mirror left to right with probability 1/2.
+        alternating_flip: draw `flip` once for each image, and mirror it in every second epoch.
         rotation: largest angle in degrees, either way.
         color_jitter: largest relative change of brightness, contrast and saturation, 0 to 1.
         random_erasing: probability that a rectangle is erased, 0 to 1.
@@ -31,6 +32,7 @@ class Augment:
 
     crop: bool = True
     flip: bool = True
+    alternating_flip: bool = False
     rotation: float = 0.0
     color_jitter: float = 0.0
     random_erasing: float = 0.0
@@ -66,11 +68,11 @@ class AutoParams:
 
     Attributes:
         operations: `Operation` numbers, int64 [N, K].
-        magnitudes: float32 [N, K], signed where the operation has a direction.
+        magnitudes: float64 [N, K], signed where the operation has a direction.
     """
 
     operations: NDArray[np.int64]
-    magnitudes: NDArray[np.float32]
+    magnitudes: NDArray[np.float64]
 
     def take(self, rows: slice) -> AutoParams:
         """The operations of some of the images."""
@@ -138,7 +140,7 @@ def draw_params(augment: Augment, seed: int, epoch: int, indices: NDArray[np.int
     return AugmentParams(
         crop_y=crop[:, 0],
         crop_x=crop[:, 1],
-        flip=(u[:, 2] < 0.5) & augment.flip,
+        flip=_flips(augment, seed, epoch, indices, u[:, 2]),
         angle=(augment.rotation * (2 * u[:, 3] - 1)).astype(np.float32),
         brightness=factors[:, 0],
         contrast=factors[:, 1],
@@ -147,6 +149,20 @@ def draw_params(augment: Augment, seed: int, epoch: int, indices: NDArray[np.int
         if augment.random_erasing
         else np.zeros((len(u), 4), np.int32),
     )
+
+
+def _flips(
+    augment: Augment, seed: int, epoch: int, indices: NDArray[np.integer], u: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Which images are mirrored, [N].
+
+    Alternating flip (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024, section 3.6) takes the choice of
+    epoch 0 in even epochs and its opposite in odd ones, so that two epochs show an image both ways.
+    """
+    if augment.alternating_flip:
+        u = uniforms(seed, stream(Purpose.AUGMENT), indices, 3)[:, 2]
+        return ((u < 0.5) ^ bool(epoch % 2)) & augment.flip
+    return (u < 0.5) & augment.flip
 
 
 def _rectangles(u: NDArray[np.float64], probability: float, size: int) -> NDArray[np.int32]:
@@ -190,7 +206,7 @@ def draw_auto_params(
     bins = _RAND_BIN if policy == "rand" else (u[..., 1] * _BINS).astype(np.int64)
     magnitudes, signed = _magnitudes(policy, size)
     signs = np.where(signed[operations] & (u[..., 2] < 0.5), -1.0, 1.0)
-    return AutoParams(operations, (signs * magnitudes[operations, bins]).astype(np.float32))
+    return AutoParams(operations, signs * magnitudes[operations, bins])
 
 
 def _magnitudes(policy: Literal["rand", "trivial"], size: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

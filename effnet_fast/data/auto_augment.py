@@ -41,8 +41,8 @@ def _identity(images: Tensor, _magnitude: Tensor) -> Tensor:
 
 
 def _blend(images: Tensor, other: Tensor | float, magnitude: Tensor) -> Tensor:
-    """(1 + magnitude) * images - magnitude * other, truncated to uint8."""
-    return ((1 + magnitude) * images - magnitude * other).clamp_(0, 255).to(torch.uint8)
+    """(1 + magnitude) * images - magnitude * other in float32, truncated to uint8."""
+    return ((1 + magnitude).float() * images - magnitude.float() * other).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:

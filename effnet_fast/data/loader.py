@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,7 +122,7 @@ def labels_of(split: Split, indices: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Loader(ABC):
-    """Delivers the batches of one split on one rank.
+    """Delivers the batches of one split on one rank. A batch depends on its epoch and position only: there is no state.
 
     Args:
         split: the images.
@@ -160,13 +160,6 @@ class Loader(ABC):
         Raises:
             ValueError: an image file cannot be read; the message names it.
         """
-
-    def state_dict(self) -> dict[str, Any]:
-        """State that `epoch(epoch, start)` needs besides its arguments to resume exactly; plain values and bytes."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most loaders have no state)
-        """Restore a `state_dict` before the next call of `epoch`."""
 
     def close(self) -> None:  # noqa: B027 (not every loader has something to free)
         """Free threads, processes and memory."""

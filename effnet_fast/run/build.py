@@ -213,6 +213,5 @@ def _restore(plan: Plan, parts: Parts) -> None:
     parts.step.load_state(checkpoint)
     # With another number of ranks, no rank has a state of its own to take up.
     mine = checkpoint.ranks[world.rank] if len(checkpoint.ranks) == world.size else {}
-    parts.loader.load_state_dict(mine.get("loader", {}))
     if mine.get("statistics") is not None:
         parts.step.statistics.load(mine["statistics"].to(world.device))

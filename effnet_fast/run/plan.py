@@ -196,6 +196,7 @@ def accumulation_steps(config: TrainConfig, world_size: int, max_images: int | N
 def augmentation(config: TrainConfig) -> Augment:
     """What training does to an image."""
     return Augment(
+        alternating_flip=config.alternating_flip,
         rotation=config.rotation,
         color_jitter=config.color_jitter,
         random_erasing=config.random_erasing,

@@ -155,10 +155,7 @@ class _Training:
         plan, config = self.plan, self.plan.config
         # Ranks have statistics of their own unless BatchNorm is synchronised.
         differs = plan.world.size > 1 and not plan.sync_batchnorm
-        mine = {
-            "loader": self.parts.loader.state_dict(),
-            "statistics": self.step.statistics.copy().cpu() if differs else None,
-        }
+        mine = {"statistics": self.step.statistics.copy().cpu() if differs else None}
         ranks = distributed.gather_objects(mine)
         state = self.step.state().to_dict()
         if not plan.world.is_main:

@@ -38,6 +38,20 @@ def test_parameters_cover_their_ranges() -> None:
         assert 0.6 <= factor.min() < 0.61 < 1.39 < factor.max() <= 1.4
 
 
+def test_alternating_flip_shows_every_image_both_ways() -> None:
+    flips = [draw_params(Augment(alternating_flip=True), 0, epoch, np.arange(1000), 32).flip for epoch in range(4)]
+    assert abs(flips[0].mean() - 0.5) < 0.05
+    assert np.array_equal(flips[1], ~flips[0])
+    assert np.array_equal(flips[2], flips[0])
+    assert np.array_equal(flips[3], flips[1])
+    plain = [draw_params(Augment(), 0, epoch, np.arange(1000), 32) for epoch in range(2)]
+    assert np.array_equal(plain[0].flip, flips[0])
+    assert 0.4 < (plain[0].flip == plain[1].flip).mean() < 0.6
+    alternating = draw_params(Augment(alternating_flip=True), 0, 1, np.arange(1000), 32)
+    assert np.array_equal(alternating.crop_x, plain[1].crop_x)
+    assert not draw_params(Augment(flip=False, alternating_flip=True), 0, 1, np.arange(9), 32).flip.any()
+
+
 @pytest.mark.parametrize(("size", "pad"), [(32, 4), (34, 4), (86, 11), (224, 28)])
 def test_padding_scales_with_the_image(size: int, pad: int) -> None:
     assert Augment().pad(size) == pad

@@ -56,6 +56,7 @@ def pixels(kind: str, spec: LoaderSpec) -> torch.Tensor:
         ("crop and flip", Augment(), 32, 0.001, 0.0),
         ("crop", Augment(flip=False), 32, 0.001, 0.0),
         ("flip", Augment(crop=False), 32, 0.001, 0.0),
+        ("alternating flip", Augment(alternating_flip=True), 32, 0.001, 0.0),
         ("erasing", Augment(random_erasing=0.7), 32, 0.001, 0.0),
         ("rotation", Augment(rotation=15), 32, 1.001, 0.001),
         ("rotation alone", Augment(crop=False, flip=False, rotation=180), 32, 1.001, 0.001),

@@ -2,7 +2,8 @@
 
 Each variant is a recipe with FIELD=VALUE changes, trained for the same few epochs on the same part of the training
 images and scored on the rest; the test images are not read. One seed shows only large differences: use `--seeds 3`
-where the best are close. Few epochs favour weak regularisation. The result is written after each variant.
+where the best are close; column p is then the paired t-test against the best, with Holm's correction. Few epochs favour
+weak regularisation. The result is written after each variant.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from time_to_accuracy import recipe
 from effnet_fast import distributed
 from effnet_fast.config import TrainConfig
 from effnet_fast.run.training import train_in
+from effnet_fast.search.choose import holm, paired_p
 
 
 class _Stopped(Exception):
@@ -40,10 +42,30 @@ def row(variant: str, config: TrainConfig, seeds: int) -> dict[str, Any]:
     try:
         scores = [top1(dataclasses.replace(config, seed=seed)) for seed in range(seeds)]
     except (ValueError, FloatingPointError) as error:
-        return {"variant": variant, "val top1": None, "spread": None, "s": None, "failed": str(error)}
-    spread = statistics.stdev(scores) if seeds > 1 else None
-    seconds = (time.perf_counter() - start) / seeds
-    return {"variant": variant, "val top1": statistics.mean(scores), "spread": spread, "s": seconds, "failed": ""}
+        failed = {"val top1": None, "spread": None, "p": None, "s": None, "failed": str(error), "scores": []}
+        return {"variant": variant, **failed}
+    return {
+        "variant": variant,
+        "val top1": statistics.mean(scores),
+        "spread": statistics.stdev(scores) if seeds > 1 else None,
+        "p": None,
+        "s": (time.perf_counter() - start) / seeds,
+        "failed": "",
+        "scores": scores,
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Sort by accuracy and set `p` of each variant but the best: paired t-test over the seeds, Holm's correction."""
+    rows.sort(key=lambda row: -1.0 if row["val top1"] is None else row["val top1"], reverse=True)
+    best, *others = rows
+    raw = {row["variant"]: paired_p(best["scores"], row["scores"]) for row in others if len(row["scores"]) > 1}
+    for row in rows:
+        row["p"] = holm(raw).get(row["variant"])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    return harness.table([{name: value for name, value in row.items() if name != "scores"} for row in rows])
 
 
 def main(argv: list[str]) -> None:
@@ -71,10 +93,10 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Stopped):
         for variant, config in configs.items():
             rows.append(row(variant or "as it is", dataclasses.replace(config, save_dir=folder), args.seeds))
-            print(harness.table(rows[-1:]), flush=True)
-            rows.sort(key=lambda row: -1.0 if row["val top1"] is None else row["val top1"], reverse=True)
+            print(table(rows[-1:]), flush=True)
+            compare(rows)
             harness.write(args.out, harness.result("choose_recipe", settings, rows))
-    print(harness.table(rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -271,8 +271,8 @@ class SearchConfig(_FamilyConfig):
     product: str = "1.9..2.1"
     """Allowed range of alpha * beta^2 * gamma^2, roughly the growth of MACs from one phi to the next."""
 
-    max_flops: float | None = None
-    """Maximum MACs per image (fvcore's "flops") of the scaled model at every phi, e.g. 1e10."""
+    max_flops: float | None = 1e10
+    """Maximum MACs per image (fvcore's "flops") of the scaled model at every phi; null for no limit."""
     max_params: float | None = None
     """Maximum parameters of the scaled model at every phi."""
     max_activations: float | None = None
@@ -465,12 +465,13 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Plot the training curves of one or several runs in one figure."""
+    """Plot the training curves of one or several runs in one figure, or the trials of a search."""
 
     runs: list[str]
-    """Folders of runs."""
+    """Folders of runs, or the folder of a search after `collect`."""
     output: str | None = None
-    """Figure to write (.png, .svg or .pdf); default: curves.png in the first run's folder."""
+    """Figure to write (.png, .svg or .pdf); default: curves.png in the first run's folder, or trials.png and trials.svg
+    in the search's."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ if [[ ${1:-} == --dry-run ]]; then
     shift
 fi
 
+# The command, without the passwords of URLs: it lands in logs.
 show() {
     printf '+'
-    printf ' %q' "$@"
+    for word in "$@"; do
+        printf ' %q' "$(sed -E 's#(://[^/:@]*):.*@#\1:***@#; s#([?&](password|passwd|pwd|token)=)[^&]*#\1***#g' <<<"$word")"
+    done
     printf '\n'
 }
 

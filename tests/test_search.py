@@ -75,8 +75,33 @@ def test_files_of_a_search(finished):
     assert json.loads((finished / "candidates.json").read_text())["candidates"][0]["name"] == NAMES[0]
     plan = json.loads((finished / "plan.json").read_text())
     assert plan["candidates"][0]["same_as"] == [[1.25, 1.1, 1.15]]
-    for name in ("feasible.png", "feasible.svg", "pareto.png", "pareto.svg", "search.html", "journal.log"):
+    with (finished / "trials.csv").open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == [f"{name}-s0" for name in NAMES]
+    pictures = [f"{name}.{suffix}" for name in ("feasible", "pareto", "trials") for suffix in ("png", "svg")]
+    for name in (*pictures, "search.html", "journal.log"):
         assert (finished / name).stat().st_size > 1000
+    assert (finished / "search.html").read_text().count("<img") == 3
+
+
+def test_plot_of_a_search(finished, tmp_path, capsys):
+    run(f"plot {finished} --output {tmp_path}/trials.pdf")
+    assert (tmp_path / "trials.pdf").read_bytes().startswith(b"%PDF")
+    shutil.copytree(finished, tmp_path / "copy")
+    (tmp_path / "copy" / "candidates.json").write_text('{"candidates": []}')
+    run(f"plot {tmp_path}/copy", expected=2)
+    assert "run `effnet-fast search collect` again" in capsys.readouterr().err
+
+
+def test_default_limit_excludes_large_models(tmp_path, capsys):
+    """At output stride 4 the largest models need over 1e10 MACs."""
+    run(
+        f"search plan --dataset synthetic --output_stride 4 --alpha 1.2 --beta 1.1 --gamma 1.15 --device cpu "
+        f"--limit_train 64 --limit_eval 40 --batch_size 1 --save_dir {tmp_path} --run_name large"
+    )
+    assert re.search(
+        r"a1.2-b1.1-g1.15: recipes up to phi = [3-6]; at phi = [4-7], [\d.e+,]+ MACs exceeds --max_flops 1e\+10",
+        capsys.readouterr().out,
+    )
 
 
 def test_trials_are_evaluated_on_validation_images(finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds,
 from effnet_fast.run.training import train_in
 from effnet_fast.search.choose import Choice, choose
 from effnet_fast.search.collect import check_any_complete, collect
+from effnet_fast.search.importance import importances, trial_rows
 from effnet_fast.search.plan import SearchPlan
 from effnet_fast.search.runs import OnEvaluation, Outcome
 from effnet_fast.search.scale_up import recipe, scaled_models
@@ -63,7 +65,7 @@ def _run_stages(setup: SearchSetup, train: Callable[[TrainConfig, OnEvaluation],
         rows = collect(plan.candidates, states, setup.seeds)
         check_any_complete(rows, states, setup.folder)
         if stage != "choose":
-            _collect(setup, plan, rows)
+            _collect(setup, plan, rows, trial_rows(plan.candidates, states))
         if stage != "collect":
             _choose(setup, plan, rows)
     return 0
@@ -102,14 +104,17 @@ def _run(setup: SearchSetup, plan: SearchPlan, train: Callable[[TrainConfig, OnE
         return Worker(setup, plan, trials, train, training_seconds, board.say).run()
 
 
-def _collect(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> None:
-    """Write candidates.csv and candidates.json, the pictures and the page."""
+def _collect(setup: SearchSetup, plan: SearchPlan, rows: list[Row], trials: list[Row]) -> None:
+    """Write the tables of candidates and trials, the pictures and the page."""
+    tables = {"candidates": rows, "trials": trials, "importances": importances(trials)}
     with setup.locked():
-        write_json(setup.folder / "candidates.json", {"candidates": rows, "environment": provenance.environment()})
+        write_json(setup.folder / "candidates.json", {**tables, "environment": provenance.environment()})
         write_atomically(setup.folder / "candidates.csv", as_csv(rows).encode())
+        write_atomically(setup.folder / "trials.csv", as_csv(trials).encode())
+        draw_trials(setup.folder)
         _draw(setup, plan, rows)
     print(as_text([{name: row[name] for name in RESULT_COLUMNS} for row in rows]))
-    print(f"in {setup.folder}: candidates.csv, candidates.json, feasible.*, pareto.*, search.html")
+    print(f"in {setup.folder}: candidates.csv, candidates.json, trials.*, feasible.*, pareto.*, search.html")
 
 
 def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> None:
@@ -136,6 +141,32 @@ def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> None:
     print(f"in {setup.folder}: chosen.json, family.csv, recipes/")
 
 
+def draw_trials(folder: Path, output: Path | None = None) -> list[Path]:
+    """Draw the trials in a search's candidates.json: history, importances and slices.
+
+    Args:
+        folder: of the search.
+        output: picture to write; None for trials.png and trials.svg in the folder.
+
+    Raises:
+        ValueError: candidates.json is damaged or too old, or the output cannot be written.
+    """
+    from effnet_fast.report.fronts import save_both
+    from effnet_fast.report.picture import save
+    from effnet_fast.report.trial_plots import plot_trials
+
+    path = folder / "candidates.json"
+    try:
+        content = json.loads(path.read_text())
+        figure = plot_trials(content["trials"], content["importances"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no list of trials: run `effnet-fast search collect` again") from error
+    if output is None:
+        return save_both(figure, folder, "trials")
+    save(figure, output)
+    return [output]
+
+
 def _draw(setup: SearchSetup, plan: SearchPlan, rows: list[Row], choice: Choice | None = None) -> None:
     """The pictures (PNG, SVG) and the page that embeds them; they mark the choice once there is one."""
     from effnet_fast.report.fronts import feasible_set, pareto_fronts, save_both
@@ -145,10 +176,15 @@ def _draw(setup: SearchSetup, plan: SearchPlan, rows: list[Row], choice: Choice 
     chosen = choice.name if choice else None
     _, feasible = save_both(feasible_set(content["candidates"], content["dropped"], chosen), setup.folder, "feasible")
     _, fronts = save_both(pareto_fronts(rows, chosen), setup.folder, "pareto")
+    trials = setup.folder / "trials.svg"
     text = render_page(
         f"Search {setup.config.name}: accuracy on held-out images",
         rows,
-        {"Accuracy against cost": fronts, "Feasible factors": feasible},
+        {
+            "Accuracy against cost": fronts,
+            **({"Trials": trials} if trials.exists() else {}),
+            "Feasible factors": feasible,
+        },
         f"Chosen: {choice.name}; {choice.confidence}." if choice else "No candidate has been chosen yet.",
         chosen,
     )

@@ -12,7 +12,7 @@ from effnet_fast.run.resolve import resolve_image_size
 
 
 def plot(config: PlotConfig) -> int:
-    """Run `effnet-fast plot`: draw the curves of runs over each other.
+    """Run `effnet-fast plot`: draw the curves of runs over each other, or the trials of a search.
 
     Raises:
         ValueError, OSError: a user's mistake, in one line.
@@ -20,6 +20,12 @@ def plot(config: PlotConfig) -> int:
     from effnet_fast.report.curves import plot_curves
 
     runs = [Path(run) for run in config.runs]
+    if len(runs) == 1 and (runs[0] / "candidates.json").is_file():
+        from effnet_fast.run.search import draw_trials
+
+        for path in draw_trials(runs[0], Path(config.output) if config.output else None):
+            print(f"written: {path}")
+        return 0
     output = Path(config.output) if config.output else runs[0] / "curves.png"
     if output.parent.is_dir():  # else plot_curves reports the missing run
         check_writable(output.parent, "--output")

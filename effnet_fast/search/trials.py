@@ -70,7 +70,6 @@ class State:
         top1: validation accuracy at the last of them, percent.
         seconds: from its start to its end, or until now.
         attrs: Optuna's user attributes: the task, what `finish` recorded, the reason of a failure.
-        params: alpha, beta, gamma and seed; empty before the first claim.
     """
 
     run: str
@@ -79,7 +78,6 @@ class State:
     top1: float | None
     seconds: float | None
     attrs: dict[str, Any]
-    params: dict[str, Any]
 
 
 class Trials:
@@ -275,5 +273,4 @@ def _state(trial: FrozenTrial) -> State:
         top1=trial.value if trial.value is not None else values.get(max(values, default=0)),
         seconds=end - start.timestamp() if start else None,
         attrs=trial.user_attrs,
-        params=trial.params,
     )

@@ -15,7 +15,7 @@ def candidate(name, macs=10):
 
 
 def state(run, top1, kind="COMPLETE", **attrs):
-    return State(run, kind, 2, top1, 5.0, attrs, {})
+    return State(run, kind, 2, top1, 5.0, attrs)
 
 
 def rows(scores, **macs):

@@ -1,0 +1,62 @@
+"""One row a trial, and how much each factor matters for the accuracy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from effnet_fast.search.plan import Candidate
+from effnet_fast.search.trials import COMPLETE, State
+
+Row = dict[str, Any]
+FACTORS = ("alpha", "beta", "gamma")
+
+
+def trial_rows(candidates: Sequence[Candidate], states: Sequence[State]) -> list[Row]:
+    """A row for every trial, in the order in which they were enqueued: its factors, its state and its accuracy."""
+    by_name = {candidate.name: candidate for candidate in candidates}
+    rows = []
+    for number, state in enumerate(states):
+        candidate = by_name[state.attrs["candidate"]]
+        rows.append(
+            {
+                "number": number,
+                "run": state.run,
+                **{factor: getattr(candidate, factor) for factor in FACTORS},
+                "state": state.state.lower(),
+                "epochs": state.epochs,
+                "top1": state.top1,
+                "seconds": state.seconds,
+                "reason": state.attrs.get("reason"),
+            }
+        )
+    return rows
+
+
+def importances(rows: Sequence[Row]) -> dict[str, float]:
+    """Importance of each factor among the completed trials, in 0..1 with sum 1, by Optuna's PED-ANOVA.
+
+    Factors with a single value are left out; the result is empty for fewer than two trials. Source: Watanabe et al.,
+    PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in Arbitrary Subspaces, IJCAI 2023.
+    """
+    import optuna
+    from optuna.distributions import FloatDistribution
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    completed = [row for row in rows if row["state"] == COMPLETE.lower()]
+    values = {factor: [row[factor] for row in completed] for factor in FACTORS}
+    # The search's own study has wider ranges, which would blur the importances.
+    ranges = {
+        factor: FloatDistribution(min(column), max(column)) for factor, column in values.items() if len(set(column)) > 1
+    }
+    if not ranges:
+        return {}
+    study = optuna.create_study(direction="maximize")
+    for row in completed:
+        params = {factor: row[factor] for factor in ranges}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=dict(ranges), value=row["top1"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        evaluated = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    return {factor: float(evaluated[factor]) for factor in ranges}

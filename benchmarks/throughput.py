@@ -31,13 +31,29 @@ Samples = dict[Who, list[float]]  # milliseconds, one a round
 DROP_PATH, DROPOUT = 0.2, 0.2  # B0's, in all four libraries
 
 
+def _import_torchvision() -> None:
+    """Import torchvision, on a CPU build of PyTorch too.
+
+    Its wheel brings two operators in a library that loads only with the CUDA build it was made for, and fails to import
+    without them; no classifier calls them.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
+
+
 def _timm(case: Case) -> nn.Module:
+    _import_torchvision()  # timm imports it
     timm = importlib.import_module("timm")
     name = case.model.replace("-", "_")
     return timm.create_model(name, num_classes=case.num_classes, drop_rate=DROPOUT, drop_path_rate=DROP_PATH)
 
 
 def _torchvision(case: Case) -> nn.Module:
+    _import_torchvision()
     models = importlib.import_module("torchvision.models")
     make = getattr(models, case.model.replace("-", "_"))
     return make(num_classes=case.num_classes)

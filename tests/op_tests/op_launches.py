@@ -103,19 +103,33 @@ def source(kernel, args, constants) -> tuple[ASTSource, dict]:
     return ASTSource(kernel, signature, constexprs=values, attrs=hints), options
 
 
-def longest_loop(listing: str) -> int:
-    """Instructions of the longest loop that holds no other, in what nvdisasm prints; 0 without one."""
-    places, jumps, count = {}, [], 0
+def innermost_loops(listing: str) -> list[list[str]]:
+    """Instructions of each loop that contains no other, in the text that nvdisasm prints."""
+    places, jumps, instructions = {}, [], []
     for line in listing.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
-            places[label[1]] = count
-        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            places[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s*(.*)", line):
             if jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line):
-                jumps.append((count, jump[1]))
-            count += 1
-    loops = {(places[target], at) for at, target in jumps if places.get(target, count) < at}
-    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return max((end - begin + 1 for begin, end in innermost), default=0)
+                jumps.append((len(instructions), jump[1]))
+            instructions.append(instruction[1])
+    loops = {(places[target], at) for at, target in jumps if places.get(target, len(instructions)) < at}
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [instructions[begin : end + 1] for begin, end in sorted(inner)]
+
+
+def longest_loop(listing: str) -> int:
+    """Instructions of the longest innermost loop; 0 without a loop."""
+    return max(map(len, innermost_loops(listing)), default=0)
+
+
+def late_loads(listing: str) -> int:
+    """Global loads that come after a global store in an innermost loop: they wait for the turn's computation."""
+    late = 0
+    for loop in innermost_loops(listing):
+        stores = [i for i, line in enumerate(loop) if re.search(r"\bSTG\b", line)]
+        late += sum(bool(re.search(r"\bLDG\b", line)) for line in loop[stores[0] :]) if stores else 0
+    return late
 
 
 def values_a_turn(constants: dict) -> float:
@@ -146,6 +160,7 @@ def resources(kernel, args, constants, arch: int) -> dict:
         "shared": compiled.metadata.shared,
         "instructions": instructions,
         "loop": longest_loop(listing),
+        "late_loads": late_loads(listing),
         "widths": dict(widths),
     }
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from op_launches import blocks, longest_loop, values_a_turn
+from op_launches import blocks, late_loads, longest_loop, values_a_turn
 
 from effnet_kernels.depthwise_conv import backward_launch, backward_space, forward_launch, forward_space
 from effnet_kernels.gate_mlp import gate_launch, gate_launch_space
@@ -43,6 +43,7 @@ def compile_all(arch: int, dtype: str, models: range) -> list[dict]:
 def check(row: dict) -> None:
     constants = row["constants"]
     assert row["spilled"] == 0, row
+    assert row["late_loads"] == 0, row  # a load that may alias an earlier store cannot move above it
     assert row["shared"] <= SHARED_LIMIT[row["arch"]], row
     # 16 bytes a thread wherever the channels and the share of a thread in the tile allow; the depthwise convolution
     # has one or two channels to a thread, since a thread needs all taps of each.
@@ -98,6 +99,19 @@ def test_the_longest_loop_is_the_innermost():
 """
     assert longest_loop(listing) == 2
     assert longest_loop("        /*0000*/ EXIT ;") == 0
+
+
+def test_late_loads_are_those_after_a_store():
+    loop = """
+.L_x_0:
+        /*0010*/ {} R2, [R4.64] ;
+        /*0020*/ @P1 {} [R6.64], R2 ;
+        /*0030*/ @P0 BRA `(.L_x_0) ;
+"""
+    assert late_loads(loop.format("LDG.E", "STG.E")) == 0
+    assert late_loads(loop.format("LDG.E", "LDG.E")) == 0
+    assert late_loads(loop.format("STG.E", "LDG.E.128")) == 1
+    assert late_loads("        /*0010*/ STG.E [R6.64], R2 ;\n        /*0020*/ LDG.E R2, [R4.64] ;") == 0
 
 
 def test_blocks_of_b0():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from effnet_fast import __version__
 from effnet_fast.credentials import mask_credentials
 
 _PACKAGES = ("triton", "nvidia-dali-cuda120", "numpy")
+# Packages whose internals this project relies on, with the versions of constraints.txt.
+TESTED = {"torch": "2.13.0", "triton": "3.7.1", "optuna": "5.0.0"}
 _SOURCES = {".py", ".cpp", ".h"}
 
 
@@ -75,6 +78,21 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def newer_than_tested() -> str | None:
+    """One line about packages that are newer than the tested versions; None if there are none. Patches do not count."""
+    installed = {name: version(name) for name in TESTED}
+    newer = [
+        f"{name} {found} (tested: {TESTED[name]})"
+        for name, found in installed.items()
+        if found is not None and _release(found) > _release(TESTED[name])
+    ]
+    return f"newer than the tested versions: {', '.join(newer)}; constraints.txt has those" if newer else None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def commit() -> str | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from effnet_fast import provenance
 from marks import needs_installation
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +36,7 @@ SOURCE_SUFFIXES = {
     ".sbatch",
 }
 SOURCE_FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests", ".ci")
-SOURCE_FILES = ("Makefile", "LICENSE", "README.md", "pyproject.toml", ".gitignore", ".ci/run")
+SOURCE_FILES = ("Makefile", "constraints.txt", "LICENSE", "README.md", "pyproject.toml", ".gitignore", ".ci/run")
 HEAVY = ("torch", "triton", "nvidia", "captum", "optuna", "matplotlib", "fvcore")
 
 
@@ -153,6 +156,31 @@ print(json.dumps([len(said.getvalue()), sorted(set({HEAVY!r}) & set(sys.modules)
     assert heavy == []
     assert modules <= most_modules
     assert argv is None or said > 200
+
+
+def test_tested_versions_are_the_constraints():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: pins[name] for name in provenance.TESTED} == provenance.TESTED
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["dev"], *extras["export"]]
+    names = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in needed} - {"effnet-fast"}
+    assert names - {name.lower().replace("_", "-") for name in pins} == set(), "pin these in constraints.txt"
+
+
+@pytest.mark.parametrize(
+    ("installed", "newer"), [("2.13.9+cu130", False), ("2.11.0", False), ("2.14.0", True), ("3.0.0.dev1", True)]
+)
+def test_newer_versions_than_tested_are_one_line(monkeypatch, installed, newer):
+    monkeypatch.setattr(provenance, "version", lambda name: installed if name == "torch" else None)
+    message = provenance.newer_than_tested()
+    assert message == (
+        f"newer than the tested versions: torch {installed} (tested: 2.13.0); constraints.txt has those"
+        if newer
+        else None
+    )
 
 
 def test_trains_without_triton_and_dali(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from command_line import run
-from effnet_fast import checkpoint, create_model
+from effnet_fast import checkpoint, create_model, provenance
 from effnet_fast.run.resolve import compiling_pays, worker_count
 
 TINY = (
@@ -365,3 +365,10 @@ def test_a_continuation_changes_the_schedule_only(first_epochs, tmp_path, capsys
     message = capsys.readouterr().err
     assert words in message
     assert message.count("\n") == 1
+
+
+def test_newer_versions_than_tested_are_one_warning(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(provenance.TESTED, "torch", "2.0.0")
+    run(f"{SMALL} --save_dir {tmp_path} --run_name newer --num_epochs 1 --limit_train 16 --limit_eval 8")
+    printed = "".join(capsys.readouterr())
+    assert printed.count("warning: newer than the tested versions: torch ") == 1

@@ -28,6 +28,8 @@ def doctor(config: DoctorConfig) -> int:
         checks.append(check)
         # With --json, stdout holds the JSON alone.
         print(f"{check.status:7} {check.name:14} {check.detail}", file=sys.stderr if config.json else sys.stdout)
+    if newer := provenance.newer_than_tested():
+        print(f"warning: {newer}", file=sys.stderr)
     choices = choose_automatically(device)
     broken = [check.name for check in checks if check.status == "broken"]
     if config.json:

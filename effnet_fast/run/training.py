@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from effnet_fast import checkpoint, distributed
+from effnet_fast import checkpoint, distributed, provenance
 from effnet_fast.checkpoint import BadStep, Checkpoint
 from effnet_fast.config import TrainConfig
 from effnet_fast.distributed import World
@@ -125,6 +125,8 @@ class _Training:
         )
         for line in opening_lines(plan, self.parts):
             self.recorder.say(line)
+        if newer := provenance.newer_than_tested():
+            self.recorder.warn(f"warning: {newer}")
         hooks = Hooks(
             config.log_every_steps,
             config.eval_every_epochs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -14,13 +15,15 @@ _NO_READER = (errno.EPIPE, errno.EIO)
 
 
 class QuietStream:
-    """A text stream that drops what it cannot write because its reader is gone.
+    """A text stream that escapes what it cannot encode, and drops what it cannot write because its reader is gone.
 
-    From then on the file descriptor is /dev/null, also for C code, other threads and child processes.
+    Once the reader is gone, the file descriptor is /dev/null, also for C code, other threads and child processes.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file and class names may hold any bytes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from command_line import run
 from effnet_fast import checkpoint
+from effnet_fast.report.confusion import plot_confusion, write_per_class
 
 QUICK = "--loader torch --num_workers 0 --device cpu"
 
@@ -128,3 +130,11 @@ def test_an_unwritable_place_is_refused_with_the_flag(trained: Path, data_dir: P
         message = capsys.readouterr().err
         assert f"cannot write to {place} (Not a directory): choose another place with {flag}\n" in message
         assert message.count("\n") == 1
+
+
+def test_class_names_that_are_no_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_per_class(tmp_path / "table.csv", [name, "dog"], np.array([[3, 1], [0, 2]]))
+    plot_confusion(tmp_path / "picture.png", [name, "dog"], np.array([[3, 1], [0, 2]]))
+    rows = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
+    assert [row["class"] for row in rows] == ["caf\\udce9", "dog"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +174,64 @@ def test_folders_are_listed_as_for_training(trained: Path, tmp_path: Path, capsy
     run(f"predict --checkpoint {trained} {folder} --device cpu")
     names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == [str(folder / "a.PNG"), str(folder / "linked" / "c.jfif")]
+
+
+def predict_in_a_process(arguments: list[str | bytes], **environment: str) -> subprocess.CompletedProcess[bytes]:
+    script = (
+        "import sys; from effnet_fast.cli import main\n"
+        "try: main()\n"
+        "finally: print(*[l for l in open('/proc/self/status') if l.startswith('VmHWM')], file=sys.stderr)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script, "predict", "--device", "cpu", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+    )
+
+
+NAMES = [b"caf\xe9.png", "猫.png".encode()]  # Latin-1, which is no UTF-8, and UTF-8
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_names_that_stdout_cannot_print(trained: Path, tmp_path: Path, suffix: str) -> None:
+    folder, table = tmp_path / "images", tmp_path / f"table.{suffix}"
+    folder.mkdir()
+    for name in NAMES:
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / os.fsdecode(name))
+    done = predict_in_a_process(
+        ["--checkpoint", str(trained), str(folder), os.fsencode(folder) + b"/" + NAMES[0], "--output", str(table)],
+        PYTHONIOENCODING="ascii",
+        PYTHONUTF8="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"caf\\xe9.png  " in done.stdout
+    assert b"\\u732b.png  " in done.stdout
+    if suffix == "csv":
+        with table.open(encoding="utf-8") as file:
+            names = {row["image"] for row in csv.DictReader(file)}
+    else:
+        names = {row["image"] for row in json.loads(table.read_text())}
+    assert names == {f"{folder}/caf\\xe9.png", f"{folder}/猫.png"}
+
+
+def peak_memory(done: subprocess.CompletedProcess[bytes]) -> int:
+    """Bytes of the largest resident set of a process, of itself alone."""
+    assert done.returncode == 0, done.stderr
+    return 1024 * int(done.stderr.split()[-2])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("kind", ["photographs", "scan"])
+def test_memory_of_large_images(trained: Path, tmp_path: Path, kind: str) -> None:
+    """At most 1 GB for 64 photographs of 12 Mpx in a batch, and for one 1-bit scan of 90 Mpx."""
+    if kind == "scan":
+        Image.new("1", (10_000, 9_000), 1).save(tmp_path / "scan.tif", compression="group4")
+    else:
+        rows = np.arange(3000, dtype=np.uint8)[:, None, None]
+        pixels = np.broadcast_to(rows, (3000, 4000, 3))
+        Image.fromarray(pixels.copy()).save(tmp_path / "0.jpg")
+        for i in range(1, 64):
+            os.link(tmp_path / "0.jpg", tmp_path / f"{i}.jpg")
+    done = predict_in_a_process(["--checkpoint", str(trained), str(tmp_path)])
+    assert len(done.stdout.splitlines()) == (64 if kind == "photographs" else 1)
+    assert peak_memory(done) < 1e9

@@ -35,7 +35,7 @@ def write_per_class(path: str | Path, classes: Sequence[str], confusion: NDArray
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "images", "correct", "top1"])
             for name, images, correct in zip(classes, confusion.sum(1), confusion.diagonal(), strict=True):

@@ -14,7 +14,7 @@ import torch
 
 from effnet_fast import checkpoint
 from effnet_fast.config import PredictConfig
-from effnet_fast.data.listing import SUFFIXES, list_images
+from effnet_fast.data.listing import SUFFIXES, list_images, printable
 from effnet_fast.model.trained import Prediction, TrainedModel, load
 from effnet_fast.run.output import check_writable
 
@@ -37,7 +37,7 @@ def predict(config: PredictConfig) -> int:
                 new = _predict_readable(model, batch, config.top)
                 predictions |= new
                 for path, best in new.items():
-                    print(f"{path}  " + "  ".join(f"{label} {100 * p:.1f} %" for label, p in best))
+                    print(f"{printable(path)}  " + "  ".join(f"{label} {100 * p:.1f} %" for label, p in best))
                 advance(len(batch))
     finally:  # an interrupted run keeps its results
         if config.output:
@@ -55,11 +55,11 @@ def _image_files(named: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, named):
         if not path.exists():
-            raise FileNotFoundError(f"there is no image or folder at {path}")
+            raise FileNotFoundError(f"there is no image or folder at {printable(path)}")
         if path.is_dir():
             inside = list_images(path).images
             if not inside:
-                raise ValueError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))})")
+                raise ValueError(f"{printable(path)} holds no image ({', '.join(sorted(SUFFIXES))})")
             files += inside
         else:
             files.append(path)
@@ -67,6 +67,7 @@ def _image_files(named: Sequence[str]) -> list[Path]:
 
 
 def _predict_readable(model: TrainedModel, paths: Sequence[Path], top: int) -> dict[Path, list[Prediction]]:
+    """Classify the images that can be read; the others are listed on stderr."""
     inputs = {}
     for path in paths:
         try:
@@ -95,16 +96,15 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 def _write_table(path: Path, predictions: dict[Path, list[Prediction]]) -> None:
     """Write CSV, a row for each image and rank, or JSON, an object for each image."""
+    by_name = {printable(image): best for image, best in predictions.items()}
     if path.suffix == ".json":
-        rows = [
-            {"image": str(image), "predictions": [p._asdict() for p in best]} for image, best in predictions.items()
-        ]
+        rows = [{"image": name, "predictions": [p._asdict() for p in best]} for name, best in by_name.items()]
         text = json.dumps(rows, indent=1) + "\n"
     else:
         buffer = io.StringIO()
         table = csv.writer(buffer)
         table.writerow(["image", "rank", "label", "probability"])
-        for image, best in predictions.items():
-            table.writerows([image, rank, p.label, f"{p.probability:.6f}"] for rank, p in enumerate(best, start=1))
+        for name, best in by_name.items():
+            table.writerows([name, rank, p.label, f"{p.probability:.6f}"] for rank, p in enumerate(best, start=1))
         text = buffer.getvalue()
-    checkpoint.write_atomically(path, text.encode())
+    checkpoint.write_atomically(path, text.encode(errors="backslashreplace"))  # class names are names of folders

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: imports run downward, doors stay few, names stay clear."""
+"""Rules read from the source: imports run downward, special imports have one place, files and functions stay small."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests")
 GROUND = {"config", "credentials", "checkpoint", "precision", "distributed", "provenance", "rendezvous", "streams"}
 FLOOR = {"model", "data"} | GROUND
 VERBS = {"train", "search", "explain", "report"}
-# What each room may import besides itself; `effnet_fast` is the face, __init__.py.
+# What each room may import besides itself; `effnet_fast` is __init__.py.
 MAY_IMPORT = {
     "effnet_fast": {"model", "explain"},
     "__main__": {"cli"},
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     **{room: {"credentials"} for room in GROUND},
     "effnet_kernels": set(),
 }
-# Imported where they are needed, never on the way there.
+# Slow to import, so imported only in the functions that need them.
 HEAVY = {"triton", "nvidia", "captum", "optuna", "apex", "amp_C"}
 BUILDERS = {"create_model", "from_description", "load_dataset", "make_loader"}
 BUILT = {"EfficientNet", "ResNet", "DenseNet", "Loader", "DaliLoader", "ResidentLoader", "TorchLoader"}
@@ -38,7 +38,7 @@ BUILT = {"EfficientNet", "ResNet", "DenseNet", "Loader", "DaliLoader", "Resident
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module or name, dotted in full, and whether importing the file imports it too."""
+    """An imported module or name, its line, and whether it is imported when the file is."""
 
     target: str
     line: int
@@ -64,14 +64,14 @@ def imports_of(path: Path) -> list[Import]:
 
 
 def is_deferred(node: ast.AST) -> bool:
-    """A function, or what only a type checker reads."""
+    """A function, or a block that only a type checker reads."""
     if isinstance(node, ast.If):
         return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
 def targets_of(node: ast.AST) -> Iterator[str]:
-    """Dotted names that a statement or an import_module("...") call imports."""
+    """Dotted names that a statement or a call of import_module("...") imports."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -95,7 +95,7 @@ def room_of(path: Path) -> str:
 
 
 def imported_room(target: str) -> str | None:
-    """The room that a dotted name belongs to; None for other people's packages and for the version."""
+    """The room of a dotted name; None for other packages and for the version."""
     package, _, rest = target.partition(".")
     if package == "effnet_kernels":
         return package
@@ -103,10 +103,10 @@ def imported_room(target: str) -> str | None:
         return None
     first = rest.split(".")[0]
     is_room = (PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").is_file()
-    return first if is_room else "model"  # what else the face hands out lives in model
+    return first if is_room else "model"  # other names of __init__.py come from model
 
 
-def test_every_room_has_its_rule():
+def test_every_room_has_a_rule():
     assert {room_of(path) for path in SOURCES} <= MAY_IMPORT.keys()
 
 
@@ -124,7 +124,7 @@ def test_nothing_imports_benchmarks_launchers_or_tests(path):
     assert not [i for i in imports_of(path) if i.target.split(".")[0] in outside]
 
 
-def test_blocks_is_the_only_door_to_the_kernels():
+def test_only_blocks_imports_the_kernels():
     doors = {
         name_of(path)
         for path in PACKAGE.rglob("*.py")
@@ -136,7 +136,7 @@ def test_blocks_is_the_only_door_to_the_kernels():
 def test_train_builds_neither_model_nor_loader():
     floor = [parse(path) for room in ("model", "data") for path in (PACKAGE / room).rglob("*.py")]
     defined = {getattr(node, "name", "") for tree in floor for node in ast.walk(tree)}
-    assert defined >= BUILDERS | BUILT, "a builder was renamed: name it here"
+    assert defined >= BUILDERS | BUILT, "a builder was renamed: update the names above"
     built = [
         f"{name_of(path)}:{node.lineno}: {called_name(node)}"
         for path in (PACKAGE / "train").glob("*.py")
@@ -147,8 +147,8 @@ def test_train_builds_neither_model_nor_loader():
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)
-def test_heavy_packages_are_imported_where_they_are_needed(path):
-    """At the top of data/dali.py and of effnet_kernels at the most; elsewhere inside the function that uses them."""
+def test_heavy_packages_are_imported_in_functions(path):
+    """Except in data/dali.py and effnet_kernels, which are themselves imported in functions."""
     if path == PACKAGE / "data" / "dali.py":
         return
     on_the_way = [i for i in imports_of(path) if i.at_top and i.target.split(".")[0] in HEAVY]
@@ -181,15 +181,15 @@ def test_no_room_is_called_utils():
     assert not named
 
 
-def test_folders_that_must_not_be_packages_are_none():
-    """A `kernels` of ours would hide the package of that name; pytest imports tests by their paths."""
+def test_folders_that_are_not_packages():
+    """Hugging Face has a package named `kernels`; pytest imports tests by path."""
     folders = [ROOT / name for name in ("kernels", "launchers", "benchmarks")]
     assert not [folder for folder in folders if (folder / "__init__.py").exists()]
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
-def test_what_comes_from_elsewhere_comes_through_few_doors():
-    """The network through archive.py, which verifies what it gets; pickles through readers that run no code."""
+def test_network_and_pickles_have_one_place_each():
+    """Only archive.py, which verifies checksums, uses the network; pickles are read without running code."""
     networked = {"urllib", "http", "requests", "httpx", "ftplib"}
     doors = {name_of(path) for path in SOURCES for i in imports_of(path) if i.target.split(".")[0] in networked}
     assert doors == {"effnet_fast/data/archive.py"}
@@ -201,3 +201,45 @@ def test_what_comes_from_elsewhere_comes_through_few_doors():
         assert ("allow_pickle", "True") not in words, f"{name_of(path)}:{node.lineno}"
     unsafe = {"pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "eval", "exec", "os.system"}
     assert [name_of(path) for path, node in calls if ast.unparse(node.func) in unsafe] == []
+
+
+MAX_FILE_LINES, MAX_CLASS_LINES, MAX_ARGUMENTS = 400, 220, 10
+LONG_FILES = {PACKAGE / "config.py"}  # a list of settings
+
+
+@pytest.mark.parametrize("path", sorted(set(PACKAGE.rglob("*.py")) - LONG_FILES), ids=name_of)
+def test_files_classes_and_functions_are_small(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+    nodes = list(ast.walk(parse(path)))
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    assert not [c.name for c in classes if c.end_lineno - c.lineno >= MAX_CLASS_LINES]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert not [f.name for f in functions if number_of_arguments(f) > MAX_ARGUMENTS]
+
+
+def number_of_arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Arguments besides self and cls; *args and **kwargs count as one each."""
+    arguments = function.args
+    named = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    return len(set(named) - {"self", "cls"}) + bool(arguments.vararg) + bool(arguments.kwarg)
+
+
+def test_the_epoch_loop_is_short():
+    (fit,) = [n for n in ast.walk(parse(PACKAGE / "train" / "loop.py")) if getattr(n, "name", "") == "fit"]
+    loops = [node for node in ast.walk(fit) if isinstance(node, ast.For)]
+    assert max(loop.end_lineno - loop.lineno for loop in loops) < 50
+
+
+def test_keys_of_a_checkpoint_are_spelt_once():
+    """Readers use the attributes of `Checkpoint`, so no other file indexes a dict with its keys."""
+    fields = {"optimizer", "scaler", "meters", "fingerprint", "images_per_pass", "launch", "schedule_start"}
+    spelt = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in (*(PACKAGE / "run").glob("*.py"), *(PACKAGE / "train").glob("*.py"))
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Subscript)
+        and ast.unparse(node.value) in ("saved", "checkpoint", "state", "resumed")
+        and isinstance(node.slice, ast.Constant)
+        and node.slice.value in fields
+    ]
+    assert not spelt

@@ -113,7 +113,7 @@ def launch() -> str | None:
     return f"{slurm}.{os.environ.get('SLURM_STEP_ID', 'batch')}"
 
 
-def board() -> dist.Store | None:
+def key_value_store() -> dist.Store | None:
     """A new connection to the ranks' key-value store; None in a world of one."""
     if world_size() == 1:
         return None

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Keeps average = decay * average + (1 - decay) * weights, all on the device.
+    """Updates average = decay * average + (1 - decay) * weights on the device.
 
-    The decay warms up as min(decay, (1 + t) / (10 + t)) over updates t, so that the random start is soon forgotten.
+    The decay warms up as min(decay, (1 + t) / (10 + t)) at update t, which reduces the weight of the random start.
 
     Args:
-        model: whose floating-point parameters and buffers are averaged; its tensors must keep their identity.
+        model: its floating-point parameters and buffers are averaged; they must stay the same tensors.
         decay: per step.
     """
 
@@ -27,18 +27,18 @@ class Ema:
         self.average: list[Tensor] = [t.clone() for t in self.live]
 
     def share(self, step: int) -> float:
-        """What the weights after optimizer step `step` contribute: 1 - decay."""
+        """The share of the weights after optimizer step `step`: 1 - decay."""
         return 1 - min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, share: Tensor) -> None:
-        """Take in the weights by `share`, a float32 of no dimension on the device; 0 leaves the average as it is."""
+        """Update the average with a `share` of the weights: a 0-dim float32 tensor on the device; 0 changes nothing."""
         torch._foreach_mul_(self.average, 1 - share)
         torch._foreach_add_(self.average, torch._foreach_mul(self.live, share))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within, the model's own tensors hold the average; what is written to them there is kept in the average."""
+        """Swap the average into the model within the context; changes made there go to the average."""
         self._swap()
         try:
             yield
@@ -48,9 +48,9 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for live, average in zip(self.live, self.average, strict=True):
-            held = live.clone()
+            weights = live.clone()
             live.copy_(average)
-            average.copy_(held)
+            average.copy_(weights)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.average, strict=True))

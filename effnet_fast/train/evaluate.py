@@ -1,4 +1,4 @@
-"""Loss, top-1, top-5 and the confusion matrix of a model over every image of a split, on any number of ranks."""
+"""Evaluate a model on a split, on any number of ranks: loss, top-1, top-5, confusion matrix."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Result:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
-        loss: cross-entropy per image, natural log.
-        top1, top5: percent.
-        confusion: int64 [K, K] on the CPU; rows are the truth, columns the prediction.
+        loss: mean cross-entropy per image, nats.
+        top1, top5: accuracy, percent.
+        confusion: int64 [K, K] on the CPU, counts by true class (row) and predicted class (column).
     """
 
     loss: float
@@ -39,10 +39,17 @@ class Result:
 
 
 def evaluate(model: nn.Module, batches: Batches, *, num_classes: int, precision: str, device: torch.device) -> Result:
-    """Evaluate on this rank's batches and add all ranks up. Labels of -1 are padding and count for nothing.
+    """Evaluate on this rank's batches and sum over all ranks.
+
+    Args:
+        model: in any mode, which is restored.
+        batches: images [N, 3, H, W] and labels int64 [N]; images with label -1 are padding and not counted.
+        num_classes: K.
+        precision: of autocast: bf16, fp16 or no.
+        device: of the model and the batches.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: there are no images.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
@@ -54,7 +61,7 @@ def evaluate(model: nn.Module, batches: Batches, *, num_classes: int, precision:
             best = logits.topk(min(5, num_classes), dim=1).indices
             hits = (best == labels[:, None]).any(1).sum()
             sums += torch.stack([losses, hits])
-            # Padding lands in the cell of class 0 with weight 0.
+            # Padding is added to row 0 with weight 0.
             real = labels >= 0
             confusion.index_add_(0, (labels * num_classes + best[:, 0]).clamp(min=0), real.long())
     distributed.all_reduce_(sums)
@@ -62,18 +69,19 @@ def evaluate(model: nn.Module, batches: Batches, *, num_classes: int, precision:
     table = confusion.view(num_classes, num_classes).cpu()
     count = int(table.sum())
     if count == 0:
-        raise ValueError("there is no image to evaluate on")
+        raise ValueError("there are no images to evaluate on")
     loss, hits = sums.tolist()
     return Result(loss / count, 100 * int(table.trace()) / count, 100 * hits / count, table)
 
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Batches, count: int, *, precision: str, device: torch.device) -> None:
-    """Re-estimate BatchNorm's statistics as the plain mean over `count` training batches (Wu and Johnson 2021).
+    """Re-estimate BatchNorm statistics as the mean over `count` training batches (Wu and Johnson 2021).
 
-    In a short run the running averages lag behind the weights: at momentum 0.01 they look some hundred steps back.
+    The running averages of a short run lag behind the weights: with momentum 0.01 they average over some 100 steps.
+    Frozen layers keep their statistics.
     """
-    norms = [norm for norm in batch_norms(model) if norm.weight.requires_grad]  # frozen layers stay as they are
+    norms = [norm for norm in batch_norms(model) if norm.weight.requires_grad]
     momenta = [norm.momentum for norm in norms]
     with evaluating(model):
         for norm in norms:
@@ -89,7 +97,7 @@ def recalibrate(model: nn.Module, batches: Batches, count: int, *, precision: st
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and back to the mode that was."""
+    """Evaluation mode without gradients; the mode before is restored on exit."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Tensors that are read and written together, in a handful of launches however many there are."""
+"""Read and write many tensors together, in a few kernel launches."""
 
 from __future__ import annotations
 
@@ -11,27 +11,32 @@ from effnet_fast import distributed
 
 
 class FlatTensors:
-    """Tensors of one type and device, e.g. BatchNorm's statistics, to be put back after a bad step."""
+    """Tensors of one dtype and device, e.g. BatchNorm statistics, addressed as one flat tensor.
+
+    Args:
+        tensors: of any shapes; they are changed in place.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
         self.sizes = [t.numel() for t in self.tensors]
 
     def copy(self) -> Tensor:
+        """All values, flattened: [total number of elements]."""
         return torch.cat([t.flatten() for t in self.tensors])
 
     def restore(self, saved: Tensor, bad: Tensor) -> None:
-        """Where `bad`, a bool on the device, put `saved` back."""
+        """Write `saved`, a result of `copy`, back if `bad`, a 0-dim bool tensor on the device, is true."""
         self._set(torch.where(bad, saved, self.copy()).split(self.sizes))
 
     def average_over_ranks(self) -> None:
-        """Give every rank the mean of all ranks' tensors."""
+        """Replace the tensors by their mean over all ranks."""
         if distributed.world_size() > 1:
             mean = distributed.all_reduce_(self.copy()) / distributed.world_size()
             self.load(mean)
 
     def load(self, values: Tensor) -> None:
-        """Put back what `copy` gave."""
+        """Write a result of `copy` back."""
         self._set(values.split(self.sizes))
 
     def _set(self, values: Iterable[Tensor]) -> None:

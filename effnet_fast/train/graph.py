@@ -1,8 +1,8 @@
-"""A function of tensors as one CUDA graph, so that a step costs the host three copies and one launch.
+"""Run a function of tensors as one CUDA graph: three copies and one launch per step on the host.
 
-The whole step is captured, rather than each of the compiled model's graphs by torch.compile(mode="reduce-overhead"):
-Inductor skips those under DDP, where BatchNorm's buffers are changed in place (pytorch #139207), and the loss, the
-clipping, the optimizer and the average would stay outside of them.
+The graph holds the whole step. torch.compile(mode="reduce-overhead") would capture only the model, leave out loss,
+clipping, optimizer and moving average, and skip graphs whose buffers change in place, as BatchNorm's do (pytorch
+#139207).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 Body = Callable[..., None]
 
-WARM_UP_CALLS = 3  # compile, choose algorithms, and once more with everything chosen
+WARM_UP_CALLS = 3  # compile, select algorithms, and run once with everything selected
 
 
 class Captured:
-    """Captures `body` at the first call, and from then on copies its arguments into place and replays it.
+    """Captures `body` at the first call; each call copies its arguments into fixed tensors and replays the graph.
 
-    `body` must read nothing from the host but constants, and must not wait for the device. The random numbers of a
-    replay are those of an ordinary call: a graph draws from the seed and offset that the device's generator has when
-    it is replayed, not when it was captured, so `torch.manual_seed` before each call decides them (pytorch #84967).
+    `body` may read only constants from the host and must not wait for the device. A replay draws the same random
+    numbers as a direct call: it uses the seed and offset that the device's generator has at replay, so
+    `torch.manual_seed` before each call determines them (pytorch #84967).
 
     Args:
         body: changes tensors in place and returns nothing.
-        state: gives all tensors that `body` changes; they must exist before and keep their places ever after.
-        record: turns a function without arguments into one that replays it; `cuda_graph`, other than in tests.
+        state: returns all tensors that `body` changes. They must exist before the first call and keep their addresses.
+        record: turns a function without arguments into one that replays it; tests replace `cuda_graph`.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Captured:
         self._replay: Body | None = None
 
     def __call__(self, *arguments: Tensor) -> None:
-        """Replay the body with these arguments, which must have the shapes, types and strides of the first call's."""
+        """Replay the body with arguments of the same shapes, dtypes and strides as in the first call."""
         if self._replay is None:
             self._inputs = [torch.empty_like(argument) for argument in arguments]
-        for place, argument in zip(self._inputs, arguments, strict=True):
-            assert place.shape == argument.shape, f"captured for {tuple(place.shape)}, not {tuple(argument.shape)}"
-            place.copy_(argument, non_blocking=True)
+        for fixed, argument in zip(self._inputs, arguments, strict=True):
+            assert fixed.shape == argument.shape, f"captured for {tuple(fixed.shape)}, not {tuple(argument.shape)}"
+            fixed.copy_(argument, non_blocking=True)
         if self._replay is None:
             self._warm_up()
             self._replay = self._record(lambda: self._body(*self._inputs))
@@ -62,10 +62,10 @@ class Captured:
 
 
 def cuda_graph(body: Body) -> Body:
-    """Capture a call of `body`, which is not carried out, and return the function that replays it."""
+    """Capture a call of `body` without executing it, and return the function that replays it."""
     graph = torch.cuda.CUDAGraph()
-    gc.collect()  # steps of earlier runs are cycles that hold their graphs' memory, which nothing shall free meanwhile
-    # The other threads are DALI's or a DataLoader's, whose allocations must not break the capture off.
+    gc.collect()  # steps of earlier runs are reference cycles that own graph memory; freeing it would end the capture
+    # thread_local: allocations in threads of DALI or a DataLoader do not end the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         body()
     return graph.replay
@@ -73,20 +73,20 @@ def cuda_graph(body: Body) -> Body:
 
 @contextmanager
 def unchanged(state: Callable[[], list[Tensor]]) -> Iterator[None]:
-    """Whatever happens within leaves the tensors, in their places, and the random generators as they were."""
+    """Restore the tensors, in place, and the random generators on exit."""
     tensors = state()
-    held = [tensor.clone() for tensor in tensors]
+    copies = [tensor.clone() for tensor in tensors]
     with torch.random.fork_rng({t.device.index or 0 for t in tensors if t.is_cuda}):
         yield
-    assert [t.data_ptr() for t in state()] == [t.data_ptr() for t in tensors], "the state must keep its places"
+    assert [t.data_ptr() for t in state()] == [t.data_ptr() for t in tensors], "the state must keep its addresses"
     with torch.no_grad():
-        for tensor, value in zip(tensors, held, strict=True):
+        for tensor, value in zip(tensors, copies, strict=True):
             tensor.copy_(value)
 
 
 @contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
-    """Work queued within goes to a stream of its own, as capturing wants of a warm-up; the current one waits for it."""
+    """Run the warm-up of a capture on a separate stream; the current stream waits for it on exit."""
     if device.type != "cuda":
         yield
         return

@@ -1,4 +1,4 @@
-"""Running sums of a training run that stay on the device until they are read, one synchronisation per reading."""
+"""Running sums of loss, hits and norms. They stay on the device; reading them synchronises once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Reading:
     """Means since the last reading, over all ranks.
 
     Attributes:
-        loss: per image, natural log.
-        top1: percent; of a mixed image the label with the larger share counts.
-        images: how many were learnt from.
-        grad_norm: of the whole gradient before clipping.
-        skipped: steps that fp16's scale was too large for.
-        bad_step: the first step whose loss or gradient was not finite, or None.
+        loss: cross-entropy per image, nats.
+        top1: training accuracy in percent; a mixed image counts by the label with the larger share.
+        images: number of images trained on.
+        grad_norm: mean norm of the gradient before clipping.
+        skipped: steps skipped because fp16 overflowed.
+        bad_step: first step whose loss or gradient was not finite, or None.
     """
 
     loss: float
@@ -34,7 +34,7 @@ class Reading:
 
 
 class Meters:
-    """Sums of loss, hits, images and gradient norms; float64 [7] on the device."""
+    """Sums over images and steps: float64 [7] on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
@@ -42,23 +42,24 @@ class Meters:
 
     @property
     def healthy(self) -> Tensor:
-        """True until a bad step was seen; a bool of no dimension, on the device."""
+        """Whether no bad step has occurred: 0-dim bool tensor on the device."""
         return self.sums[_BAD_STEP] < 0
 
     def add_batch(self, loss_sum: Tensor, correct: Tensor, count: int) -> None:
+        """Add one pass: summed loss, number of hits, number of images."""
         self.sums[_LOSS] += loss_sum
         self.sums[_CORRECT] += correct
         self.sums[_COUNT] += count
 
     def add_step(self, norm: Tensor, skipped: Tensor, bad: Tensor, step: Tensor) -> None:
-        """Count step number `step`, all on the device; `skipped` and `bad` are bools. The first bad one is kept."""
+        """Add step number `step`; all arguments are 0-dim tensors on the device, `skipped` and `bad` bools."""
         self.sums[_NORM] += torch.nan_to_num(norm, 0.0, 0.0, 0.0)
         self.sums[_STEPS] += 1
         self.sums[_SKIPPED] += skipped
         self.sums[_BAD_STEP] = torch.where(bad & self.healthy, step, self.sums[_BAD_STEP])
 
     def read(self) -> Reading:
-        """Read and start anew."""
+        """Read the means and reset the sums, except the bad step; all ranks together."""
         bad = self.sums[_BAD_STEP].clone()
         totals = distributed.all_reduce_(self.sums.clone())
         totals[_BAD_STEP] = bad
@@ -75,13 +76,13 @@ class Meters:
         )
 
     def collect(self) -> Tensor:
-        """The sums to save, on all ranks: those over a rank's own images are added up, the others are equal anyway."""
+        """The sums to save. Sums over images are added over ranks; the others are equal on all ranks."""
         sums = self.sums.clone()
         sums[: _COUNT + 1] = distributed.all_reduce_(sums[: _COUNT + 1].clone())
         return sums
 
     def restore(self, sums: Tensor, rank: int) -> None:
-        """Put back what `collect` gave; the sums over images go to one rank, however many there are now."""
+        """Load a result of `collect`. Rank 0 takes the sums over images, so that their total is right."""
         self.sums.copy_(sums)
         if rank > 0:
             self.sums[: _COUNT + 1] = 0

@@ -1,7 +1,7 @@
 """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) on the device.
 
-The partner of an image is its mirror place in the batch; batches are shuffled anyway. Both mixes are one formula over
-the same five numbers, so that a captured step can be fed through one small tensor.
+Image i is mixed with image N - 1 - i; batches are shuffled, so this is random. Both methods are one formula with six
+numbers, which a captured step reads from one small tensor.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from torch import Tensor
 
 
 class Mixing:
-    """Draws a batch's mix from (seed, rank, step) alone and applies it.
+    """Draws the mix of a batch from (seed, rank, step).
 
     Args:
-        mixup, cutmix: alphas of the Beta distribution; 0 is off. With both, each batch draws one of them evenly.
+        mixup, cutmix: alpha of the Beta distribution; 0 is off. With both on, each batch uses either with equal
+            probability.
+        seed, rank: key of the draws.
     """
 
     def __init__(self, mixup: float, cutmix: float, *, seed: int, rank: int) -> None:
@@ -31,8 +33,8 @@ class Mixing:
     def draw(self, step: int, size: int) -> list[float]:
         """[share, target, top, bottom, left, right] for images of `size` pixels.
 
-        `share` weighs the image's own pixels outside the box (rows top..bottom, columns left..right), where the
-        partner's stand; `target` weighs its own label.
+        Pixels in the box (rows top..bottom, columns left..right) are the partner's. Outside, `share` is the weight of
+        the image and 1 - share that of its partner. `target` is the weight of the image's own label.
         """
         random = np.random.default_rng([self.seed, self.rank, step])
         if self.mixup > 0 and (self.cutmix == 0 or random.random() < 0.5):
@@ -46,7 +48,7 @@ class Mixing:
 
 
 def mix_images(images: Tensor, numbers: Tensor) -> Tensor:
-    """Mix [N, C, H, W] with its mirror image along N; `numbers` float32 [6] as `Mixing.draw` gives them."""
+    """Mix images [N, C, H, W] with the same batch in reverse order; `numbers`: float32 [6] from `Mixing.draw`."""
     share, _, top, bottom, left, right = numbers.unbind()
     partner = images.flip(0)
     rows = torch.arange(images.shape[-2], device=images.device)[:, None]

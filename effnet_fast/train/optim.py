@@ -1,10 +1,10 @@
-"""Optimizers that scale gradients and skip a bad step on the device, without a word to the host.
+"""Optimizers that scale gradients and skip bad steps on the device, without host synchronisation.
 
-The contract is that of torch's fused optimizers and GradScaler: an optimizer with the attributes `grad_scale` and
-`found_inf` (float32 tensors of one element) divides the gradients by the first and changes nothing where the second
-is 1. Clipping and the fp16 scale thus ride in the update's own pass over the gradients.
+They follow the interface of torch's fused optimizers and GradScaler: an optimizer with the attributes `grad_scale` and
+`found_inf` (float32 tensors of one element) divides gradients by `grad_scale`, and changes nothing if `found_inf` is 1.
+Clipping and the fp16 scale therefore need no pass of their own over the gradients.
 
-All of an optimizer's state exists from the start, so that a warm-up can be undone and a first step skipped.
+All state exists from the start, so that a warm-up can be undone and the first step can be skipped.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from effnet_fast.model import Network
 from effnet_fast.train.flat_tensors import FlatTensors
 
-# NVIDIA apex's optimizers, by our names for them: the class, and the state that it keeps of each parameter.
+# NVIDIA apex's optimizers by the names used here: class, and state per parameter.
 APEX = {"apex-sgd": ("FusedSGD", ("momentum_buffer",)), "apex-lamb": ("FusedLAMB", ("exp_avg", "exp_avg_sq"))}
 
 
 class RMSprop(torch.optim.Optimizer):
-    """RMSprop as the EfficientNet paper trained with (TensorFlow's form).
+    """TensorFlow's RMSprop, which the EfficientNet paper used.
 
     ms = decay * ms + (1 - decay) * g^2, starting from 1; m = momentum * m + lr * g / sqrt(ms + eps); w -= m.
-    torch's own starts from 0 and adds eps outside the root, which trains differently.
+    torch's RMSprop starts from 0 and adds eps outside the root, which trains differently.
     """
 
     grad_scale: Tensor
@@ -46,7 +46,7 @@ class RMSprop(torch.optim.Optimizer):
             self._update([p for p in group["params"] if p.grad is not None], group, keep)
 
     def _update(self, params: list[Tensor], group: dict[str, Any], keep: Tensor) -> None:
-        # A bad gradient is cleared rather than multiplied by 0, which would leave NaN.
+        # A bad gradient is replaced by 0; multiplying it by 0 would leave NaN.
         grads = [torch.where(keep > 0, p.grad / self.grad_scale, 0.0) for p in params if p.grad is not None]
         squares = [self.state[p]["mean_square"] for p in params]
         momenta = [self.state[p]["momentum"] for p in params]
@@ -65,10 +65,11 @@ class RMSprop(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Trainable parameters by weight decay and by `lr_scale`, their share of the learning rate.
+    """Group trainable parameters by weight decay and by `lr_scale`, a factor of the learning rate.
 
-    Convolution and linear weights decay; BatchNorm and biases, of one dimension, do not. The classifier has the whole
-    rate, each layer before it `layer_decay` times that of the next (Clark et al. 2020, ELECTRA).
+    Weight decay applies to convolution and linear weights, not to BatchNorm and biases, which have one dimension. The
+    classifier has an `lr_scale` of 1, each layer before it `layer_decay` times that of the next (Clark et al. 2020,
+    ELECTRA).
     """
     groups = []
     for scale, parameters in _scaled(model, layer_decay):
@@ -94,20 +95,21 @@ def _scaled(model: nn.Module, layer_decay: float) -> list[tuple[float, list[nn.P
 def make_optimizer(
     name: str, model: nn.Module, *, momentum: float, weight_decay: float, layer_decay: float = 1.0
 ) -> torch.optim.Optimizer:
-    """Build an optimizer over a model's trainable parameters.
+    """Build an optimizer for a model's trainable parameters.
 
-    Its learning rates, to be set each step by `set_rate`, are float32 tensors on the parameters' device, one shared by
-    all groups of the same `lr_scale`; apex's are numbers.
+    `set_rate` sets the learning rates at each step. They are float32 tensors on the device, one per `lr_scale`; apex's
+    are Python numbers.
 
     Args:
-        name: sgd (Nesterov), adamw, rmsprop (the paper's), apex-sgd or apex-lamb (NVIDIA apex's).
+        name: sgd (Nesterov), adamw, rmsprop (see `RMSprop`), apex-sgd or apex-lamb (NVIDIA apex).
+        model: the model.
         momentum: of sgd, rmsprop and apex-sgd.
         weight_decay: per step and unit of learning rate; coupled (added to the gradient) for sgd and rmsprop,
             decoupled for adamw and lamb.
-        layer_decay: see `parameter_groups`; other than 1 it needs a model of the zoo.
+        layer_decay: see `parameter_groups`; values other than 1 need a `Network`.
 
     Raises:
-        ValueError: an unknown name, or NVIDIA apex is asked for and not here.
+        ValueError: the name is unknown, or NVIDIA apex is needed and not installed.
     """
     groups = parameter_groups(model, weight_decay, layer_decay)
     if name in APEX:
@@ -119,7 +121,7 @@ def make_optimizer(
     if name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0, fused=True)
         if momentum > 0:
-            # torch leaves these uninitialised where the very first step is skipped.
+            # If the first step is skipped, torch leaves these uninitialised.
             optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for g in groups for p in g["params"]})
         return optimizer
     if name == "adamw":
@@ -134,11 +136,10 @@ def make_optimizer(
 
 
 class _Skipping:
-    """Gives an apex optimizer the contract of this module; mixed in before it.
+    """Mixin that gives an apex optimizer the interface of this module.
 
-    FusedLAMB computes on whatever it is given, and the buffer by which FusedSGD's kernel can be told to do nothing is
-    not part of its interface: so the step is taken, and taken back where it was bad. FusedLAMB counts its steps on the
-    host, bad ones too, so after an overflow of fp16 its bias correction is ahead by a step.
+    apex has no public way to skip a step, so the step is always taken and undone if it was bad. FusedLAMB counts steps
+    on the host, including bad ones, so its bias correction is one step ahead after each fp16 overflow.
     """
 
     grad_scale: Tensor
@@ -162,7 +163,7 @@ def _make_apex(name: str, groups: list[dict[str, Any]], momentum: float) -> torc
     if name == "apex-sgd":
         options |= {"momentum": momentum, "nesterov": momentum > 0}
     else:
-        options["max_grad_norm"] = float("inf")  # it would clip once more
+        options["max_grad_norm"] = float("inf")  # turns off its own clipping
     optimizer = type(f"Skipping{optimizer_class.__name__}", (_Skipping, optimizer_class), {})(groups, **options)
     for p in (p for group in groups for p in group["params"]):
         optimizer.state[p] = {key: torch.zeros_like(p) for key in kept}
@@ -170,25 +171,25 @@ def _make_apex(name: str, groups: list[dict[str, Any]], momentum: float) -> torc
 
 
 def apex_class(name: str) -> type:
-    """NVIDIA apex's class for apex-sgd or apex-lamb.
+    """The class of NVIDIA apex for apex-sgd or apex-lamb.
 
     Raises:
-        ValueError: apex is not installed, is the unrelated project of that name on PyPI, or lacks its CUDA extensions.
+        ValueError: apex is not installed, lacks its CUDA extensions, or is the unrelated PyPI project of that name.
     """
     try:
-        importlib.import_module("amp_C")  # apex's kernels; looked for first, so that no stranger's code is run
+        importlib.import_module("amp_C")  # apex's kernels; imported first, so that the unrelated `apex` is never run
         return getattr(importlib.import_module("apex.optimizers"), APEX[name][0])
     except (ImportError, AttributeError) as error:
-        stranger = importlib.util.find_spec("apex") is not None
-        found = "the `apex` here is another project or lacks its CUDA extensions" if stranger else "it is not installed"
+        is_installed = importlib.util.find_spec("apex") is not None
+        reason = "the installed `apex` is another project or lacks its CUDA extensions"
         raise ValueError(
-            f"--optimizer {name} needs NVIDIA apex, and {found}: build it with --cpp_ext --cuda_ext from "
-            "https://github.com/NVIDIA/apex (PyPI's `apex` is something else)"
+            f"--optimizer {name} needs NVIDIA apex, and {reason if is_installed else 'it is not installed'}: build it "
+            "with --cpp_ext --cuda_ext from https://github.com/NVIDIA/apex (PyPI's `apex` is something else)"
         ) from error
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the next step's learning rate, times each group's scale: into torch's and our tensors, or apex's numbers."""
+    """Set the learning rate of the next step, times each group's `lr_scale`."""
     for group in optimizer.param_groups:
         scaled = rate * group["lr_scale"]
         if isinstance(group["lr"], Tensor):
@@ -198,15 +199,15 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def let_capture(optimizer: torch.optim.Optimizer) -> None:
-    """Tell torch that a CUDA graph will hold the steps; its fused optimizers compute the same either way."""
+    """Let a CUDA graph capture torch's fused optimizers; they compute the same either way."""
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = True
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state dict and keep the learning-rate tensors, which loading would replace by copies."""
+    """Load a state dict, but keep the learning-rate tensors, which torch would replace by copies."""
     kept = [{name: group[name] for name in ("lr", "lr_scale")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, kept, strict=True):
-        group.update(own)
+    for group, entries in zip(optimizer.param_groups, kept, strict=True):
+        group.update(entries)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, and progress on the console."""
+"""Record a run: metrics.jsonl, TensorBoard events, and progress lines on the console."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from effnet_fast.checkpoint import write_atomically
 from effnet_fast.train.meters import Reading
 
 T = TypeVar("T")
-Moment = Any  # a number of seconds, or an event on the device's stream
+Moment = Any  # seconds, or a CUDA event
 
 
 class Clock:
-    """Moments on the time line of the work, compared later.
+    """Time stamps of the device's work.
 
-    On CUDA the host runs ahead of the device, and its own clock would count as waiting for data the time in which it
-    is held back. An event in the stream of the steps tells when the device got there.
+    On CUDA the host runs ahead of the device, so the host's clock would count time as waiting for data in which it only
+    waits for the device. Events in the stream of the steps measure the device's own time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,19 +42,20 @@ class Clock:
         return event
 
     def seconds(self, start: Moment, end: Moment) -> float:
-        """The time between two moments, both of which the device has passed."""
+        """Seconds between two time stamps that the device has passed."""
         return start.elapsed_time(end) / 1000 if self.on_gpu else end - start
 
 
-_ROOM = 1 << 20  # bytes free without which no TensorBoard events are written: its thread dies of a full disk
+# Below this many free bytes, no TensorBoard events are written: a full disk ends TensorBoard's thread.
+_MIN_FREE_BYTES = 1 << 20
 
 
 class Lines:
-    """Appends whole lines to a file. Lines that a full disk refuses are kept until it takes them.
+    """Appends whole lines to a file. If the disk is full, lines are kept and written later.
 
     Args:
         path: the file.
-        warn: takes the line about the first refusal.
+        warn: prints a line about the first failure.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
@@ -73,7 +74,9 @@ class Lines:
             with contextlib.suppress(OSError):
                 self._file.truncate(end)
             if self._warn is not None:
-                self._warn(f"warning: cannot write {self._file.name} ({error.strerror}); its rows are kept for later")
+                self._warn(
+                    f"warning: cannot write {self._file.name} ({error.strerror}); its rows are kept and written later"
+                )
                 self._warn = None
 
     def close(self) -> None:
@@ -81,15 +84,15 @@ class Lines:
 
 
 class Recorder:
-    """Writes a run's rows; on ranks other than the main one it only keeps time.
+    """Writes the rows of a run. Ranks other than the main one only measure time.
 
     Args:
         folder: of the run.
         main: whether this rank writes.
-        device: that the steps run on.
-        step: optimizer steps done before; rows beyond it, of a run that was killed, are dropped.
+        device: of the steps.
+        step: optimizer steps done before. Later rows, written by a run that was killed, are deleted.
         total_steps: of the whole run.
-        steps_per_epoch: optimizer steps in an epoch.
+        steps_per_epoch: optimizer steps per epoch.
     """
 
     def __init__(
@@ -100,9 +103,9 @@ class Recorder:
         self.steps_per_epoch = steps_per_epoch
         self.console = Console(highlight=False, soft_wrap=True)
         self._clock = Clock(device)
-        self._laps: list[tuple[Moment, Moment, Moment, int]] = []  # asked for, given, learnt from; images
+        self._laps: list[tuple[Moment, Moment, Moment, int]] = []  # batch requested, delivered, trained on; its images
         self._images, self._seconds, self._waited = 0, 0.0, 0.0  # of the whole run
-        self._began, self._first = time.perf_counter(), step
+        self._start_time, self._start_step = time.perf_counter(), step
         if main:
             self._open(folder, step)
 
@@ -123,23 +126,23 @@ class Recorder:
             self._bar.start()
 
     def watch(self, batches: Iterable[tuple[T, T]]) -> Iterator[tuple[T, T]]:
-        """Pass batches on, keeping the time spent waiting for them apart from the time spent on them."""
+        """Pass batches through; measure the time spent waiting for them and the time spent on them."""
         iterator = iter(batches)
         while True:
-            asked = self._clock.now()
+            requested = self._clock.now()
             batch = next(iterator, None)
             if batch is None:
                 return
-            given = self._clock.now()
+            delivered = self._clock.now()
             yield batch
-            self._laps.append((asked, given, self._clock.now(), len(batch[1])))  # type: ignore[arg-type]
+            self._laps.append((requested, delivered, self._clock.now(), len(batch[1])))  # type: ignore[arg-type]
 
     def train(self, step: int, reading: Reading, learning_rate: float, world: int) -> None:
-        """A row of training: means since the last one."""
+        """Write a training row: means since the last one."""
         laps, self._laps = self._laps, []
         images = sum(count for *_, count in laps) * world
-        waited = sum(self._clock.seconds(asked, given) for asked, given, *_ in laps)
-        seconds = max(sum(self._clock.seconds(asked, done) for asked, _, done, _ in laps), 1e-9)
+        waited = sum(self._clock.seconds(requested, delivered) for requested, delivered, *_ in laps)
+        seconds = max(sum(self._clock.seconds(requested, done) for requested, _, done, _ in laps), 1e-9)
         self._images += images
         self._seconds += seconds
         self._waited += waited
@@ -161,14 +164,14 @@ class Recorder:
         self._show(row)
 
     def summary(self) -> str:
-        """The speed of training, evaluations aside, since this process began: one line."""
+        """The training speed of this process, without evaluations, in one line."""
         if not self._images:
-            return "too short to tell the speed"
+            return "too short to measure the speed"
         share = 100 * self._waited / self._seconds
         return f"trained at {self._images / self._seconds:.0f} img/s, {share:.0f} % of the time waiting for data"
 
     def evaluation(self, step: int, row: dict[str, Any]) -> None:
-        """A row of an evaluation: split, loss, top1, top5, seconds, and ema_* beside them."""
+        """Write an evaluation row: split, loss, top1, top5, seconds, and ema_* if there is an average."""
         row = {"kind": "eval", "step": step, "epoch": round(step / self.steps_per_epoch, 4), **row}
         self._write(row)
         average = f"  EMA top-1 {row['ema_top1']:.2f} %" if "ema_top1" in row else ""
@@ -178,19 +181,19 @@ class Recorder:
         )
 
     def say(self, text: str) -> None:
-        """A line on the console, above the bar if there is one."""
+        """Print a line on the main rank, above the progress bar if there is one."""
         if self.main:
             self.console.print(text)
 
     def warn(self, text: str) -> None:
-        """A line on stderr, above the bar if there is one."""
+        """Print a line on stderr, above the progress bar if there is one."""
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.main:
             if self._bar is not None:
                 self._bar.stop()
-            with contextlib.suppress(OSError):  # the same rows are in metrics.jsonl
+            with contextlib.suppress(OSError):  # metrics.jsonl has the same rows
                 self._events.close()
             self._lines.close()
 
@@ -198,19 +201,19 @@ class Recorder:
         if not self.main:
             return
         self._lines.add(json.dumps(row))
-        if shutil.disk_usage(self._folder).free < _ROOM:
+        if shutil.disk_usage(self._folder).free < _MIN_FREE_BYTES:
             return
         group = row["split"] if row["kind"] == "eval" else "train"
         for name, value in row.items():
             if isinstance(value, float) and name != "epoch":
-                with contextlib.suppress(OSError):  # a quota, which the free space does not show
+                with contextlib.suppress(OSError):  # a quota, which disk_usage does not show
                     self._events.add_scalar(f"{group}/{name}", value, row["step"])
 
     def _show(self, row: dict[str, Any]) -> None:
         if not self.main:
             return
-        # By wall clock since the run began, so that evaluations count too.
-        pace = (time.perf_counter() - self._began) / max(row["step"] - self._first, 1)
+        # Wall clock, so that evaluations count too.
+        pace = (time.perf_counter() - self._start_time) / max(row["step"] - self._start_step, 1)
         figures = (
             f"loss {row['loss']:.3f}  top-1 {row['top1']:.1f} %  lr {row['learning_rate']:.4f}"
             f"  {row['img_per_s']:.0f} img/s  waiting {100 * row['wait_share']:.0f} %"
@@ -231,7 +234,7 @@ def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
             row = json.loads(line)
             if row["step"] <= step:
                 rows.append(row)
-        except (ValueError, TypeError, KeyError):  # torn by a kill, or damaged
+        except (ValueError, TypeError, KeyError):  # incomplete after a kill, or damaged
             continue
     return rows
 

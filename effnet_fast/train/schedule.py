@@ -7,26 +7,26 @@ from collections.abc import Callable
 
 Schedule = Callable[[int], float]
 
-WARMUP_AT_MOST = 0.25  # of the run: a short run must not spend itself warming up
+MAX_WARMUP = 0.25  # of the run
 ONE_CYCLE_RISE = 0.3  # of the run, from 1/25 of the peak (Smith and Topin 2018)
 STEP_MILESTONES = (0.3, 0.6, 0.8)
 STEP_FACTOR = 0.2
 
 
 def make_schedule(name: str, steps: int, steps_per_epoch: int, warmup_epochs: float) -> Schedule:
-    """The multiple of the peak learning rate at each optimizer step 0..steps-1.
+    """A function from the optimizer step, 0 to steps - 1, to a multiple of the peak learning rate.
 
     Args:
         name: cosine (Loshchilov and Hutter 2017), one-cycle (Smith and Topin 2018), step, exponential (0.97 every
             2.4 epochs, as the EfficientNet paper) or constant. All but one-cycle start with a linear warm-up.
         steps: of the whole run.
-        steps_per_epoch: optimizer steps in an epoch.
-        warmup_epochs: of the linear rise, at most a quarter of the run.
+        steps_per_epoch: optimizer steps per epoch.
+        warmup_epochs: length of the linear warm-up, capped at a quarter of the run.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
-    warmup = int(min(warmup_epochs * steps_per_epoch, WARMUP_AT_MOST * steps))
+    warmup = int(min(warmup_epochs * steps_per_epoch, MAX_WARMUP * steps))
     shapes: dict[str, Schedule] = {
         "cosine": lambda step: _cosine((step - warmup) / max(steps - warmup, 1)),
         "step": lambda step: STEP_FACTOR ** sum(step >= share * steps for share in STEP_MILESTONES),

@@ -1,4 +1,4 @@
-"""A rank that no longer moves is named, with its stack, instead of being waited for."""
+"""Report a rank that makes no progress, with its stack, and end the process."""
 
 from __future__ import annotations
 
@@ -28,50 +28,49 @@ _LONGEST_POLL = 5.0  # seconds
 
 
 @dataclass(frozen=True)
-class Sign:
-    """A rank's sign of life, as the other ranks read it.
+class Heartbeat:
+    """Published by each rank for the others.
 
     Attributes:
-        count: signs given so far; one that stays the same is of a process that is stopped, cut off or gone.
+        count: number of heartbeats so far; if it stops rising, the process is stopped, disconnected or dead.
         name: rank, host and process number.
-        doing: what its training is at.
+        activity: what the rank's training is doing.
     """
 
     count: int
     name: str
-    doing: str
+    activity: str
 
 
 class Watchdog:
-    """Watches that this rank's training moves and that the other ranks' processes are alive.
+    """Monitors the progress of this rank and the heartbeats of the others. A context manager.
 
-    When training has not moved for `seconds`, each rank says on stderr who it is, what it was at and on which line it
-    stands; the first of them also names the ranks that give no sign of life. Then the process ends, so that torchrun
-    starts the ranks again. A context manager.
+    After `seconds` without progress, each rank prints its name, its activity and its stack to stderr. The first living
+    rank also lists the ranks without a heartbeat. Then the process exits, so that torchrun restarts the ranks.
 
     Args:
         world: of the run.
-        seconds: limit; 0 switches the watch off.
-        board: key-value store that all ranks share, used by nothing else; None for a world of one.
-        end: ends the process.
+        seconds: limit; 0 turns the watchdog off.
+        store: key-value store shared by all ranks and used for nothing else; None with one rank.
+        exit_process: called with EXIT_STATUS.
     """
 
     def __init__(
         self,
         world: World,
         seconds: float,
-        board: dist.Store | None = None,
-        end: Callable[[int], Any] = os._exit,
+        store: dist.Store | None = None,
+        exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._world, self._seconds, self._board, self._end = world, seconds, board, end
+        self._world, self._seconds, self._store, self._exit_process = world, seconds, store, exit_process
         self._name = f"rank {world.rank} (host {socket.gethostname()}, process {os.getpid()})"
-        self._watched = threading.get_ident()
-        self._doing, self._since = "starting", time.monotonic()
-        self._heard = time.monotonic()  # when the board last answered
-        self._seen: dict[int, tuple[Sign, float]] = {}  # rank -> newest sign, when it was seen first
+        self._thread_id = threading.get_ident()  # of training
+        self._activity, self._since = "starting", time.monotonic()
+        self._store_answered = time.monotonic()  # when the store last answered
+        self._heartbeats: dict[int, tuple[Heartbeat, float]] = {}  # rank -> newest heartbeat, time it was first seen
         self._done = threading.Event()
-        # Two threads: where the network is cut, a word with the board never ends.
-        work = (self._watch, self._exchange) if board is not None else (self._watch,)
+        # Two threads, since a call of the store blocks for ever if the network is down.
+        work = (self._watch, self._exchange) if store is not None else (self._watch,)
         self._threads = [threading.Thread(target=target, name="watchdog", daemon=True) for target in work]
 
     def __enter__(self) -> Watchdog:
@@ -86,21 +85,21 @@ class Watchdog:
             for thread in self._threads:
                 thread.join(timeout=1.0)
 
-    def moved(self, doing: str) -> None:
-        """Training has come to something new."""
-        self._doing, self._since = doing, time.monotonic()
+    def progress(self, activity: str) -> None:
+        """Note that training has progressed to a new activity."""
+        self._activity, self._since = activity, time.monotonic()
 
-    def watch(self, batches: Iterable[T], doing: str, number: int = 0) -> Iterator[T]:
-        """Pass batches on, each a move; the first has this `number`."""
+    def watch(self, batches: Iterable[T], activity: str, number: int = 0) -> Iterator[T]:
+        """Pass batches through; each counts as progress. The first has this `number`."""
         iterator = iter(batches)
         while True:
-            self.moved(f"{doing}, loading batch {number}")
+            self.progress(f"{activity}, loading batch {number}")
             try:
                 batch = next(iterator)
             except StopIteration:
-                self.moved(f"the end of {doing}")
+                self.progress(f"the end of {activity}")
                 return
-            self.moved(f"{doing}, computing batch {number}")
+            self.progress(f"{activity}, computing batch {number}")
             yield batch
             number += 1
 
@@ -110,71 +109,71 @@ class Watchdog:
 
     def _watch(self) -> None:
         poll = min(self._pause, _LONGEST_POLL)
-        before = time.monotonic()
+        last_poll = time.monotonic()
         while not self._done.wait(poll):
             now = time.monotonic()
-            if now - before > 3 * poll:  # this process itself was stopped for a while
+            if now - last_poll > 3 * poll:  # this process itself was stopped for a while
                 self._since = now
-            before = now
+            last_poll = now
             if now - self._since > self._seconds:
                 self._report()
-                time.sleep(2 * poll)  # the other ranks have something to say too, and would end with this one
-                self._end(EXIT_STATUS)
+                time.sleep(2 * poll)  # torchrun ends all ranks with this one: let the others report first
+                self._exit_process(EXIT_STATUS)
                 return
 
     def _exchange(self) -> None:
-        """Give signs of life and read the others'."""
-        assert self._board is not None
+        """Publish heartbeats and read those of the other ranks."""
+        assert self._store is not None
         others = [rank for rank in range(self._world.size) if rank != self._world.rank]
         for count in itertools.count():
             try:
-                own = Sign(count, self._name, self._doing)
-                self._board.set(_key(self._world.rank), json.dumps(dataclasses.asdict(own)))
+                heartbeat = Heartbeat(count, self._name, self._activity)
+                self._store.set(_key(self._world.rank), json.dumps(dataclasses.asdict(heartbeat)))
                 for rank in others:
-                    if self._board.check([_key(rank)]):
-                        self._see(rank, Sign(**json.loads(self._board.get(_key(rank)))))
-                self._heard = time.monotonic()
-            except RuntimeError:  # torch.distributed's errors are of this kind; the signs seen so far grow old
+                    if self._store.check([_key(rank)]):
+                        self._receive(rank, Heartbeat(**json.loads(self._store.get(_key(rank)))))
+                self._store_answered = time.monotonic()
+            except RuntimeError:  # the base class of torch.distributed's errors; known heartbeats grow old
                 pass
             if self._done.wait(self._pause):
                 return
 
-    def _see(self, rank: int, sign: Sign) -> None:
-        if rank not in self._seen or self._seen[rank][0].count != sign.count:
-            self._seen[rank] = sign, time.monotonic()
+    def _receive(self, rank: int, heartbeat: Heartbeat) -> None:
+        if rank not in self._heartbeats or self._heartbeats[rank][0].count != heartbeat.count:
+            self._heartbeats[rank] = heartbeat, time.monotonic()
 
     def _report(self) -> None:
-        still = time.monotonic() - self._since
-        lines = [f"{self._name} has not moved for {still:.0f} s; it was at {self._doing}, and stands at:"]
-        lines += [line.rstrip() for line in traceback.format_stack(sys._current_frames().get(self._watched))]
+        seconds = time.monotonic() - self._since
+        lines = [f"{self._name} has made no progress for {seconds:.0f} s, at {self._activity}; its stack:"]
+        lines += [line.rstrip() for line in traceback.format_stack(sys._current_frames().get(self._thread_id))]
         silent = self._silent()
         alive = [rank for rank in range(self._world.size) if rank not in silent]
         if self._world.rank == alive[0]:
             lines += silent.values()
-        # One call of write, so that the reports of several ranks do not mingle.
+        # A single write, so that the reports of several ranks do not interleave.
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()
 
     def _silent(self) -> dict[int, str]:
-        """The ranks without a sign of life for half the limit, and what is known of them."""
-        if self._world.rank and time.monotonic() - self._heard > self._seconds / 2:
-            return {0: "rank 0, which keeps the signs of life, does not answer; nothing is known of the others"}
-        found = {}
+        """Ranks without a heartbeat for half the limit, with a line about each."""
+        if self._world.rank and time.monotonic() - self._store_answered > self._seconds / 2:
+            return {0: "rank 0, which stores the heartbeats, does not answer; the state of the others is unknown"}
+        silent = {}
         for rank in range(self._world.size):
             if rank == self._world.rank:
                 continue
-            if rank not in self._seen:
-                found[rank] = f"rank {rank} gives no sign of life, and never gave one"
-            elif (age := time.monotonic() - self._seen[rank][1]) > self._seconds / 2:
-                sign = self._seen[rank][0]
-                found[rank] = f"{sign.name} gives no sign of life for {age:.0f} s; it was last at {sign.doing}"
-        return found
+            if rank not in self._heartbeats:
+                silent[rank] = f"rank {rank} has sent no heartbeat at all"
+            elif (age := time.monotonic() - self._heartbeats[rank][1]) > self._seconds / 2:
+                heartbeat = self._heartbeats[rank][0]
+                silent[rank] = f"{heartbeat.name} has sent no heartbeat for {age:.0f} s; it was at {heartbeat.activity}"
+        return silent
 
 
 def _key(rank: int) -> str:
-    return f"effnet_fast/sign/{rank}"
+    return f"effnet_fast/heartbeat/{rank}"
 
 
 def watchdog(world: World, seconds: float) -> Watchdog:
-    """The watchdog of this rank."""
-    return Watchdog(world, seconds, distributed.board() if seconds > 0 else None)
+    """The watchdog of this rank, on the ranks' key-value store."""
+    return Watchdog(world, seconds, distributed.key_value_store() if seconds > 0 else None)

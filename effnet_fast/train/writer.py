@@ -1,4 +1,4 @@
-"""Checkpoints written behind the back of training: a step waits for the copy to the host's memory alone."""
+"""Write checkpoints in a background thread. Training waits only for the copy to host memory."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import torch
 
 from effnet_fast import checkpoint
 
-MOST_FAILURES = 2  # in a row, after which a run that cannot save stops
+MAX_FAILURES = 2  # consecutive failed writes that stop a run
 
 
 class Writer:
-    """Writes a run's last.pt and best.pt in a thread of its own, each whole or not at all.
+    """Writes a run's last.pt and best.pt atomically in a background thread.
 
-    A state that comes while another is being written waits; a still newer one takes its place. A write that fails is
-    warned about and the next one tried; after the second failure in a row `save`, `check` and the end raise.
+    A state saved during a write waits; a newer one replaces it. After a failed write, a warning is printed and the next
+    state is tried. After the second failure in a row, `save`, `check` and the exit of the context raise.
 
-    A context manager: its end waits until everything is written.
+    A context manager, which waits on exit until everything is written.
 
     Args:
         folder: of the run.
-        keep: see `checkpoint.write_atomically`.
-        warn: takes the line about a failed write; called from the thread.
+        keep: number of last.pt generations, see `checkpoint.write_atomically`.
+        warn: prints a line about a failed write; called from the thread.
     """
 
     def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]) -> None:
         self._folder, self._keep, self._warn = folder, keep, warn
         self._pending: dict[str, dict[str, Any]] = {}  # file name -> state
-        self._owed: dict[str, dict[str, Any]] = {}  # a best.pt that could not be written
+        self._unwritten_best: dict[str, dict[str, Any]] = {}  # a best.pt whose write failed
         self._changed = threading.Condition()
         self._closing = self._busy = False
         self._failures = 0
@@ -51,7 +51,7 @@ class Writer:
             raise self._error
 
     def save(self, state: dict[str, Any], best: bool = False) -> None:
-        """Copy a state to the host's memory and have it written, as best.pt too if it is the `best`.
+        """Copy a state to host memory and queue it for last.pt, and for best.pt if it is the `best` so far.
 
         Raises:
             OSError: two writes in a row have failed.
@@ -60,12 +60,12 @@ class Writer:
         copied = snapshot(state)
         with self._changed:
             new = {checkpoint.LAST: copied} | ({checkpoint.BEST: copied} if best else {})
-            self._pending = self._owed | self._pending | new
+            self._pending = self._unwritten_best | self._pending | new
             self._changed.notify()
 
     def check(self) -> None:
-        """Raise the error of the last write if it was not the first in a row to fail."""
-        if self._error is not None and self._failures >= MOST_FAILURES:
+        """Raise the error of the last write if it was the second in a row to fail."""
+        if self._error is not None and self._failures >= MAX_FAILURES:
             raise self._error
 
     def _work(self) -> None:
@@ -79,26 +79,26 @@ class Writer:
             try:
                 self._write(jobs)
                 self._failures, self._error = 0, None
-            except Exception as error:  # whatever it is must reach the run, not end with the thread
+            except Exception as error:  # reaches the run through check()
                 self._failures, self._error = self._failures + 1, error
                 with self._changed:
-                    self._owed = {name: state for name, state in jobs.items() if name == checkpoint.BEST}
-                if self._failures < MOST_FAILURES:
-                    self._warn(f"warning: {error}; training goes on, and stops if the next checkpoint fails too")
+                    self._unwritten_best = {name: state for name, state in jobs.items() if name == checkpoint.BEST}
+                if self._failures < MAX_FAILURES:
+                    self._warn(f"warning: {error}; training continues, and stops if the next checkpoint fails too")
 
     def _write(self, jobs: dict[str, dict[str, Any]]) -> None:
-        # The best first: a last.pt already says that there is no better one to write.
+        # best.pt first: last.pt contains the best score, so a kill in between must not lose best.pt.
         for name, state in sorted(jobs.items(), key=lambda job: job[0] != checkpoint.BEST):
             keep = self._keep if name == checkpoint.LAST else 1
             checkpoint.write_atomically(self._folder / name, checkpoint.serialise(state), keep)
             with self._changed:
-                self._owed.pop(name, None)
+                self._unwritten_best.pop(name, None)
 
 
 def snapshot(state: Any) -> Any:
-    """A copy of nested dicts, lists and tuples with every tensor on the CPU; what comes later does not change it.
+    """Copy nested dicts, lists and tuples, with every tensor on the CPU.
 
-    Copies from a GPU go to pinned memory side by side, and the host waits once.
+    Copies from a GPU go to pinned memory asynchronously; the host waits once for all of them.
     """
     copied = _copy(state)
     if torch.cuda.is_initialized():

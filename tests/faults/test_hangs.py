@@ -1,4 +1,4 @@
-"""A rank that no longer moves is named with its stack, within the time that was set."""
+"""The watchdog reports a rank that makes no progress, with its stack."""
 
 import math
 import os
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Clock(threading.Event):
-    """The watchdogs' clock, and the event they poll: a poll takes no real time, and only the test lets time pass."""
+    """Clock and polled event of the watchdogs. A poll takes no real time; time passes only when the test says so."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Clock(threading.Event):
         return ended
 
     def run(self, seconds=math.inf):
-        """Let so many seconds pass, and wait for them; without a number, let time run."""
+        """Let some seconds pass and wait for them; without a number, let time run on."""
         self.until = self.now + seconds
         while math.isfinite(seconds) and self.now < self.until:
             time.sleep(0.001)
@@ -57,12 +57,12 @@ def watchdog(clock, *arguments, **options):
     return watchdog
 
 
-def stand_still(until):
+def make_no_progress(until):
     while not until.is_set():
         time.sleep(0.01)
 
 
-def test_a_rank_that_stands_still_says_where(capsys, clock):
+def test_rank_without_progress_reports_its_stack(capsys, clock):
     ended = threading.Event()
     statuses = []
 
@@ -70,68 +70,68 @@ def test_a_rank_that_stands_still_says_where(capsys, clock):
         statuses.append(status)
         ended.set()
 
-    with watchdog(clock, World(0, 1, CPU), 1.0, end=end) as watched:
+    with watchdog(clock, World(0, 1, CPU), 1.0, exit_process=end) as watched:
         for _ in watched.watch([1, 2, 3], "epoch 5", number=7):
             clock.run(0.5)
-        watched.moved("epoch 6, loading batch 2")
+        watched.progress("epoch 6, loading batch 2")
         clock.run(0.9)
         assert statuses == []
         clock.run()
-        stand_still(ended)
+        make_no_progress(ended)
     assert statuses == [EXIT_STATUS]
-    said = capsys.readouterr().err
-    assert re.search(rf"rank 0 \(host \S+, process {os.getpid()}\) has not moved for \d+ s", said)
-    assert "it was at epoch 6, loading batch 2" in said
-    assert "in stand_still" in said
+    message = capsys.readouterr().err
+    assert re.search(rf"rank 0 \(host \S+, process {os.getpid()}\) has made no progress for \d+ s", message)
+    assert "at epoch 6, loading batch 2" in message
+    assert "in make_no_progress" in message
 
 
-def test_a_rank_that_moves_is_left_alone(clock):
+def test_progress_resets_the_limit(clock):
     statuses = []
-    with watchdog(clock, World(0, 1, CPU), 1.5, end=statuses.append) as watched:
+    with watchdog(clock, World(0, 1, CPU), 1.5, exit_process=statuses.append) as watched:
         for number in range(25):
-            watched.moved(f"batch {number}")
+            watched.progress(f"batch {number}")
             clock.run(1.0)
     assert statuses == []
 
 
-def test_a_silent_rank_is_named_by_the_others(capsys, clock):
-    board, ended = dist.HashStore(), threading.Event()
-    with Watchdog(World(1, 3, CPU), 6000, board) as silent:  # gives one sign and then stands like a stopped process
-        silent.moved("epoch 1, computing batch 4")
-        while not board.check(["effnet_fast/sign/1"]):
+def test_rank_without_heartbeat_is_reported_by_the_first_other(capsys, clock):
+    store, ended = dist.HashStore(), threading.Event()
+    with Watchdog(World(1, 3, CPU), 6000, store) as silent:  # sends one heartbeat, like a process that is then stopped
+        silent.progress("epoch 1, computing batch 4")
+        while not store.check(["effnet_fast/heartbeat/1"]):
             time.sleep(0.01)
-        with watchdog(clock, World(0, 3, CPU), 0.8, board, end=lambda status: ended.set()) as watched:
-            while 1 not in watched._seen:
+        with watchdog(clock, World(0, 3, CPU), 0.8, store, exit_process=lambda status: ended.set()) as watched:
+            while 1 not in watched._heartbeats:
                 time.sleep(0.01)
             clock.run()
-            stand_still(ended)
-    said = capsys.readouterr().err
-    assert re.search(r"rank 1 \(host .*\) gives no sign of life for \d+ s; it was last at ", said)
-    assert "rank 2 gives no sign of life, and never gave one" in said
+            make_no_progress(ended)
+    message = capsys.readouterr().err
+    assert re.search(r"rank 1 \(host .*\) has sent no heartbeat for \d+ s; it was at ", message)
+    assert "rank 2 has sent no heartbeat at all" in message
 
 
-def test_where_the_board_is_silent_nobody_else_is_blamed(capsys):
+def test_unreachable_store_is_reported_alone(capsys):
     class Gone(dist.HashStore):
         def set(self, key, value):
             raise RuntimeError("the store's host is gone")
 
     ended = threading.Event()
-    with Watchdog(World(1, 3, CPU), 0.8, Gone(), end=lambda status: ended.set()):
-        stand_still(ended)
-    said = capsys.readouterr().err
-    assert "rank 0, which keeps the signs of life, does not answer" in said
-    assert "rank 2" not in said
+    with Watchdog(World(1, 3, CPU), 0.8, Gone(), exit_process=lambda status: ended.set()):
+        make_no_progress(ended)
+    message = capsys.readouterr().err
+    assert "rank 0, which stores the heartbeats, does not answer" in message
+    assert "rank 2" not in message
 
 
-def test_zero_switches_it_off():
+def test_zero_turns_it_off():
     before = threading.active_count()
     with Watchdog(World(0, 1, CPU), 0):
         assert threading.active_count() == before
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_named_and_the_run_goes_on_without_a_word_from_anyone(runs):
-    """SIGSTOP of one of two ranks: the other names it; torchrun starts both again, and they finish."""
+def test_stopped_rank_is_reported_and_torchrun_restarts(runs):
+    """SIGSTOP of one of two ranks: the other reports it; torchrun restarts both, and they finish."""
     run = runs.train(
         "stopped",
         "--num_epochs 6 --save_every_steps 1 --hang_timeout 20",
@@ -143,7 +143,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_without_a_word_from_anyone(
     assert len(ranks) == 2
     victim = next(pid for pid in ranks if environment(pid)["RANK"] == "1")
     os.kill(victim, signal.SIGSTOP)
-    line = run.wait_for("gives no sign of life")
+    line = run.wait_for("has sent no heartbeat")
     assert f"rank 1 (host {os.uname().nodename}, process {victim})" in line
     assert "rank 0 (host" in run.said
     assert run.end() == 0, run.said
@@ -152,8 +152,8 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_without_a_word_from_anyone(
 
 
 @pytest.mark.slow
-def test_a_rank_that_sleeps_shows_its_line(runs, tmp_path):
-    """One of two ranks sleeps for ever in the middle of an epoch, as a loader on a dead disk does."""
+def test_sleeping_rank_reports_its_stack(runs, tmp_path):
+    """One of two ranks sleeps for ever within an epoch, like a loader on a disk that does not answer."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\n"
         "from effnet_fast.data import resident\n"
@@ -171,9 +171,9 @@ def test_a_rank_that_sleeps_shows_its_line(runs, tmp_path):
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     run = runs.train("asleep", "--hang_timeout 15", ranks=2, PYTHONPATH=path)
     assert run.end() != 0
-    assert re.search(r"rank 1 \(host .*it was at epoch 1, loading batch 2, and stands at:", run.said)
+    assert re.search(r"rank 1 \(host .*at epoch 1, loading batch 2; its stack:", run.said)
     assert "in wait_for_a_dead_disk" in run.said
-    assert re.search(r"rank 0 \(host .*it was at epoch 1, computing batch [12]", run.said)
+    assert re.search(r"rank 0 \(host .*at epoch 1, computing batch [12]", run.said)
 
 
 def children(pid):

@@ -86,7 +86,7 @@ def test_a_host_is_cut_off_and_comes_back(runs, hosts):
     runs.wait_for_step("hosts", 10)
     hosts.cable("down")  # nothing says goodbye: only silence tells
     second.kill()
-    line = first.wait_for("gives no sign of life")
+    line = first.wait_for("has sent no heartbeat")
     assert line.startswith(("rank 0 (host ", "rank 1 (host "))
     first.wait_for("on 1 x cpu")
     first.wait_for("2 accumulation step(s), which keeps the batch of 16")

@@ -179,5 +179,5 @@ def test_the_unrelated_apex_is_named_and_not_run(tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('a stranger was run')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="the `apex` here is another project or lacks its CUDA extensions"):
+    with pytest.raises(ValueError, match="the installed `apex` is another project or lacks its CUDA extensions"):
         make("apex-sgd", network())

@@ -65,7 +65,7 @@ def test_rate_and_waiting_are_shares_of_the_same_time(tmp_path, clock):
 
 def test_the_whole_runs_speed_is_one_line(tmp_path, clock):
     kept = recorder(tmp_path)
-    assert kept.summary() == "too short to tell the speed"
+    assert kept.summary() == "too short to measure the speed"
     for step in (3, 6):
         for _ in kept.watch([(None, [0] * 8)] * 3):
             clock.seconds += 0.01

@@ -1,13 +1,18 @@
 """Every launcher: what it prints, and that what it starts is what it says."""
 
+import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import yaml
+from torch.distributed.run import get_args_parser
 
 from effnet_fast import checkpoint, cli
 from marks import needs_installation, on_gpu
@@ -15,7 +20,7 @@ from marks import needs_installation, on_gpu
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
 SCRIPTS = sorted(path for path in LAUNCHERS.iterdir() if path.suffix in (".sh", ".sbatch"))
 CI = LAUNCHERS.parent / ".ci" / "run"
-NAMES = [path.name for path in SCRIPTS if path.name != "launch.sh"]
+NAMES = [path.name for path in SCRIPTS if path.name not in ("launch.sh", "kubernetes_train.sh")]
 SMALL = (
     "--dataset synthetic --limit_train 96 --limit_eval 16 --batch_size 16 --num_epochs 1 --output_stride 32 "
     "--image_size 16 --width 0.25 --depth 0.3 --loader resident --num_workers 1 --log_every_steps 1 --device cpu "
@@ -64,7 +69,7 @@ SCONTROL = 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "did:
 
 def test_the_readme_lists_every_launcher():
     text = (LAUNCHERS / "README.md").read_text()
-    assert [name for name in NAMES if name not in text] == []
+    assert [path.name for path in SCRIPTS if path.name != "launch.sh" and path.name not in text] == []
     assert set(NAMES) == {
         "train_single.sh", "train_node.sh", "train_multinode.sh", "slurm_train.sbatch", "slurm_search.sbatch",
         "benchmark.sh", "search.sh", "cam.sh",
@@ -149,6 +154,96 @@ def test_the_meeting_place_is_named_by_the_user(stand_ins):
     assert refused.returncode != 0
     assert "RDZV_ENDPOINT: host:port" in refused.stderr
     assert refused.stdout == ""
+
+
+def test_kubernetes_manifest(stand_ins):
+    """Valid by Kubernetes' own schema; its arguments are torchrun's and train's, whatever characters they have."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    env = environment(IMAGE="registry.example/effnet-fast:1", NODES="3", GPUS="4", NAME="run-1", CLAIM="disk")
+    odd = 'a "b" $(c) \\d & ${NAME}'
+    done = launch("kubernetes_train.sh", "--dry-run", "--dataset", "cifar100", "--run_name", odd, env=env)
+    assert done.returncode == 0, done.stderr
+    service, job = yaml.safe_load_all(done.stdout)
+    for manifest in (service, job):
+        kubernetes_validate.validate(manifest, "1.31", strict=True)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (3, 3)
+    assert service["metadata"]["name"] == pod["subdomain"] == "run-1"
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    assert container["image"] == "registry.example/effnet-fast:1"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "disk"
+    arguments = container["args"]
+    torchrun, train = arguments[: arguments.index("-m")], arguments[arguments.index("-m") + 3 :]
+    parsed = get_args_parser().parse_args([*torchrun, "script"])
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_backend) == ("1:3", "4", "bound")
+    assert parsed.rdzv_endpoint == f"run-1-0.run-1:{service['spec']['ports'][0]['port']}"
+    assert train[-1] == odd.replace("$", "$$")  # Kubernetes reads $$ as $
+    config = cli.parse(cli.VERBS["train"], "train", train)
+    assert (config.dataset, config.save_dir) == ("cifar100", "/shared/results")
+
+
+def test_kubernetes_manifest_is_applied(stand_ins):
+    env = environment(stand_ins(kubectl='echo "did: kubectl $*"; head -n 1'), IMAGE="image")
+    done = launch("kubernetes_train.sh", "--dataset", "cifar100", env=env)
+    first_line = (LAUNCHERS / "kubernetes_train.yaml").read_text().splitlines()[0]
+    assert done.stdout.splitlines() == ["+ kubectl apply -f -", "did: kubectl apply -f -", first_line]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "IMAGE: the image, built from launchers/Dockerfile"),
+        ({"IMAGE": "a b"}, "IMAGE='a b' is no name of an image"),
+        ({"IMAGE": "a", "NODES": "two"}, "NODES and GPUS must be whole numbers"),
+        ({"IMAGE": "a", "NAME": "Run_1"}, "'Run_1' is no name for Kubernetes"),
+    ],
+)
+def test_kubernetes_mistakes_are_one_line(variables, message):
+    done = launch("kubernetes_train.sh", "--dry-run", env=environment(**variables))
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
+def test_steps_of_the_dockerfile(tmp_path, stand_ins):
+    """Its COPY and RUN steps in a folder, with stand-ins for what needs root, and without downloads."""
+    lines = (LAUNCHERS / "Dockerfile").read_text().splitlines()
+    steps = [line.partition(" ")[::2] for line in lines if line and not line.startswith("#")]
+    assert len(lines) <= 20
+    assert steps[0][1].startswith("nvidia/cuda:")
+    assert [value for step, value in steps if step == "USER"] == ["10001"]
+    venv, source = tmp_path / "venv", tmp_path / "source"
+    bin = stand_ins(apt_get="", useradd="")
+    env = environment(bin) | {
+        "VIRTUAL_ENV": str(venv),
+        "PIP_NO_DEPS": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",
+        "PYTHONPATH": sysconfig.get_path("purelib"),
+    }
+    env["PATH"] = os.pathsep.join([str(venv / "bin"), env["PATH"]])
+    source.mkdir()
+    for step, value in steps:
+        if step == "COPY":
+            *names, target = shlex.split(value)
+            (source / target).mkdir(exist_ok=True)
+            for name in names:
+                path = LAUNCHERS.parent / name
+                if path.is_dir():
+                    shutil.copytree(path, source / target, dirs_exist_ok=True)
+                else:
+                    shutil.copy(path, source / target)
+        elif step == "RUN":
+            done = subprocess.run(["bash", "-ec", value], env=env, cwd=source, capture_output=True, text=True)
+            assert done.returncode == 0, f"{value}: {done.stderr}"
+    entry = json.loads(next(value for step, value in steps if step == "ENTRYPOINT"))
+    version = subprocess.run(
+        [venv / "bin" / entry[0], "--version"], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
+    assert version.stdout.startswith("effnet-fast "), version.stderr
 
 
 def start(name, env, *arguments):

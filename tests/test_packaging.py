@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 from effnet_fast import provenance
 from marks import needs_installation
@@ -36,7 +37,10 @@ SOURCE_SUFFIXES = {
     ".sbatch",
 }
 SOURCE_FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests", ".ci")
-SOURCE_FILES = ("Makefile", "constraints.txt", "LICENSE", "README.md", "pyproject.toml", ".gitignore", ".ci/run")
+SOURCE_FILES = (
+    *("Makefile", "constraints.txt", "pyproject.toml", ".gitignore", ".ci/run"),
+    *("LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "launchers/Dockerfile"),
+)
 HEAVY = ("torch", "triton", "nvidia", "captum", "optuna", "matplotlib", "fvcore")
 
 
@@ -168,6 +172,13 @@ def test_tested_versions_are_the_constraints():
     needed = [*project["dependencies"], *extras["dev"], *extras["export"]]
     names = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in needed} - {"effnet-fast"}
     assert names - {name.lower().replace("_", "-") for name in pins} == set(), "pin these in constraints.txt"
+
+
+def test_citation_and_changelog():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation.keys() >= {"cff-version", "message", "title", "authors"}  # what the format requires
+    assert citation["license"] in (ROOT / "LICENSE").read_text().splitlines()[0]
+    assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize(

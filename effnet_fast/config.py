@@ -504,9 +504,12 @@ class CamConfig:
     output_path: str = dataclasses.field(metadata={"operational": True})
     """Folder for pictures, tables and the gallery; a second run skips finished images."""
     checkpoints: str | None = operational(None)
-    """Folder of a study, folder of a run (its last.pt), or one checkpoint."""
+    """Folder of a study, folder of a run (its last.pt), one checkpoint or one .safetensors export. Without
+    --checkpoints and --run: the newest study under --save_dir, else a small one that is trained first."""
     run: list[str] | None = operational(None)
     """NAME=PATH of another checkpoint or run folder, shown as NAME; may be repeated."""
+    save_dir: str = operational("results")
+    """Folder with studies."""
     seed: int | None = operational(None)
     """Seed of the study's runs to use; default: the lowest of each model."""
     weights: Literal["auto", "ema", "raw"] = "auto"
@@ -555,10 +558,6 @@ class CamConfig:
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         _require(0 <= self.opacity <= 1, f"--opacity must be from 0 to 1, not {self.opacity}")
         _require(self.resume in ("auto", "no"), f"--resume must be auto or no, not {self.resume}")
-        _require(
-            bool(self.checkpoints or self.run),
-            "no model given: use --checkpoints (a study, a run or a checkpoint) or --run NAME=PATH",
-        )
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,24 @@ def load_models(config: CamConfig, device: torch.device) -> list[ExplainedModel]
     return [_load(file, config.weights, device) for file in files]
 
 
+def newest_study(save_dir: Path) -> Path | None:
+    """Return the folder of the newest study below `save_dir` that is finished; None if there is none.
+
+    Studies that are not finished, or whose index is damaged, are reported.
+    """
+    indices = sorted(save_dir.glob(f"*/{STUDY_INDEX}"), key=lambda index: index.stat().st_mtime, reverse=True)
+    for index in indices:
+        try:
+            models = json.loads(index.read_text(encoding="utf-8"))["models"]
+            if all("top1" in model or "failed" in model for model in models):
+                return index.parent
+            reason = "not finished"
+        except (ValueError, KeyError, TypeError):
+            reason = "damaged"
+        print(f"skipped: the study {index.parent} is {reason}", file=sys.stderr)
+    return None
+
+
 def file_digest(path: Path) -> str:
     """Return the first 16 hex digits of a file's SHA-256."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

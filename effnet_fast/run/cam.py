@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from effnet_fast import distributed
 from effnet_fast.config import CamConfig, identity
 from effnet_fast.explain.explainer import Explainer
-from effnet_fast.explain.image_files import list_image_files, read_labels
+from effnet_fast.explain.image_files import ImageFile, list_image_files, read_labels
 from effnet_fast.explain.models import ExplainedModel, file_digest, load_models
 from effnet_fast.explain.output import OutputFolder
 from effnet_fast.explain.overlay import check_colormap
 from effnet_fast.explain.tables import format_summary
 from effnet_fast.report.table import as_text
+from effnet_fast.run.quick_study import find_or_train
 from effnet_fast.run.resolve import resolve_precision, set_backends
 
 LINE_EVERY = 80  # images between two progress lines where there is no terminal for a bar
@@ -27,22 +29,30 @@ SKIPPED = 1  # exit status if some files could not be explained
 
 
 def explain_images(config: CamConfig) -> int:
-    """Run `effnet-fast cam`; returns the exit status: 0, or 1 if files were skipped.
+    """Run `effnet-fast cam`; returns the exit status: 0, 1 if files were skipped, or 128 + a signal.
 
     Raises:
         ValueError, OSError: a user's mistake or a full disk, in one line.
     """
     check_colormap(config.colormap)
+    labels = None if config.labels is None else read_labels(Path(config.labels))
+    excluded = {Path(config.output_path), *([Path(config.labels)] if config.labels else [])}
+    files = list_image_files(Path(config.images_path), labels, excluded)
+    if not (config.checkpoints or config.run):
+        folder, status = find_or_train(config)
+        if status:
+            return status
+        config = dataclasses.replace(config, checkpoints=str(folder))
+    return _explain(config, files)
+
+
+def _explain(config: CamConfig, files: list[ImageFile]) -> int:
     device = distributed.choose_device(config.device)
     set_backends(deterministic=device.type == "cuda")
     models = load_models(config, device)
     if config.target not in ("predicted", "true"):
         for model in models:
             model.class_index(config.target)
-    labels = None if config.labels is None else read_labels(Path(config.labels))
-    excluded = {Path(config.output_path), *([Path(config.labels)] if config.labels else [])}
-    files = list_image_files(Path(config.images_path), labels, excluded)
-
     output = OutputFolder(Path(config.output_path), config.format)
     output.open(_settings(config, models), restart=config.resume == "no")
     explainer = Explainer(config, resolve_precision(str(config.mixed_precision), device), models, files, output)

@@ -21,6 +21,9 @@ from effnet_fast.data.torch_loader import TorchLoader
 from effnet_fast.explain import cam, explainer, output, overlay
 from effnet_fast.explain.image_files import list_image_files
 from effnet_fast.explain.models import load_models
+from effnet_fast.run import quick_study
+from effnet_fast.run import study as study_verb
+from effnet_fast.run.training import Outcome
 
 QUICK = "--curve_steps 4 --device cpu"
 
@@ -224,6 +227,57 @@ def test_each_record_is_read_once(done, study, monkeypatch):
     names = ["bear/0.png", "bear/3.png", "cat/1.png", "cat/4.png", "dog/2.png"]
     assert reads == [*names, names[0]], "once for the tables, and the gallery's image again"
     run(line)
+
+
+def add_study(save_dir, name, study, finished=True):
+    """Copy a study, and mark its models as trained or not."""
+    folder = save_dir / name
+    shutil.copytree(study, folder)
+    models = json.loads((folder / "study.json").read_text())["models"]
+    for model in models[: len(models) if finished else 1]:
+        model["top1"] = 50.0
+    (folder / "study.json").write_text(json.dumps({"models": models}))
+    return folder
+
+
+def test_newest_finished_study_is_the_default(study, tmp_path, capsys):
+    images = write(tmp_path / "images", (32, 32))
+    for age, (name, finished) in enumerate([("running", False), ("new", True), ("old", True)]):
+        index = add_study(tmp_path / "results", name, study, finished) / "study.json"
+        os.utime(index, (index.stat().st_atime, index.stat().st_mtime - 100 * age))
+    run(f"cam --images_path {images} --output_path {tmp_path}/out --save_dir {tmp_path}/results {QUICK}")
+    messages = capsys.readouterr()
+    assert f"models: the newest study, {tmp_path}/results/new" in messages.out
+    assert f"skipped: the study {tmp_path}/results/running is not finished" in messages.err
+    assert len(table(tmp_path / "out" / "summary.csv")) == 3
+
+
+def test_quick_study_is_trained_once_and_resumes(tmp_path, capsys, monkeypatch):
+    tiny = {"image_size": 16, "limit_train": 8, "limit_eval": 4, "batch_size": 4, "target_flops": None}
+    settings = quick_study.recipe()
+    assert settings["dataset"] == "synthetic"
+    monkeypatch.setattr(quick_study, "recipe", lambda: settings | tiny)
+    images = write(tmp_path / "images", (32, 32))
+    line = f"cam --images_path {images} --output_path {tmp_path}/out --save_dir {tmp_path}/results {QUICK}"
+
+    trained, train_in = [], study_verb.train_in
+
+    def interrupted_at_third(world, config):
+        trained.append(config.name)
+        return Outcome(130, False, {}) if len(trained) == 3 else train_in(world, config)
+
+    monkeypatch.setattr(study_verb, "train_in", interrupted_at_third)
+    run(line, expected=130)
+    assert f"{tmp_path}/results has no finished study: training five small models" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    run(line)
+    names = ["baseline", "deeper", "wider", "higher-resolution", "compound"]
+    assert [row["model"] for row in table(tmp_path / "out" / "summary.csv")] == names
+    assert trained[2] == trained[5], "the interrupted run is trained again"
+    trained.clear()
+    run(line)
+    assert not trained
+    assert f"models: the newest study, {tmp_path}/results/quick-study" in capsys.readouterr().out
 
 
 def test_resume_after_interrupt(study, tmp_path, monkeypatch):

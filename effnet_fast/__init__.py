@@ -6,6 +6,7 @@ Names are imported on first use (PEP 562), so that `import effnet_fast` does not
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,19 +16,35 @@ if TYPE_CHECKING:
     from effnet_fast.model.trained import load as load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "explain", "list_models", "load"]
+__all__ = ["__version__", "create_model", "explain", "list_models", "load", "search", "study"]
 
 _HOMES = {
     "create_model": "effnet_fast.model",
     "list_models": "effnet_fast.model",
     "load": "effnet_fast.model.trained",
 }
-_ROOMS = {"explain"}
+_ROOMS = {"explain", "search"}
+# Verbs that return a result: `effnet_fast.search(SearchConfig(...))`; module and function.
+_VERBS = {"search": ("effnet_fast.run.search", "run_search"), "study": ("effnet_fast.run.study", "run_study")}
+
+
+class CallableRoom(ModuleType):
+    """A room with the name of a verb: calling the module runs the verb."""
+
+    def __call__(self, config: Any) -> Any:
+        return _verb(self.__name__.rpartition(".")[2])(config)
+
+
+def _verb(name: str) -> Any:
+    module, function = _VERBS[name]
+    return getattr(importlib.import_module(module), function)
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"effnet_fast.{name}")
+    if name in _VERBS:
+        return _verb(name)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

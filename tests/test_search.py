@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import effnet_fast
 from command_line import at_step, run
 from effnet_fast import cli, data
 from effnet_fast.run import search as searching
@@ -81,6 +82,18 @@ def test_files_of_a_search(finished):
     for name in (*pictures, "search.html", "journal.log"):
         assert (finished / name).stat().st_size > 1000
     assert (finished / "search.html").read_text().count("<img") == 3
+
+
+def test_search_from_python(finished):
+    line = f"{TINY} --save_dir {finished.parent} --run_name done --phi 1..2 --max_flops 5e7 --num_epochs 7"
+    config = cli.parse(cli.VERBS["search"], "search", line.split())
+    result = effnet_fast.search(config)
+    assert (result.status, result.folder) == (0, finished)
+    assert [row["name"] for row in result.candidates] == [candidate.name for candidate in result.plan.candidates]
+    assert result.choice.name in NAMES
+    assert [row["phi"] for row in result.models] == [1, 2]
+    planned = effnet_fast.search(dataclasses.replace(config, stage="plan"))
+    assert (planned.plan, planned.candidates, planned.choice) == (result.plan, [], None)
 
 
 def test_plot_of_a_search(finished, tmp_path, capsys):

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+import effnet_fast
 from command_line import run
-from effnet_fast import checkpoint
+from effnet_fast import checkpoint, cli
 from effnet_fast.run import study as studying
 from effnet_fast.run.training import Outcome
 
@@ -43,6 +44,15 @@ def test_index_points_to_checkpoints_of_the_paper_models(finished):
         architecture = checkpoint.load(finished / model["checkpoint"])["architecture"]
         factors.append([architecture[name] for name in ("depth", "width", "image_size", "output_stride")])
     assert factors == [[1, 1, 32, 32], [4, 1, 32, 32], [1, 2, 32, 32], [1, 1, 64, 32], [1.4, 1.2, 42, 32]]
+
+
+def test_study_from_python(finished):
+    config = cli.parse(cli.VERBS["study"], "study", f"{TINY} --save_dir {finished.parent} --run_name done".split()[1:])
+    result = effnet_fast.study(config)
+    assert (result.status, result.folder) == (0, finished)
+    assert [row["model"] for row in result.models] == NAMES
+    assert all(row["top1_mean"] is not None for row in result.models)
+    assert {run.result["split"] for run in result.runs} == {"test"}
 
 
 def test_changed_settings_are_refused(finished, capsys):

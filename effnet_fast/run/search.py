@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,38 @@ PLAN_COLUMNS = ("name", "image_size", "parameters", "macs", "cost_ratio", "large
 RESULT_COLUMNS = ("name", "macs", "parameters", "latency_ms", "status", "seeds", "top1_mean", "top1_std", "pareto_macs")
 
 
+@dataclass(frozen=True)
+class SearchResult:
+    """What the stages of a search gave; what later stages give is empty or None.
+
+    Attributes:
+        status: 0, or 128 + the signal that stopped the training.
+        folder: with all files and recipes.
+        plan: the candidates and what was dropped.
+        candidates: rows of candidates.csv.
+        choice: the best candidate and its p-values.
+        models: rows of family.csv: the best candidate scaled by each phi.
+    """
+
+    status: int
+    folder: Path
+    plan: SearchPlan
+    candidates: list[Row] = field(default_factory=list)
+    choice: Choice | None = None
+    models: list[Row] = field(default_factory=list)
+
+
 def search(config: SearchConfig) -> int:
     """Run `effnet-fast search [plan|run|collect|choose]`; returns 0, or 128 + the signal that stopped it.
+
+    Raises:
+        ValueError, OSError: a mistake that the user can correct, in one line.
+    """
+    return run_search(config).status
+
+
+def run_search(config: SearchConfig) -> SearchResult:
+    """Run the stages of a search; `effnet_fast.search` is this function.
 
     Raises:
         ValueError, OSError: a mistake that the user can correct, in one line.
@@ -47,28 +78,33 @@ def search(config: SearchConfig) -> int:
         resolve_precision(str(config.mixed_precision), world.device),
     )
     if config.dry_run:
-        print(_plan_text(setup.make_plan()))
-        return 0
+        plan = setup.make_plan()
+        print(_plan_text(plan))
+        return SearchResult(0, setup.folder, plan)
     with setup.storage_errors():
         return _run_stages(setup, lambda settings, on_evaluation: train_in(world, settings, on_evaluation))
 
 
-def _run_stages(setup: SearchSetup, train: Callable[[TrainConfig, OnEvaluation], Outcome]) -> int:
+def _run_stages(setup: SearchSetup, train: Callable[[TrainConfig, OnEvaluation], Outcome]) -> SearchResult:
     stage = setup.config.stage
     plan = _plan(setup) if stage in ("all", "plan") else _read_plan(setup)
     if plan is None:
         raise ValueError(f"there is no plan in {setup.folder}: run `effnet-fast search plan` with the same flags first")
-    if stage in ("all", "run") and (status := _run(setup, plan, train)):
-        return status
-    if stage in ("all", "collect", "choose"):
-        states = setup.open_trials(plan).states()
-        rows = collect(plan.candidates, states, setup.seeds)
-        check_any_complete(rows, states, setup.folder)
-        if stage != "choose":
-            _collect(setup, plan, rows, trial_rows(plan.candidates, states))
-        if stage != "collect":
-            _choose(setup, plan, rows)
-    return 0
+    result = SearchResult(0, setup.folder, plan)
+    if stage in ("all", "run"):
+        result = dataclasses.replace(result, status=_run(setup, plan, train))
+    if stage in ("plan", "run") or result.status:
+        return result
+    states = setup.open_trials(plan).states()
+    rows = collect(plan.candidates, states, setup.seeds)
+    check_any_complete(rows, states, setup.folder)
+    result = dataclasses.replace(result, candidates=rows)
+    if stage != "choose":
+        _collect(setup, plan, rows, trial_rows(plan.candidates, states))
+    if stage != "collect":
+        choice, models = _choose(setup, plan, rows)
+        result = dataclasses.replace(result, choice=choice, models=models)
+    return result
 
 
 def _plan(setup: SearchSetup) -> SearchPlan:
@@ -117,7 +153,7 @@ def _collect(setup: SearchSetup, plan: SearchPlan, rows: list[Row], trials: list
     print(f"in {setup.folder}: candidates.csv, candidates.json, trials.*, feasible.*, pareto.*, search.html")
 
 
-def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> None:
+def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> tuple[Choice, list[Row]]:
     """Write chosen.json, family.csv and a recipe for each scaled model that keeps the limits."""
     choice = choose(rows)
     best = plan.by_name()[choice.name]
@@ -139,6 +175,7 @@ def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> None:
     if best.next_phi_exceeds and not all(row["fits"] for row in models):
         print(f"no recipe from phi = {best.largest_phi + 1} on: there, {best.next_phi_exceeds}")
     print(f"in {setup.folder}: chosen.json, family.csv, recipes/")
+    return choice, models
 
 
 def draw_trials(folder: Path, output: Path | None = None) -> list[Path]:

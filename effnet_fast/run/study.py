@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,34 @@ from effnet_fast.search.study_runs import StudyRun, cost_row, index_row, result_
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study gave.
+
+    Attributes:
+        status: 0, or 128 + the signal that stopped it.
+        folder: with all files and runs.
+        models: a row a model: cost and accuracy; those of study.csv.
+        runs: every model with every seed, and its result.
+    """
+
+    status: int
+    folder: Path
+    models: list[Row]
+    runs: list[StudyRun]
+
+
 def study(config: StudyConfig) -> int:
     """Run `effnet-fast study`; returns 0, or 128 + the signal that stopped it.
+
+    Raises:
+        ValueError, OSError: a mistake that the user can correct, in one line.
+    """
+    return run_study(config).status
+
+
+def run_study(config: StudyConfig) -> StudyResult:
+    """Train the models of a study; `effnet_fast.study` is this function.
 
     Raises:
         ValueError, OSError: a mistake that the user can correct, in one line.
@@ -35,7 +62,7 @@ def study(config: StudyConfig) -> int:
         distributed.shutdown()
 
 
-def _study(config: StudyConfig, world: World) -> int:
+def _study(config: StudyConfig, world: World) -> StudyResult:
     folder = Path(config.save_dir) / config.name
     dataset = load_dataset(config)
     family = family_of(config, dataset)
@@ -43,9 +70,18 @@ def _study(config: StudyConfig, world: World) -> int:
     models = study_models(config, family)
     runs = study_runs(config, models)
     _say(world, as_text([cost_row(family, model) for model in models]))
-    if config.dry_run:
-        return 0
-    heading = {"settings": identity(config), "fingerprint": dataset.fingerprint}
+    status = 0 if config.dry_run else _train_all(config, world, family, runs, folder, dataset.fingerprint)
+    rows = [result_row(family, model, [run for run in runs if run.model == model]) for model in models]
+    if world.is_main and not config.dry_run and not status:
+        _report(config, rows, runs, folder)
+    return StudyResult(status, folder, rows, runs)
+
+
+def _train_all(
+    config: StudyConfig, world: World, family: Family, runs: list[StudyRun], folder: Path, fingerprint: str
+) -> int:
+    """Train the runs one after the other and keep study.json up to date; returns 0 or the status of a stopped run."""
+    heading = {"settings": identity(config), "fingerprint": fingerprint}
     _write_index(world, folder, heading, family, runs)
     for number, run in enumerate(runs, start=1):
         _say(world, f"\nrun {number} of {len(runs)}: {run.model.label}, seed {run.seed}")
@@ -53,9 +89,6 @@ def _study(config: StudyConfig, world: World) -> int:
         _write_index(world, folder, heading, family, runs)
         if status:
             return status
-    if world.is_main:
-        rows = [result_row(family, model, [run for run in runs if run.model == model]) for model in models]
-        _report(config, rows, runs, folder)
     return 0
 
 

@@ -56,10 +56,11 @@ class TrainConfig:
     weight_decay: float = 5e-4
     """Weight decay of convolution and linear weights; BatchNorm and biases are exempt."""
     momentum: float = 0.9
-    """Momentum of sgd and rmsprop, from 0 to below 1."""
-    optimizer: Literal["sgd", "adamw", "rmsprop", "apex-sgd", "apex-lamb"] = "sgd"
-    """sgd uses Nesterov momentum; rmsprop is the EfficientNet paper's (decay 0.9, eps 1e-3); apex-sgd and apex-lamb are
-    NVIDIA apex's FusedSGD and FusedLAMB and need apex."""
+    """Momentum of sgd, rmsprop and muon, from 0 to below 1."""
+    optimizer: Literal["sgd", "adamw", "rmsprop", "muon", "apex-sgd", "apex-lamb"] = "sgd"
+    """sgd uses Nesterov momentum; rmsprop is the EfficientNet paper's (decay 0.9, eps 1e-3); muon trains the weights of
+    1x1 convolutions by Muon and the rest by AdamW, with learning rates and weight decays usual for AdamW; apex-sgd and
+    apex-lamb are NVIDIA apex's FusedSGD and FusedLAMB and need apex."""
     schedule: Literal["cosine", "one-cycle", "step", "exponential", "constant"] = "cosine"
     """Learning rate schedule, updated every step. `step` divides by 5 at 30, 60 and 80 % of the run, `exponential` is
     the paper's 0.97 every 2.4 epochs, `one-cycle` rises for 30 % of the run."""

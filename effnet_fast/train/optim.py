@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from effnet_fast.model import Network
 from effnet_fast.train.flat_tensors import FlatTensors
+from effnet_fast.train.muon import Muon, split_groups
 
 # NVIDIA apex's optimizers by the names used here: class, and state per parameter.
 APEX = {"apex-sgd": ("FusedSGD", ("momentum_buffer",)), "apex-lamb": ("FusedLAMB", ("exp_avg", "exp_avg_sq"))}
@@ -101,11 +102,11 @@ def make_optimizer(
     are Python numbers.
 
     Args:
-        name: sgd (Nesterov), adamw, rmsprop (see `RMSprop`), apex-sgd or apex-lamb (NVIDIA apex).
+        name: sgd (Nesterov), adamw, rmsprop (see `RMSprop`), muon (see `Muon`), apex-sgd or apex-lamb (NVIDIA apex).
         model: the model.
-        momentum: of sgd, rmsprop and apex-sgd.
+        momentum: of sgd, rmsprop, muon and apex-sgd.
         weight_decay: per step and unit of learning rate; coupled (added to the gradient) for sgd and rmsprop,
-            decoupled for adamw and lamb.
+            decoupled for adamw, muon and lamb.
         layer_decay: see `parameter_groups`; values other than 1 need a `Network`.
 
     Raises:
@@ -114,6 +115,8 @@ def make_optimizer(
     groups = parameter_groups(model, weight_decay, layer_decay)
     if name in APEX:
         return _make_apex(name, groups, momentum)
+    if name == "muon":
+        groups = split_groups(groups)
     rate = torch.zeros((), device=groups[0]["params"][0].device)
     rates = {group["lr_scale"]: rate.clone() for group in groups}
     for group in groups:
@@ -132,7 +135,9 @@ def make_optimizer(
         return adamw
     if name == "rmsprop":
         return RMSprop(groups, lr=rate, momentum=momentum)
-    raise ValueError(f"unknown optimizer {name!r}; choose sgd, adamw, rmsprop, {' or '.join(APEX)}")
+    if name == "muon":
+        return Muon(groups, lr=rate, momentum=momentum)
+    raise ValueError(f"unknown optimizer {name!r}; choose sgd, adamw, rmsprop, muon, {' or '.join(APEX)}")
 
 
 class _Skipping:

@@ -85,7 +85,7 @@ def test_killed_twice_on_a_gpu_a_deterministic_run_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "muon"])
 def test_other_optimizers_and_fp16(runs, undisturbed, small, assert_same_state, optimizer):
     flags = f"{FLAGS} --optimizer {optimizer} --learning_rate 0.003 --mixed_precision fp16 --grad_accumulation 2"
     check(runs, undisturbed, small, assert_same_state, flags, seed=0, kills=2)

@@ -29,6 +29,7 @@ OPTIONS = {
     "mixed": {"accumulation": 2},
     "fp16": {"precision": "fp16", "optimizer": "rmsprop"},
     "adamw": {"optimizer": "adamw", "precision": "bf16", "ema_decay": 0.9},
+    "muon": {"optimizer": "muon"},
 }
 
 

@@ -9,12 +9,19 @@ from torch import nn
 from effnet_fast import create_model
 from effnet_fast.train import optim
 
-NAMES = ["sgd", "adamw", "rmsprop"]
+NAMES = ["sgd", "adamw", "rmsprop", "muon"]
 
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(4, 6, 1),
+        nn.Conv2d(6, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 5),
+    )
 
 
 def make(name, model, weight_decay=0.1):
@@ -40,7 +47,7 @@ def weights(model):
 
 def test_only_weights_decay():
     decayed, kept = optim.parameter_groups(network(), 0.1)
-    assert [p.ndim for p in decayed["params"]] == [4, 2]
+    assert [p.ndim for p in decayed["params"]] == [4, 4, 4, 2]
     assert {p.ndim for p in kept["params"]} == {1}
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
 

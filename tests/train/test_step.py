@@ -94,7 +94,7 @@ def test_accumulated_pieces_add_up_to_the_batch():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop", "muon"])
 @pytest.mark.parametrize("bad_at", [0, 2])
 def test_a_bad_step_changes_nothing_and_is_named(optimizer, bad_at):
     model = network()

@@ -1,0 +1,125 @@
+"""Muon for the matrices of 1x1 convolutions, AdamW for all other parameters.
+
+Sources: Jordan et al., Muon: An optimizer for hidden layers in neural networks (2024); Liu et al., Muon is Scalable for
+LLM Training (arXiv 2502.16982), whose scale of the update lets both parts share a learning rate and a weight decay.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for the largest slope at zero
+ITERATIONS = 5
+EPS = 1e-7
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for parameter groups with `muon` true, AdamW for the others.
+
+    A weight W [rows, columns] with gradient g becomes, with matrices of one shape as one batch:
+    B = lerp(B, g, 1 - momentum); U = orthogonalize(lerp(g, B, momentum));
+    W = W - lr * (weight_decay * W + 0.2 * sqrt(max(rows, columns)) * U).
+
+    The contract is that of `train.optim`: gradients are divided by `grad_scale`; nothing changes if `found_inf` is 1.
+
+    Args:
+        groups: parameter groups with the keys lr (a tensor), weight_decay and muon. Weights of Muon are [rows, columns]
+            or [rows, columns, 1, 1].
+        lr: the default learning rate.
+        momentum: of Muon's part; AdamW keeps its betas of 0.9 and 0.999.
+        dtype: that orthogonalisation computes in; None for bfloat16 on CUDA and float32 elsewhere.
+    """
+
+    grad_scale: Tensor
+    found_inf: Tensor
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: Tensor, momentum: float = 0.95, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(groups, lr=lr, fused=True)
+        self.momentum, self.dtype = momentum, dtype
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffers = ["momentum_buffer"] if group["muon"] else ["exp_avg", "exp_avg_sq"]
+                # Muon needs no step, but AdamW's load_state_dict looks for one.
+                self.state[p] = {"step": torch.zeros((), device=p.device)} | {b: torch.zeros_like(p) for b in buffers}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        groups = self.param_groups
+        for group in groups:
+            if group["muon"]:
+                for params in _by_shape(group["params"]):
+                    self._update(params, group["lr"], group["weight_decay"])
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _update(self, params: list[Tensor], lr: Tensor, weight_decay: float) -> None:
+        """Update matrices of one shape; all arithmetic stays on the device."""
+        keep = 1 - self.found_inf
+        grads = torch.stack([p.grad.flatten(1) for p in params if p.grad is not None]) / self.grad_scale
+        # A bad gradient is cleared rather than multiplied by 0, which would leave NaN.
+        grads = torch.where(keep > 0, grads, 0.0)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        momentum = torch.stack([buffer.flatten(1) for buffer in buffers])
+        momentum.lerp_(grads, keep * (1 - self.momentum))
+        rows, columns = grads.shape[1:]
+        dtype = self.dtype or (torch.bfloat16 if grads.is_cuda else torch.float32)
+        update = orthogonalize(torch.lerp(grads, momentum, self.momentum), dtype).to(grads.dtype)
+        weights = torch.stack([p.flatten(1) for p in params])
+        weights = weights * (1 - keep * lr * weight_decay) - keep * lr * 0.2 * math.sqrt(max(rows, columns)) * update
+        torch._foreach_copy_(buffers, [m.view_as(buffer) for m, buffer in zip(momentum, buffers, strict=True)])
+        torch._foreach_copy_(params, [w.view_as(p) for w, p in zip(weights, params, strict=True)])
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Newton-Schulz iteration towards U V^T of each matrix U S V^T; singular values end between about 0.7 and 1.2.
+
+    Args:
+        matrices: [N, rows, columns].
+        dtype: to compute in.
+
+    Returns:
+        [N, rows, columns] of type `dtype`.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices.to(dtype)
+    is_tall = x.shape[1] > x.shape[2]
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def split_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split parameter groups into those of Muon, weights of 1x1 convolutions, and the others; sets the key `muon`."""
+    split = []
+    for group in groups:
+        for muon in (True, False):
+            params = [p for p in group["params"] if _is_matrix(p) == muon]
+            if params:
+                split.append({**group, "params": params, "muon": muon})
+    return split
+
+
+def _is_matrix(p: Tensor) -> bool:
+    return p.ndim == 4 and p.shape[1] > 1 and tuple(p.shape[2:]) == (1, 1)
+
+
+def _by_shape(params: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters with a gradient, in lists of one shape."""
+    shapes: dict[torch.Size, list[Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            shapes.setdefault(p.shape, []).append(p)
+    return list(shapes.values())

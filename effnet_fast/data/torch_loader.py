@@ -6,7 +6,9 @@ quarter of the shared memory that normalised images would take.
 
 from __future__ import annotations
 
+import atexit
 import gc
+import multiprocessing
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from effnet_fast.data.augment import Augmentation
 from effnet_fast.data.dataset import ArraySplit, Split
@@ -24,6 +27,7 @@ from effnet_fast.data.replace_unreadable import SkippedFiles, read_or_replace
 from effnet_fast.data.resize import resize
 
 _SHARED_MEMORY = Path("/dev/shm")
+_REMEDY = "start the container with a larger --shm-size, or use --num_workers 0"
 _PREFETCHED = 2  # batches that each worker prepares ahead
 _IN_USE = 2  # batches that the consumer still holds
 
@@ -55,26 +59,38 @@ class _Batches(Dataset[Batch | str]):
 
     def __getitem__(self, position: Position) -> Batch | str:
         epoch, step = position
-        indices = self._shard.indices(epoch)[step]
-        labels = labels_of(self._split, indices)
-        if isinstance(self._split, ArraySplit):
-            images = resize(self._split.images[indices.clip(0)], self._size)
-            return torch.from_numpy(images), torch.from_numpy(labels), []
         try:
-            readings = [
-                read_or_replace(self._split, i, self._size, self._shard.training) for i in indices.clip(0).tolist()
-            ]
+            images, labels, errors = self._read(self._shard.indices(epoch)[step])
+            if get_worker_info() is not None:
+                # Here and not when the batch is sent: torch would then drop it, and the consumer wait for ever.
+                images.share_memory_(), labels.share_memory_()
         except ValueError as error:
             return str(error)
-        labels = np.where(indices < 0, -1, [reading.label for reading in readings])
-        images = np.stack([reading.pixels for reading in readings])
-        return torch.from_numpy(images), torch.from_numpy(labels), [r.error for r in readings if r.error]
+        except RuntimeError as error:
+            return f"{error}: {_REMEDY}"
+        return images, labels, errors
+
+    def _read(self, indices: NDArray[np.int64]) -> Batch:
+        if isinstance(self._split, ArraySplit):
+            images = torch.from_numpy(resize(self._split.images[indices.clip(0)], self._size))
+            return images, torch.from_numpy(labels_of(self._split, indices)), []
+        readings = [read_or_replace(self._split, i, self._size, self._shard.training) for i in indices.clip(0).tolist()]
+        images = torch.from_numpy(np.stack([reading.pixels for reading in readings]))
+        labels = torch.from_numpy(np.where(indices < 0, -1, [reading.label for reading in readings]))
+        return images, labels, [reading.error for reading in readings if reading.error]
 
 
 def _ignore_signals(worker: int) -> None:
     """Leave signals to the main process: a signal to the process group must not end the workers before it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    """At exit, Python sends daemonic children SIGTERM, which the workers ignore, and waits for them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class TorchLoader(Loader):
@@ -99,6 +115,8 @@ class TorchLoader(Loader):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         if self.spec.num_workers:
             self._check_shared_memory()
+            atexit.unregister(_kill_workers)  # once is enough
+            atexit.register(_kill_workers)
         self._positions.epoch, self._positions.start = epoch, start
         # Workers are forked: one that collected an abandoned DALI pipeline would wait for threads it does not have.
         gc.collect()
@@ -119,7 +137,7 @@ class TorchLoader(Loader):
         return self._augmentation(canvas, torch.arange(len(images), device=self.spec.device), parameters)
 
     def _check_shared_memory(self) -> None:
-        """Refuse to start where the batches do not fit: a worker that exceeds shared memory is killed or hangs."""
+        """Refuse to start if shared memory cannot hold the batches in flight."""
         if not _SHARED_MEMORY.is_dir():
             return
         batch = self.spec.batch_size * (3 * self.spec.image_size**2 + 8)
@@ -128,7 +146,7 @@ class TorchLoader(Loader):
         if needed > free:
             raise ValueError(
                 f"{_SHARED_MEMORY} has {free >> 20} MiB free, but {self.spec.num_workers} workers need "
-                f"{(needed >> 20) + 1} MiB: start the container with a larger --shm-size, or use --num_workers 0"
+                f"{(needed >> 20) + 1} MiB: {_REMEDY}"
             )
 
     def close(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -108,3 +110,40 @@ def test_no_workers_start_no_process() -> None:
     before = multiprocessing.active_children()
     next(loader.epoch(0))
     assert multiprocessing.active_children() == before
+
+
+def test_shared_memory_that_fills_up_later_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers report it; torch alone would drop the batch and wait for ever."""
+
+    def full(_tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory: No space left on device")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(ValueError, match=r"No space left.*--shm-size.*--num_workers 0") as caught:
+        next(TorchLoader(SPLIT, SPEC).epoch(0))
+    assert "\n" not in str(caught.value)
+
+
+INTERRUPTED = """
+import dataclasses, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_resources import SPEC, SPLIT, TorchLoader
+signal.signal(signal.SIGINT, signal.default_int_handler)
+batches = TorchLoader(SPLIT, SPEC).epoch(0)
+next(batches)
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+def test_ctrl_c_ends_a_process_with_workers() -> None:
+    """The signal goes to the whole process group, as from a terminal."""
+    command = [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert "KeyboardInterrupt" in errors

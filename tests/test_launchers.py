@@ -84,6 +84,36 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.skipif(not Path("/etc/debian_version").exists(), reason="needs Debian")
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "alone"])
+@pytest.mark.parametrize("browser", [True, False], ids=["browser", "no-browser"])
+def test_ci_installs_what_the_tests_need(tmp_path, stand_ins, shared, browser):
+    repository, data = tmp_path / "repository", tmp_path / "shared" / "data"
+    (repository / ".ci").mkdir(parents=True)
+    shutil.copy(CI, repository / ".ci")
+    (repository / ".venv" / "bin").mkdir(parents=True)
+    (repository / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    if shared:
+        data.mkdir(parents=True)
+        (data / "unpack_cifar100.py").write_text("import sys; print('unpacked'); open(sys.argv[1] + '/train', 'w')")
+    folder = stand_ins(
+        make='echo "make $*"; [[ $1 != test ]] || ls "${EFFNET_FAST_CIFAR100-nowhere}" 2>&1 || true',
+        apt_get='echo "apt-get $*"',
+        id="echo 0",
+        **({"chromium": "exit"} if browser else {}),
+    )
+    for name in ("bash", "dirname", "ls", "mktemp", "rm"):
+        (folder / name).symlink_to(shutil.which(name))
+    env = {"PATH": str(folder), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([repository / ".ci" / "run"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    installed = [] if browser else ["apt-get update --quiet", "apt-get install --quiet --yes chromium"]
+    unpacked, seen = (["unpacked"], ["train"]) if shared else ([], ["ls: cannot access 'nowhere'"])
+    lines = [line.partition(": No such")[0] for line in done.stdout.splitlines()]
+    assert lines == [*installed, "make install", *unpacked, "make lint", "make test", *seen]
+    assert not list(tmp_path.glob("tmp.*"))  # the unpacked data is removed
+
+
 @pytest.mark.parametrize(
     ("dataset", "settings", "run_name"),
     [

@@ -39,7 +39,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on 12 of the 30 images that are left after 10 of 40 are held out; it names its data by a relative path."""
+    """A run with a relative --data_dir: of 40 training images 10 are held out, and 12 of the rest are used."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(data_dir.parent)
@@ -77,7 +77,7 @@ def changed(data_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
-def test_drawn_splits_of_changed_data_are_refused(trained: Path, changed: Path, capsys, split: str) -> None:
+def test_val_and_train_of_changed_data_are_refused(trained: Path, changed: Path, capsys, split: str) -> None:
     """The added image changes which images are held out."""
     run(f"eval --checkpoint {trained} --data_dir {changed} --split {split} {QUICK}", expected=2)
     message = capsys.readouterr().err
@@ -86,13 +86,13 @@ def test_drawn_splits_of_changed_data_are_refused(trained: Path, changed: Path, 
     assert message.count("\n") == 1
 
 
-def test_test_images_may_be_of_other_data(trained: Path, changed: Path, tmp_path: Path, capsys) -> None:
+def test_test_split_of_other_data(trained: Path, changed: Path, tmp_path: Path, capsys) -> None:
     write_images(changed / "test" / "cat", 3)
     run(f"eval --checkpoint {trained} --data_dir {changed} --output_dir {tmp_path}/out {QUICK}")
     assert "(11 images; " in capsys.readouterr().out
 
 
-def test_a_relative_data_dir_is_found_from_another_folder(
+def test_relative_data_dir_from_another_folder(
     trained: Path, data_dir: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     assert checkpoint.load(trained)["config"]["data_dir"] == str(data_dir)
@@ -102,9 +102,7 @@ def test_a_relative_data_dir_is_found_from_another_folder(
 
 
 @pytest.mark.parametrize("dataset", ["folder", "cifar100"])
-def test_moved_data_is_not_downloaded_and_the_flag_is_named(
-    trained: Path, tmp_path: Path, capsys, monkeypatch, dataset: str
-) -> None:
+def test_moved_data(trained: Path, tmp_path: Path, capsys, monkeypatch, dataset: str) -> None:
     """Older checkpoints hold relative paths, which may name another folder now."""
     state = checkpoint.load(trained)
     state["config"] |= {"data_dir": "data", "dataset": dataset}
@@ -117,9 +115,9 @@ def test_moved_data_is_not_downloaded_and_the_flag_is_named(
     assert not (tmp_path / "data" / "cifar-100-python.tar.gz.part").exists()
 
 
-def test_an_unwritable_place_is_refused_with_the_flag(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> None:
+def test_unwritable_outputs(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").touch()
-    place = tmp_path / "file" / "folder"  # whoever the user is, no folder can be created in a file
+    place = tmp_path / "file" / "folder"  # not even root can create a folder in a file
     for line, flag in (
         (f"eval --checkpoint {trained} --output_dir {place} {QUICK}", "--output_dir"),
         (f"export --checkpoint {trained} --output {place}/model.safetensors", "--output"),
@@ -132,7 +130,7 @@ def test_an_unwritable_place_is_refused_with_the_flag(trained: Path, data_dir: P
         assert message.count("\n") == 1
 
 
-def test_class_names_that_are_no_utf8(tmp_path: Path) -> None:
+def test_class_names_that_are_not_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     write_per_class(tmp_path / "table.csv", [name, "dog"], np.array([[3, 1], [0, 2]]))
     plot_confusion(tmp_path / "picture.png", [name, "dog"], np.array([[3, 1], [0, 2]]))

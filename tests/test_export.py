@@ -1,4 +1,4 @@
-"""Exported files compute what the checkpoint computes, and carry what their use needs."""
+"""Exports give the same logits as the checkpoint, and carry the metadata for their use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with an average that differs from the weights."""
+    """A checkpoint whose moving average differs from the raw weights."""
     folder = tmp_path_factory.mktemp("results")
     run(
         "train --dataset synthetic --width 0.25 --depth 0.3 --limit_train 48 --limit_eval 16 --batch_size 8 "
@@ -62,7 +62,7 @@ RUNTIMES = {"safetensors": reload_safetensors, "onnx": run_onnx, "torch-export":
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("kind", SUFFIXES)
-def test_the_file_gives_the_same_logits_for_any_batch(trained: Path, tmp_path: Path, kind: str, folded: bool) -> None:
+def test_same_logits_for_any_batch(trained: Path, tmp_path: Path, kind: str, folded: bool) -> None:
     output = tmp_path / f"model{SUFFIXES[kind]}"
     flag = "--fold_batchnorm" if folded else ""
     run(f"export --checkpoint {trained} --format {kind} --output {output} {flag}")
@@ -79,7 +79,7 @@ def test_the_file_gives_the_same_logits_for_any_batch(trained: Path, tmp_path: P
     assert (facts["image_size"], facts["folded"]) == (32, folded)
 
 
-def test_the_average_is_exported_unless_the_raw_weights_are_asked_for(trained: Path, tmp_path: Path) -> None:
+def test_weights_flag(trained: Path, tmp_path: Path) -> None:
     saved = checkpoint.load(trained)
     for weights, group in (("auto", "ema"), ("ema", "ema"), ("raw", "model")):
         path = tmp_path / f"{weights}.safetensors"
@@ -89,7 +89,7 @@ def test_the_average_is_exported_unless_the_raw_weights_are_asked_for(trained: P
     assert not torch.equal(saved["ema"]["stem.conv.weight"], saved["model"]["stem.conv.weight"])
 
 
-def test_folding_takes_every_batch_norm_away(trained: Path, tmp_path: Path) -> None:
+def test_folding_removes_batch_norms(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "folded.safetensors"
     run(f"export --checkpoint {trained} --fold_batchnorm --output {path}")
     predictor = effnet_fast.load(path, device="cpu")
@@ -100,7 +100,7 @@ def test_folding_takes_every_batch_norm_away(trained: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("flag", ["", "--fold_batchnorm"])
-def test_an_export_can_be_exported_again(trained: Path, tmp_path: Path, capsys, flag: str) -> None:
+def test_export_of_an_export(trained: Path, tmp_path: Path, capsys, flag: str) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     run(f"export --checkpoint {trained} --output {first} {flag}")
     run(f"export --checkpoint {first} --output {second}")
@@ -112,7 +112,7 @@ def test_an_export_can_be_exported_again(trained: Path, tmp_path: Path, capsys, 
     assert "is the file to export: choose another --output" in capsys.readouterr().err
 
 
-def test_an_export_has_one_set_of_weights(trained: Path, tmp_path: Path) -> None:
+def test_exports_have_one_set_of_weights(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     run(f"export --checkpoint {trained} --output {path}")
     with pytest.raises(ValueError, match="single set of weights: use --weights auto, not raw"):
@@ -122,7 +122,7 @@ def test_an_export_has_one_set_of_weights(trained: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("form", ["safetensors", "checkpoint"])
-def test_own_weights_go_back_in(trained: Path, tmp_path: Path, form: str) -> None:
+def test_pretrained_from_a_run(trained: Path, tmp_path: Path, form: str) -> None:
     path = trained
     if form == "safetensors":
         path = tmp_path / "model.safetensors"
@@ -140,7 +140,7 @@ def test_mistakes(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     for name in (trained, tmp_path / "weights", tmp_path / "model.onnx"):
         run(f"export --checkpoint {trained} --output {name}", expected=2)
         assert "must end in .safetensors" in capsys.readouterr().err
-    checkpoint.load(trained)  # it was not written over
+    checkpoint.load(trained)  # it was not overwritten
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     run(f"export --checkpoint {trained} --format onnx", expected=2)
     assert "pip install 'effnet-fast[export]'" in capsys.readouterr().err
@@ -148,7 +148,7 @@ def test_mistakes(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a B0 at output stride 32 with statistics of its own, as after training."""
+    """A checkpoint of a B0 at output stride 32 whose BatchNorm statistics fit its activations."""
     torch.manual_seed(0)
     model = create_model("efficientnet-b0", 10, 64, output_stride=32, bn_momentum=0.5).train()
     for _ in range(10):
@@ -192,7 +192,7 @@ def test_layouts_of_other_libraries(published: Path, tmp_path: Path, layout: str
         torch.testing.assert_close(again(images), expected(images), rtol=1e-4, atol=1e-4)
 
 
-def test_a_config_of_another_library_is_not_overwritten(published: Path, tmp_path: Path, capsys) -> None:
+def test_config_json_of_another_library_is_kept(published: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     run(f"export --checkpoint {published} --layout timm --output {tmp_path}/model.safetensors", expected=2)
     assert "config.json is not timm's and would be overwritten" in capsys.readouterr().err
@@ -210,13 +210,13 @@ def test_a_config_of_another_library_is_not_overwritten(published: Path, tmp_pat
 )
 def test_impossible_layouts(trained: Path, tmp_path: Path, capsys, flags: str, message: str) -> None:
     run(f"export --checkpoint {trained} --output {tmp_path}/out.safetensors {flags}", expected=2)
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("layout", ["effnet-fast", "timm", "torchvision"])
-def test_a_folder_for_the_hub(published: Path, tmp_path: Path, layout: str) -> None:
+def test_hub_folder(published: Path, tmp_path: Path, layout: str) -> None:
     run(f"export --checkpoint {published} --format hub --layout {layout} --output {tmp_path}/hub")
     folder = tmp_path / "hub"
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
@@ -240,7 +240,7 @@ def test_a_folder_for_the_hub(published: Path, tmp_path: Path, layout: str) -> N
         assert effnet_fast.load(folder / "model.safetensors", device="cpu").classes[9] == "class-9"
 
 
-def test_the_hub_needs_a_checkpoint_and_lists_the_averages_results(trained: Path, tmp_path: Path, capsys) -> None:
+def test_hub_results(trained: Path, tmp_path: Path, capsys) -> None:
     run(f"export --checkpoint {trained} --format hub --output {tmp_path}/ema")
     run(f"export --checkpoint {trained} --format hub --weights raw --output {tmp_path}/raw")
     result = checkpoint.load(trained)["result"]

@@ -1,4 +1,4 @@
-"""What is installed, what git keeps, and what an import costs."""
+"""The wheel, the files that git tracks, and lazy imports."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def python(*arguments: str, cwd: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def kept_by_git() -> set[str]:
-    """Files that git tracks, or would take with `git add .`."""
+def tracked() -> set[str]:
+    """Files that git tracks, or that `git add .` would add."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("needs git and a checkout")
     listing = subprocess.check_output(
@@ -65,11 +65,11 @@ def kept_by_git() -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def wheel(kept_by_git, tmp_path_factory) -> zipfile.ZipFile:
-    """The wheel, built offline from a copy of what git keeps."""
+def wheel(tracked, tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel, built offline from a copy of the tracked files."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in kept_by_git:
+    for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, source / name)
     python("-c", f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})", cwd=source)
@@ -79,8 +79,8 @@ def wheel(kept_by_git, tmp_path_factory) -> zipfile.ZipFile:
 
 def sources(folder: str) -> set[str]:
     """Python and C++ files, recipes and pages under a folder of the repository, relative to it."""
-    found = {path for suffix in ("py", "yaml", "html", "cpp", "h") for path in (ROOT / folder).rglob(f"*.{suffix}")}
-    return {path.relative_to(ROOT / folder).as_posix() for path in found}
+    paths = {path for suffix in ("py", "yaml", "html", "cpp", "h") for path in (ROOT / folder).rglob(f"*.{suffix}")}
+    return {path.relative_to(ROOT / folder).as_posix() for path in paths}
 
 
 def test_wheel_exposes_exactly_two_packages(wheel):
@@ -111,7 +111,7 @@ def test_wheel_keeps_dali_and_triton_to_linux(wheel):
 
 @needs_installation
 def test_installation_exposes_exactly_two_packages(tmp_path):
-    """Asked from a folder outside the repository, as a user of the package stands in one."""
+    """Seen from a folder outside the repository, as by a user of the package."""
     installed = {name for name, owners in metadata.packages_distributions().items() if "effnet-fast" in owners}
     assert {name for name in installed if not name.startswith("__editable__")} == EXPOSED
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier()} | EXPOSED
@@ -128,8 +128,8 @@ def test_installation_exposes_exactly_two_packages(tmp_path):
     assert all(places[name] for name in EXPOSED)
 
 
-def test_git_ignores_no_source(kept_by_git):
-    """An unanchored `data/` in .gitignore would drop effnet_fast/data/ without a word."""
+def test_git_ignores_no_source(tracked):
+    """An unanchored `data/` in .gitignore would drop effnet_fast/data/ silently."""
     on_disk = {
         path.relative_to(ROOT).as_posix()
         for folder in SOURCE_FOLDERS
@@ -137,7 +137,7 @@ def test_git_ignores_no_source(kept_by_git):
         if path.suffix in SOURCE_SUFFIXES and not any(part.endswith(".egg-info") for part in path.parts)
     }
     assert on_disk, "no source found: the folders were renamed"
-    assert on_disk | set(SOURCE_FILES) <= kept_by_git
+    assert on_disk | set(SOURCE_FILES) <= tracked
 
 
 @pytest.mark.parametrize(
@@ -145,21 +145,21 @@ def test_git_ignores_no_source(kept_by_git):
     [(None, 120), (["--help"], 150), (["train", "--help"], 350), (["info", "--help"], 350)],
     ids=["import", "help", "train-help", "info-help"],
 )
-def test_the_face_is_lazy(tmp_path, argv, most_modules):
+def test_import_is_lazy(tmp_path, argv, most_modules):
     """Help imports few modules, none of them heavy, so that it answers at once."""
     script = f"""
 import contextlib, io, json, sys
 import effnet_fast
-with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit):
     if {argv!r} is not None:
         from effnet_fast.cli import main
         main({argv!r})
-print(json.dumps([len(said.getvalue()), sorted(set({HEAVY!r}) & set(sys.modules)), len(sys.modules)]))
+print(json.dumps([len(output.getvalue()), sorted(set({HEAVY!r}) & set(sys.modules)), len(sys.modules)]))
 """
-    said, heavy, modules = json.loads(python("-c", script, cwd=tmp_path))
+    printed, heavy, modules = json.loads(python("-c", script, cwd=tmp_path))
     assert heavy == []
     assert modules <= most_modules
-    assert argv is None or said > 200
+    assert argv is None or printed > 200
 
 
 def test_tested_versions_are_the_constraints():
@@ -205,6 +205,6 @@ main(
     "--num_epochs 1 --log_every_steps 1 --run_name bare --save_dir .".split()
 )
 """
-    said = python("-c", script, cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert "DALI is not installed" in said
+    output = python("-c", script, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert "DALI is not installed" in output
     assert (tmp_path / "bare" / "last.pt").stat().st_size > 1_000_000

@@ -1,4 +1,4 @@
-"""Prediction from files and from Python, with the preprocessing of evaluation."""
+"""The verb predict, and `effnet_fast.load` from Python."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The twelve test images that the run was evaluated on, as files in two folders, and one that is none."""
+    """The twelve test images of the run, as files in two folders."""
     folder = tmp_path_factory.mktemp("images")
     split = load_dataset("synthetic", "data", limit_eval=12).test
     for i, pixels in enumerate(split.images):  # type: ignore[union-attr]
@@ -42,12 +42,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_python_predicts_as_the_evaluation_did(trained: Path, pictures: Path) -> None:
+def test_predict_from_python_equals_evaluation(trained: Path, pictures: Path) -> None:
     predictor = effnet_fast.load(trained, device="cpu")
     files = sorted(pictures.rglob("*.png"))
-    found = predictor.predict(files, top=5)
+    predictions = predictor.predict(files, top=5)
     labels = [predictor.classes[int(file.stem.split("-")[1])] for file in files]
-    hits = [label in [p.label for p in best] for label, best in zip(labels, found, strict=True)]
+    hits = [label in [p.label for p in best] for label, best in zip(labels, predictions, strict=True)]
     result = checkpoint.load(trained)["result"]
     assert 100 * sum(hits) / len(hits) == pytest.approx(result["top5"])
     truth = torch.tensor([predictor.classes.index(label) for label in labels])
@@ -55,13 +55,13 @@ def test_python_predicts_as_the_evaluation_did(trained: Path, pictures: Path) ->
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(predictor.model(batch), truth)
     assert loss.item() == pytest.approx(result["loss"], rel=1e-4)
-    probabilities = [p.probability for p in found[0]]
+    probabilities = [p.probability for p in predictions[0]]
     assert probabilities == sorted(probabilities, reverse=True)
     everything = predictor.predict([Image.open(files[0])], top=1000)
     assert sum(p.probability for p in everything[0]) == pytest.approx(1)
 
 
-def test_top_5_with_names_of_an_image_and_a_folder(trained: Path, pictures: Path, capsys) -> None:
+def test_image_and_folder(trained: Path, pictures: Path, capsys) -> None:
     one = next(pictures.rglob("*.png"))
     run(f"predict --checkpoint {trained} {one} --device cpu")
     (line,) = capsys.readouterr().out.splitlines()
@@ -88,26 +88,26 @@ def test_tables(trained: Path, pictures: Path, tmp_path: Path) -> None:
     assert float(rows[0]["probability"]) == pytest.approx(images[0]["predictions"][0]["probability"], abs=1e-5)
 
 
-def test_bad_files_are_named_and_skipped(trained: Path, tmp_path: Path, capsys) -> None:
+def test_unreadable_files_are_skipped(trained: Path, tmp_path: Path, capsys) -> None:
     Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(tmp_path / "good.jpg")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     run(f"predict --checkpoint {trained} {tmp_path} --output {tmp_path / 'table.csv'} --device cpu", expected=1)
-    said = capsys.readouterr()
-    assert "good.jpg" in said.out
-    assert "broken.png" in said.err
-    assert "skipped 1 unreadable of 2 images" in said.err
+    output = capsys.readouterr()
+    assert "good.jpg" in output.out
+    assert "broken.png" in output.err
+    assert "skipped 1 unreadable of 2 images" in output.err
     assert "good.jpg" in (tmp_path / "table.csv").read_text()
 
 
-def test_an_image_named_twice_is_one(trained: Path, pictures: Path, capsys) -> None:
+def test_duplicate_arguments(trained: Path, pictures: Path, capsys) -> None:
     image = next(pictures.rglob("*.png"))
     run(f"predict --checkpoint {trained} --device cpu {image} {image}")
-    said = capsys.readouterr()
-    assert len(said.out.splitlines()) == 1
-    assert not said.err
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 1
+    assert not output.err
 
 
-def test_mistakes_are_one_line(trained: Path, tmp_path: Path, capsys) -> None:
+def test_mistakes(trained: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     lines = {
         f"--checkpoint {trained} {tmp_path}/nowhere.png": "there is no image or folder at",
@@ -116,14 +116,14 @@ def test_mistakes_are_one_line(trained: Path, tmp_path: Path, capsys) -> None:
         f"--checkpoint {trained} {trained} --output {tmp_path}/no/where.csv": "choose another place with --output",
         f"--checkpoint {tmp_path}/nowhere.pt {trained.parent}/curves.png": "there is no checkpoint",
     }
-    for line, words in lines.items():
+    for line, message in lines.items():
         run(f"predict {line} --device cpu", expected=2)
-        said = capsys.readouterr().err
-        assert words in said
-        assert said.count("\n") == 1
+        stderr = capsys.readouterr().err
+        assert message in stderr
+        assert stderr.count("\n") == 1
 
 
-def test_one_path_or_image_counts_as_a_sequence_of_one(trained: Path, pictures: Path) -> None:
+def test_single_image(trained: Path, pictures: Path) -> None:
     model = effnet_fast.load(trained, device="cpu")
     path = next(pictures.rglob("*.png"))
     expected = model.predict([path])
@@ -134,7 +134,7 @@ def test_one_path_or_image_counts_as_a_sequence_of_one(trained: Path, pictures: 
 
 
 @pytest.mark.parametrize("top", [-1, 0])
-def test_top_below_1_is_refused(trained: Path, pictures: Path, top: int) -> None:
+def test_top_below_1(trained: Path, pictures: Path, top: int) -> None:
     with pytest.raises(ValueError, match=f"top must be at least 1, not {top}"):
         effnet_fast.load(trained, device="cpu").predict(next(pictures.rglob("*.png")), top=top)
 
@@ -152,7 +152,7 @@ def test_load_validates_its_arguments(trained: Path, arguments: dict[str, str], 
         effnet_fast.load(trained, **arguments)
 
 
-def test_a_numbered_gpu_is_respected(monkeypatch) -> None:
+def test_numbered_gpu(monkeypatch) -> None:
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -189,11 +189,11 @@ def predict_in_a_process(arguments: list[str | bytes], **environment: str) -> su
     )
 
 
-NAMES = [b"caf\xe9.png", "猫.png".encode()]  # Latin-1, which is no UTF-8, and UTF-8
+NAMES = [b"caf\xe9.png", "猫.png".encode()]  # Latin-1 and UTF-8
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
-def test_names_that_stdout_cannot_print(trained: Path, tmp_path: Path, suffix: str) -> None:
+def test_unprintable_names(trained: Path, tmp_path: Path, suffix: str) -> None:
     folder, table = tmp_path / "images", tmp_path / f"table.{suffix}"
     folder.mkdir()
     for name in NAMES:
@@ -215,7 +215,7 @@ def test_names_that_stdout_cannot_print(trained: Path, tmp_path: Path, suffix: s
 
 
 def peak_memory(done: subprocess.CompletedProcess[bytes]) -> int:
-    """Bytes of the largest resident set of a process, of itself alone."""
+    """Peak resident memory of a process, in bytes."""
     assert done.returncode == 0, done.stderr
     return 1024 * int(done.stderr.split()[-2])
 

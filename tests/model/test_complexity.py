@@ -1,4 +1,4 @@
-"""Cost of the built models against golden numbers, the paper, and counts by forward hooks."""
+"""Costs of built models, compared with golden numbers, the paper and forward hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from effnet_fast.model.complexity import BF16, FP32, Complexity, complexity, cos
 
 GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden_complexity.json").read_text())
 
-# Tan and Le 2019, table 2 (MACs, called FLOPS there); parameters as the authors' code builds them.
+# Tan and Le 2019, table 2 (MACs, which the paper calls FLOPS); parameters as the authors' code builds them.
 PAPER = {
     "efficientnet-b0": (5_288_548, 0.39e9),
     "efficientnet-b1": (7_794_184, 0.70e9),
@@ -30,7 +30,7 @@ PAPER = {
     "efficientnet-b7": (66_347_960, 37e9),
 }
 
-# MACs at 32 px and 100 classes by output stride, worked out by hand to two or three digits before there was code.
+# MACs at 32 px and 100 classes by output stride, counted by hand to two or three digits.
 SMALL_IMAGES = {
     "efficientnet-b0": {32: 8.5e6, 16: 32e6, 8: 116e6, 4: 407e6},
     "efficientnet-b4": {32: 34e6, 16: 126e6, 8: 471e6, 4: 1.69e9},
@@ -52,7 +52,7 @@ def traced(rows: list[dict[str, Any]]) -> list[Any]:
 
 
 def counts_by_hooks(model: nn.Module, image_size: int) -> Counter[str]:
-    """MACs, layer inputs and layer outputs of one image, counted apart from fvcore on tensors without storage."""
+    """MACs, layer inputs and layer outputs of one image, counted without fvcore, on the meta device."""
     counts: Counter[str] = Counter()
 
     def count(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -95,14 +95,14 @@ def test_complexity_is_golden(row):
 
 
 @pytest.mark.parametrize("row", [row for row in GOLDEN if row["image_size"] > 32], ids=row_id)
-def test_golden_is_the_papers(row):
+def test_golden_agrees_with_the_paper(row):
     parameters, macs = PAPER[row["model"]]
     assert row["parameters"] == parameters
     assert row["macs"] == pytest.approx(macs, rel=0.06)
 
 
 @pytest.mark.parametrize("row", [row for row in GOLDEN if row["image_size"] == 32], ids=row_id)
-def test_golden_is_as_worked_out_for_small_images(row):
+def test_golden_agrees_with_hand_counts_for_small_images(row):
     assert row["macs"] == pytest.approx(SMALL_IMAGES[row["model"]][row["output_stride"]], rel=0.02)
     assert row["final_map"][1:] == [32 // row["output_stride"]] * 2
 
@@ -122,8 +122,8 @@ def test_activations_follow_fvcores_convention(b0, b0_cost):
     assert b0_cost.activations == counted.total()
 
 
-def test_saved_numbers_are_those_autograd_keeps_of_real_images(b0, b0_cost):
-    """On the CPU, of real tensors; within 1 %, since what is kept once a batch is not taken off here."""
+def test_saved_numbers_match_autograd(b0, b0_cost):
+    """On real CPU tensors, within 1 %: what is saved once per batch is included here."""
     batch_size = 8
     weights = {parameter.data_ptr() for parameter in b0.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -152,7 +152,7 @@ def test_bytes_follow_the_documented_formulas(b0_cost):
     assert b0_cost.minimum_step_bytes(64, BF16) == 64 * 2 * moved + 8 * weights
 
 
-def test_complexity_leaves_the_model_as_it_was(b0):
+def test_complexity_does_not_change_the_model(b0):
     b0.train()
     before = {name: tensor.clone() for name, tensor in b0.state_dict().items()}
     complexity(b0, 32)
@@ -161,7 +161,7 @@ def test_complexity_leaves_the_model_as_it_was(b0):
     assert not any(module._forward_hooks for module in b0.modules())
 
 
-def test_one_rank_of_several_counts_alone(b0_cost, monkeypatch):
+def test_one_rank_can_count_alone(b0_cost, monkeypatch):
     model = create_model("efficientnet-b0")
     for norm in batch_norms(model):
         norm.synchronised = True
@@ -175,7 +175,7 @@ def test_complexity_is_silent(b0, caplog, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_padding_of_tensorflow_costs_the_same():
+def test_same_padding_costs_the_same():
     symmetric = complexity(create_model("efficientnet-b0", output_stride=32), 33)
     same = complexity(create_model("efficientnet-b0", output_stride=32, padding="same"), 33)
     assert (same.parameters, same.macs, same.activations) == (
@@ -185,19 +185,19 @@ def test_padding_of_tensorflow_costs_the_same():
     )
 
 
-def test_describe_chooses_the_stride_and_is_fit_for_json():
+def test_model_costs_resolve_the_stride_and_fit_json():
     described = model_costs("efficientnet-b0", 10, 32, None)
     assert (described["output_stride"], described["final_map"]) == (8, [1280, 4, 4])
     assert json.loads(json.dumps(described)) == described
 
 
-def test_describe_refuses_an_unknown_model():
+def test_unknown_model():
     with pytest.raises(ValueError, match="did you mean efficientnet-b1"):
         model_costs("efficientnet-b11", 100, 32, None)
 
 
 @pytest.mark.parametrize("size", [32, 224])
-def test_table_names_macs_and_flops_and_fits_a_terminal(size):
+def test_table_has_macs_and_flops_and_fits_80_columns(size):
     described = model_costs("efficientnet-b0", 100, size, None)
     lines = costs_table(described).splitlines()
     assert max(map(len, lines)) <= 80
@@ -206,5 +206,5 @@ def test_table_names_macs_and_flops_and_fits_a_terminal(size):
 
 
 @pytest.mark.slow
-def test_table_of_the_largest_model_fits_a_terminal():
+def test_table_of_the_largest_model_fits_80_columns():
     assert max(map(len, costs_table(model_costs("efficientnet-b7", 1000, 600, 32)).splitlines())) <= 80

@@ -1,4 +1,4 @@
-"""The network against an independent implementation, and what users build it with."""
+"""EfficientNet, compared with an independent implementation; blocks and options."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_final_map_has_the_output_stride(stride):
         assert model.forward_features(torch.randn(1, 3, 64, 64)).shape[-1] == 64 // stride
 
 
-def test_the_network_is_channels_last_throughout():
+def test_channels_last_throughout():
     model = create_model("efficientnet-b0", output_stride=32).eval()
     layouts = []
     for module in model.modules():
@@ -81,7 +81,7 @@ def test_stochastic_depth_rises_with_the_block():
     assert rates == pytest.approx([0.2 * i / 16 for i in range(16)])
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+def test_drop_path_drops_samples_and_keeps_the_mean():
     torch.manual_seed(0)
     out = drop_path_scale(torch.ones(20_000, 2, 1, 1), 0.3)
     assert out.shape == (20_000,)
@@ -89,7 +89,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert out.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
-def test_squeeze_excite_ratio_is_a_quarter_of_the_blocks_input():
+def test_squeeze_excite_has_a_quarter_of_the_inputs():
     gates = [m for m in create_model("efficientnet-b0").modules() if isinstance(m, SqueezeExcite)]
     assert [g.reduce.out_channels for g in gates[:4]] == [8, 4, 6, 6]
 
@@ -110,7 +110,7 @@ def test_same_padding_puts_the_odd_pixel_last():
     assert Conv(1, 1, 3, 2).padding == (1, 1)
 
 
-def test_a_description_rebuilds_the_model():
+def test_rebuild_from_description():
     import dataclasses
 
     model = create_model("efficientnet-b1", num_classes=7, image_size=34, padding="same", bn_eps=1e-5)
@@ -121,7 +121,7 @@ def test_a_description_rebuilds_the_model():
         from_description({"layers": 50})
 
 
-def test_names():
+def test_model_names():
     assert list_models() == ["densenet201", *(f"efficientnet-b{i}" for i in range(8)), "resnet152", "resnet50"]
     assert variant("efficientnet_b3") == variant("efficientnet-b3")
     with pytest.raises(ValueError, match=r"unknown model 'efficientnet-b9'; did you mean efficientnet-b"):
@@ -130,7 +130,7 @@ def test_names():
         create_model("efficientnet-b0", num_classes=0)
 
 
-def test_one_value_per_channel_raises_as_torch_does():
+def test_one_value_per_channel_raises():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         create_model("efficientnet-b0", output_stride=32)(torch.randn(1, 3, 32, 32))
 
@@ -141,7 +141,7 @@ def test_compiles_without_a_graph_break():
     assert explanation.graph_break_count == 0
 
 
-def test_multipliers_stand_in_for_the_variants_own():
+def test_multipliers_replace_the_variants():
     scaled = create_model("efficientnet-b0", width=1.1, depth=1.2).state_dict()
     assert {k: v.shape for k, v in scaled.items()} == {
         k: v.shape for k, v in create_model("efficientnet-b2").state_dict().items()
@@ -152,8 +152,8 @@ def test_multipliers_stand_in_for_the_variants_own():
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (2, 5), (3, 3)], ids=str)
-def test_convolution_of_a_small_map_is_that_of_torch(size, stride, kernel, groups, bias):
-    """Leaving out the taps that meet only padding changes neither the result nor a gradient."""
+def test_convolution_of_small_maps_equals_torch(size, stride, kernel, groups, bias):
+    """Skipping the taps over padding changes neither the result nor a gradient."""
     conv = Conv(6, 6, kernel, stride, groups, bias=bias).double()
     x = torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True)
     leaves = (x, *conv.parameters())
@@ -166,14 +166,14 @@ def test_convolution_of_a_small_map_is_that_of_torch(size, stride, kernel, group
 
 
 @pytest.mark.parametrize("groups", [1, 6], ids=["dense", "depthwise"])
-def test_convolution_of_a_pixel_keeps_the_type_under_autocast(groups):
+def test_convolution_of_a_pixel_keeps_the_autocast_dtype(groups):
     x = torch.randn(2, 6, 1, 1, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert Conv(6, 6, 5, groups=groups)(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_hooks_of_a_small_convolution_fire_and_its_layout_stays(size):
+def test_convolution_of_small_maps_keeps_hooks_and_layout(size):
     conv, seen = Conv(6, 6, 5, groups=6), []
     conv.register_forward_hook(lambda *_: seen.append("forward"))
     conv.register_full_backward_hook(lambda *_: seen.append("backward"))

@@ -1,4 +1,4 @@
-"""Blocks whose activations are computed anew: the same gradients, statistics and draws, from less memory."""
+"""Recomputed activations: the same gradients, statistics and random draws with less memory."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def assert_equal(left, right):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_and_statistics_are_the_same_bits(dtype):
+def test_gradients_and_statistics_are_bit_identical(dtype):
     assert_equal(after_two_passes(recompute=True, dtype=dtype), after_two_passes(recompute=False, dtype=dtype))
 
 
@@ -39,7 +39,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for the inte
 
 @pytest.mark.slow
 @interpreted
-def test_a_model_on_the_kernels_too():
+def test_whole_model_on_the_kernels():
     assert_equal(after_two_passes("triton", recompute=True), after_two_passes("triton", recompute=False))
 
 
@@ -54,19 +54,19 @@ def block_after_two_passes(kernels="torch", *, recompute, compiled=False):
 
 
 @interpreted
-def test_a_block_on_the_kernels_too():
+def test_block_on_the_kernels():
     recomputed = block_after_two_passes("triton", recompute=True)
     assert_equal(recomputed, block_after_two_passes("triton", recompute=False))
 
 
-def test_compiled_statistics_are_not_updated_twice():
-    """`aot_eager` splits forward and backward as Inductor does, and runs PyTorch's operators."""
+def test_compiled_statistics_are_updated_once():
+    """`aot_eager` splits forward and backward like Inductor, but runs PyTorch's operators."""
     compiled = block_after_two_passes(recompute=True, compiled=True)
     for name, value in block_after_two_passes(recompute=False).items():
         torch.testing.assert_close(compiled[name], value)
 
 
-def test_autocast_holds_in_what_is_recomputed():
+def test_recomputation_under_autocast():
     torch.manual_seed(0)
     model = EfficientNet(NARROW, "torch")
     recompute_blocks(model)
@@ -78,14 +78,14 @@ def test_autocast_holds_in_what_is_recomputed():
     assert seen == {torch.bfloat16}
 
 
-def test_less_is_kept():
+def test_fewer_numbers_are_saved():
     model = EfficientNet(NARROW)
     before = complexity(model, 32).saved
     recompute_blocks(model)
     assert complexity(model, 32).saved < before / 3
 
 
-def test_evaluation_is_untouched():
+def test_evaluation_is_unchanged():
     model = EfficientNet(NARROW).eval()
     images = torch.randn(2, 3, 16, 16)
     before = model(images)
@@ -93,6 +93,6 @@ def test_evaluation_is_untouched():
     assert torch.equal(model(images), before)
 
 
-def test_a_model_without_blocks_is_refused():
+def test_model_without_blocks():
     with pytest.raises(ValueError, match="--activation_checkpointing needs a model of MBConv blocks"):
         recompute_blocks(nn.Linear(2, 2))

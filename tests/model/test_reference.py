@@ -1,4 +1,4 @@
-"""ResNet and DenseNet: sizes, names, stems, and what the rest of the house asks of a model."""
+"""ResNet and DenseNet: sizes, names, stems, freezing, recalibration, folding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_parameters_with_1000_classes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet50", "densenet201"])
-def test_names_and_shapes_are_torchvisions(name: str) -> None:
+def test_names_and_shapes_match_torchvision(name: str) -> None:
     golden = json.loads((Path(__file__).parent / f"golden_torchvision_{name}.json").read_text())
     ours = {key: list(value.shape) for key, value in on_meta(name, 1000, 224).state_dict().items()}
     assert ours == {key: shape for key, shape in golden.items() if not key.endswith("num_batches_tracked")}
@@ -58,15 +58,15 @@ def test_final_map_and_classifier(name: str) -> None:
     assert model(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 7)
 
 
-def test_macs_are_the_published_ones() -> None:
-    described = model_costs("resnet50", 1000, 224, None)
-    assert described["parameters"] == PARAMETERS["resnet50"]
-    assert described["macs"] == pytest.approx(4.09e9, rel=0.01)  # torchvision's table
-    assert described["final_map"] == [2048, 7, 7]
+def test_macs_match_the_published_ones() -> None:
+    costs = model_costs("resnet50", 1000, 224, None)
+    assert costs["parameters"] == PARAMETERS["resnet50"]
+    assert costs["macs"] == pytest.approx(4.09e9, rel=0.01)  # torchvision's table
+    assert costs["final_map"] == [2048, 7, 7]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_description_rebuilds_the_model(name: str) -> None:
+def test_rebuild_from_description(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, 7, 48, bn_momentum=0.2, dropout=0.1)
         twin = from_description(json.loads(json.dumps(dataclasses.asdict(model.architecture))))
@@ -74,15 +74,15 @@ def test_a_description_rebuilds_the_model(name: str) -> None:
     assert twin.state_dict().keys() == model.state_dict().keys()
 
 
-def test_descriptions_from_before_there_were_families_are_efficientnets() -> None:
+def test_descriptions_without_family_are_efficientnets() -> None:
     model = create_model("efficientnet-b0", width=0.25, depth=0.3)
-    described = dataclasses.asdict(model.architecture)
-    assert described.pop("family") == "efficientnet"
-    assert from_description(described).architecture == model.architecture
+    costs = dataclasses.asdict(model.architecture)
+    assert costs.pop("family") == "efficientnet"
+    assert from_description(costs).architecture == model.architecture
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"width": 1.1}, "resnet50 has no width"),
         ({"depth": 1.1}, "resnet50 has no depth"),
@@ -91,13 +91,13 @@ def test_descriptions_from_before_there_were_families_are_efficientnets() -> Non
         ({"output_stride": 16}, "output_stride 8 .* or 32, not 16"),
     ],
 )
-def test_what_does_not_apply_is_refused(settings: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_inapplicable_options(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         create_model("resnet50", **settings)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "densenet201"])
-def test_hooks_see_every_relu_once_and_not_in_place(name: str) -> None:
+def test_each_relu_runs_once_and_not_in_place(name: str) -> None:
     """Guided backpropagation and DeepLift replace gradients by hooks on ReLU modules."""
     model = create_model(name, 5, 32, output_stride=32, kernels="torch").eval()
     calls: list[nn.Module] = []
@@ -110,7 +110,7 @@ def test_hooks_see_every_relu_once_and_not_in_place(name: str) -> None:
     assert not any(relu.inplace for relu in relus)
 
 
-def test_triton_computes_the_same() -> None:
+def test_triton_equals_torch() -> None:
     torch.manual_seed(0)
     fused, plain = (Bottleneck(32, 8, 1, ReferenceArchitecture("resnet50"), kernels) for kernels in KERNELS)
     plain.load_state_dict(fused.state_dict())
@@ -126,7 +126,7 @@ def test_triton_computes_the_same() -> None:
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_statistics_are_recalibrated_on_either_path(kernels: Kernels) -> None:
+def test_recalibration_with_both_kernels(kernels: Kernels) -> None:
     style = Style(kernels=kernels)
     model = nn.Sequential(ConvNormAct(3, 4, 3, style=style), MBConv(4, 4, 3, 1, 2, style=style))
     images = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
@@ -134,7 +134,7 @@ def test_statistics_are_recalibrated_on_either_path(kernels: Kernels) -> None:
     assert all(norm.running_mean.any() for norm in batch_norms(model))
 
 
-def test_recalibration_leaves_frozen_layers() -> None:
+def test_recalibration_skips_frozen_layers() -> None:
     model = create_model("efficientnet-b0", 5, 16, width=0.25, depth=0.3)
     model.freeze("stages.0")
     batches = [(torch.randn(4, 3, 16, 16), torch.zeros(4))]
@@ -154,8 +154,8 @@ def test_freezing(name: str) -> None:
     assert sorted(owned) == sorted(id(p) for p in model.parameters())  # every parameter is in one layer
     model.freeze("stages.1")
     model.eval().train()
-    held = [module for name in names[:3] for module in model.layers()[name]]
-    assert not any(module.training or any(p.requires_grad for p in module.parameters()) for module in held)
+    frozen = [module for name in names[:3] for module in model.layers()[name]]
+    assert not any(module.training or any(p.requires_grad for p in module.parameters()) for module in frozen)
     assert all(p.requires_grad for p in model.layers()["stages.2"][0].parameters())
     assert model.layers()["stages.2"][0].training
     model.freeze("backbone")
@@ -165,7 +165,7 @@ def test_freezing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["efficientnet-b0", "resnet50", "densenet201"])
-def test_folding_leaves_the_logits(name: str) -> None:
+def test_folding_keeps_the_logits(name: str) -> None:
     torch.manual_seed(0)
     model = create_model(name, 5, 32, output_stride=32, kernels="torch").eval()
     for norm in batch_norms(model):
@@ -178,5 +178,5 @@ def test_folding_leaves_the_logits(name: str) -> None:
         before = model(images)
         fold_batch_norms(model)
         torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4)
-    # DenseNet's first BatchNorm of a layer, those of its transitions and its last come before a convolution or none.
+    # In DenseNet, the first BatchNorm of a layer, of a transition and the last of all do not follow a convolution.
     assert len(batch_norms(model)) == (98 + 3 + 1 if name == "densenet201" else 0) < count

@@ -1,7 +1,7 @@
 """Weights of other libraries give the logits that those libraries' networks give.
 
-EfficientNet-PyTorch runs here. Of torchvision and timm the names and shapes of every tensor are kept in golden files,
-and the networks are written out below as plain convolutions that read the tensors by those names.
+EfficientNet-PyTorch is installed. For torchvision and timm, golden files hold the names and shapes of all tensors, and
+`plain_networks` holds the networks as plain convolutions that read the tensors by those names.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_logits_equal_a_plain_network(tmp_path: Path, name: str, suffix: str) ->
 
 
 def settle(norm: torch.nn.Module, inputs: tuple[Tensor]) -> None:
-    """As `Plain.norm` does where it settles."""
+    """Set the statistics as `Plain.norm` does when it settles."""
     var, mean = torch.var_mean(inputs[0], (0, 2, 3))
     norm.running_mean.copy_(mean + 0.1 * torch.randn_like(mean) * var.sqrt())
     norm.running_var.copy_(var.mean() * (torch.rand_like(var) + 0.5))
@@ -89,7 +89,7 @@ def test_half_precision_becomes_float32(tmp_path: Path, dtype: torch.dtype, suff
 
 
 def test_padding_and_eps_of_the_wrong_layout_give_other_logits(tmp_path: Path) -> None:
-    """So the tests above can fail: timm's two kinds differ in nothing else."""
+    """Padding and eps are the only difference between timm's two layouts, and the tests above can see it."""
     images = torch.randn(2, 3, 64, 64)
     state = settled(CASES["timm-b0"], images)
     for tf in (False, True):
@@ -109,19 +109,19 @@ def test_padding_and_eps_of_the_wrong_layout_give_other_logits(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("model", "eps"), [("efficientnet-b0", 1e-5), ("efficientnet-b4", 1e-5), ("efficientnet-b5", 1e-3)]
 )
-def test_torchvisions_eps_goes_with_the_variant(tmp_path: Path, model: str, eps: float) -> None:
+def test_torchvision_eps_by_variant(tmp_path: Path, model: str, eps: float) -> None:
     weights = read_weights(write(tmp_path / "w.pth", {"features.0.0.weight": torch.zeros(1)}))
     assert weights.bn_eps(model) == eps
 
 
 @pytest.mark.parametrize("layout", ["auto", "effnet-fast", "torchvision"])
-def test_a_reference_models_eps_is_torchs_default_in_any_layout(tmp_path: Path, layout: str) -> None:
+def test_reference_models_have_torchs_eps_in_any_layout(tmp_path: Path, layout: str) -> None:
     path = write(tmp_path / "w.pth", random_state(golden("torchvision_resnet50")))
     model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path, pretrained_layout=layout)
     assert model.architecture.bn_eps == 1e-5
 
 
-def test_an_unknown_layout_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+def test_unknown_layout(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'tf'.*choose one of auto, effnet-fast, torchvision, timm, timm-tf, eff"):
         read_weights(write(tmp_path / "w.pth", {"conv_stem.weight": torch.zeros(1)}), "tf")
 
@@ -131,8 +131,8 @@ def timm_file(path: Path) -> Path:
     return write(path, {"conv_stem.weight": torch.zeros(1)})
 
 
-def test_which_of_timms_two_is_told_by_what_is_known_of_the_file(tmp_path: Path, capsys) -> None:
-    told = {
+def test_timms_layout_by_config_trainer_and_names(tmp_path: Path, capsys) -> None:
+    paddings = {
         timm_file(tmp_path / "efficientnet_b0_ra-3dd342df.pth"): "symmetric",
         timm_file(tmp_path / "tf_efficientnet_b0_aa-827b6e33.pth"): "same",
         timm_file(tmp_path / "models--timm--tf_efficientnet_b0.ns_jft_in1k" / "model.safetensors"): "same",
@@ -140,11 +140,11 @@ def test_which_of_timms_two_is_told_by_what_is_known_of_the_file(tmp_path: Path,
     beside = timm_file(tmp_path / "hub" / "model.safetensors")
     config = {"architecture": "tf_efficientnet_b0", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.4] * 3}}
     (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
-    told[beside] = "same"
+    paddings[beside] = "same"
     trainer = tmp_path / "model_best.pth.tar"
     torch.save({"arch": "efficientnet_b0", "state_dict": {"module.conv_stem.weight": torch.zeros(1)}}, trainer)
-    told[trainer] = "symmetric"
-    for path, padding in told.items():
+    paddings[trainer] = "symmetric"
+    for path, padding in paddings.items():
         assert read_weights(path).padding == padding, path
     assert read_weights(beside).mean == (0.5, 0.5, 0.5)
     unknown = timm_file(tmp_path / "unknown.pth")
@@ -153,17 +153,17 @@ def test_which_of_timms_two_is_told_by_what_is_known_of_the_file(tmp_path: Path,
     assert read_weights(unknown, "timm-tf").padding == "same"
 
 
-def test_the_nearest_name_says_which_of_timms_two(tmp_path: Path) -> None:
-    told = {
+def test_timms_layout_by_the_nearest_name(tmp_path: Path) -> None:
+    paddings = {
         "tf_efficientnet_b0/efficientnet_b0.pth": "symmetric",
         "efficientnet_b0/tf_efficientnet_b0.pth": "same",
         "tf_efficientnet_b0/efficientnet_b0/w.pth": "symmetric",
-        "tf_efficientnet_b0/efficientnet_b0-or-tf_efficientnet_b0.pth": "same",  # names both, so its folder says
+        "tf_efficientnet_b0/efficientnet_b0-or-tf_efficientnet_b0.pth": "same",  # ambiguous, so the folder decides
     }
-    for name, padding in told.items():
+    for name, padding in paddings.items():
         assert read_weights(timm_file(tmp_path / name)).padding == padding, name
     trainer = tmp_path / "tf_efficientnet_b0" / "trainer.pth"
-    torch.save({"arch": "efficientnet", "state_dict": {"conv_stem.weight": torch.zeros(1)}}, trainer)  # of no name
+    torch.save({"arch": "efficientnet", "state_dict": {"conv_stem.weight": torch.zeros(1)}}, trainer)  # names no layout
     assert read_weights(trainer).padding == "same"
     (trainer.parent / "config.json").write_text(json.dumps({"architecture": "efficientnet_b0"}))
     assert read_weights(trainer).padding == "symmetric"
@@ -180,10 +180,10 @@ def test_the_nearest_name_says_which_of_timms_two(tmp_path: Path) -> None:
         ("tf_efficientnet_b0_apart.pth", False),
         ("efficientnet_b0_ra-3dd342df.pth", False),
         ("efficientnet-b0-355c32eb.pth", False),
-        ("tf_efficientnet_b0_ap/tf_efficientnet_b0_ns.pth", False),  # the nearest name
+        ("tf_efficientnet_b0_ap/tf_efficientnet_b0_ns.pth", False),  # the nearest name decides
     ],
 )
-def test_the_name_says_which_weights_saw_pixels_from_minus_1_to_1(tmp_path: Path, name: str, centred: bool) -> None:
+def test_normalisation_by_name(tmp_path: Path, name: str, centred: bool) -> None:
     sign = "_conv_stem.weight" if "efficientnet-b" in name else "conv_stem.weight"
     (tmp_path / name).parent.mkdir(exist_ok=True)
     weights = read_weights(write(tmp_path / name, {sign: torch.zeros(1)}))
@@ -191,16 +191,16 @@ def test_the_name_says_which_weights_saw_pixels_from_minus_1_to_1(tmp_path: Path
     assert (weights.mean, weights.std) == ((half, half) if centred else (IMAGENET_MEAN, IMAGENET_STD))
 
 
-def test_mean_and_std_of_the_trainer_win_over_the_name(tmp_path: Path) -> None:
+def test_mean_and_std_of_config_json_override_the_name(tmp_path: Path) -> None:
     path = timm_file(tmp_path / "tf_efficientnet_b0_ap.pth")
-    told = {"architecture": "tf_efficientnet_b0_ap", "pretrained_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}}
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    config = {"architecture": "tf_efficientnet_b0_ap", "pretrained_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     weights = read_weights(path)
     assert (weights.mean, weights.std) == ((0.4,) * 3, (0.2,) * 3)
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("fields", "message"),
     [
         ({"architecture": 5}, "architecture must be a name, not 5"),
         ({"pretrained_cfg": "x"}, "pretrained_cfg must hold mean and std, not be 'x'"),
@@ -213,10 +213,10 @@ def test_mean_and_std_of_the_trainer_win_over_the_name(tmp_path: Path) -> None:
         ({"std": [0.2, 0.2, -0.2]}, "std must be three positive numbers"),
     ],
 )
-def test_impossible_values_in_timms_config_are_told_with_the_field(tmp_path: Path, told: dict, words: str) -> None:
+def test_invalid_fields_of_config_json(tmp_path: Path, fields: dict, message: str) -> None:
     path = timm_file(tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "efficientnet_b0"} | told))
-    with pytest.raises(ValueError, match=rf"config\.json: {words}"):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "efficientnet_b0"} | fields))
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
         read_weights(path)
 
 
@@ -224,21 +224,21 @@ def test_impossible_values_in_timms_config_are_told_with_the_field(tmp_path: Pat
     "content",
     ["[]", "5", "torn {", "\xff", '{"mean": 0.5}', '{"architecture": "efficientnet_b0", "pretrained_cfg": null}'],
 )
-def test_a_config_of_others_or_without_mean_and_std_leaves_imagenets(tmp_path: Path, content: str) -> None:
+def test_config_json_of_other_libraries_is_ignored(tmp_path: Path, content: str) -> None:
     path = timm_file(tmp_path / "efficientnet_b0.safetensors")
     (tmp_path / "config.json").write_text(content, "latin-1")
     assert read_weights(path).mean == IMAGENET_MEAN
 
 
-def test_timms_older_config_has_mean_and_std_beside_the_architecture(tmp_path: Path) -> None:
+def test_older_config_json(tmp_path: Path) -> None:
     path = timm_file(tmp_path / "model.safetensors")
-    told = {"architecture": "efficientnet_b0", "mean": [0.5] * 3, "std": [1, 1, 1]}
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    config = {"architecture": "efficientnet_b0", "mean": [0.5] * 3, "std": [1, 1, 1]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert (read_weights(path).mean, read_weights(path).std) == ((0.5,) * 3, (1,) * 3)
 
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict", "net"])
-def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapper: str | None) -> None:
+def test_wrappers_and_old_densenet_names(tmp_path: Path, wrapper: str | None) -> None:
     state = random_state(golden("torchvision_densenet201"))
     old = {re.sub(r"(denselayer\d+\.(norm|conv))([12])", r"\1.\3", key): value for key, value in state.items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
@@ -252,8 +252,8 @@ def test_a_densenet_of_the_first_days_and_wrappers(tmp_path: Path, wrapper: str 
 @pytest.mark.parametrize(
     ("average", "raw"), [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("ema_state_dict", "state_dict")]
 )
-def test_a_trainers_moving_average_is_taken_and_that_is_said(tmp_path: Path, capsys, average: str, raw: str) -> None:
-    """As timm's and torchvision's trainers save it, with their arguments."""
+def test_moving_average_of_a_trainer(tmp_path: Path, capsys, average: str, raw: str) -> None:
+    """Files as timm's and torchvision's trainers save them, with their arguments."""
     state = random_state(golden("torchvision_resnet50"))
     averaged = {f"module.{name}": tensor + 1 for name, tensor in state.items()} | {"n_averaged": torch.tensor(3)}
     path, arguments = tmp_path / "w.pth", argparse.Namespace(ema=True)
@@ -291,7 +291,7 @@ def test_numpy_scalars_of_numpy_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["model.", "net.", "model._orig_mod.", "module.backbone."])
-def test_the_attribute_that_holds_the_network_is_dropped(tmp_path: Path, prefix: str) -> None:
+def test_prefix_of_a_lightning_module(tmp_path: Path, prefix: str) -> None:
     """As a LightningModule saves it, with its other tensors and settings."""
     state = random_state(golden("torchvision_resnet50"))
     wrapped = {f"{prefix}{name}": tensor for name, tensor in state.items()} | {"loss.weight": torch.ones(2)}
@@ -301,25 +301,25 @@ def test_the_attribute_that_holds_the_network_is_dropped(tmp_path: Path, prefix:
     assert weights.tensors.keys() == expected | {"loss.weight"}
 
 
-def test_two_networks_in_one_file_are_refused(tmp_path: Path) -> None:
+def test_two_networks_in_one_file(tmp_path: Path) -> None:
     path = write(tmp_path / "w.pth", {f"{name}.conv_stem.weight": torch.zeros(1) for name in ("student", "teacher")})
     with pytest.raises(ValueError, match=r"holds several networks \(student\., teacher\.\): save one"):
         read_weights(path)
 
 
-def test_a_head_of_another_size_stays_new_and_that_is_said(tmp_path: Path, capsys) -> None:
+def test_head_of_another_size_is_replaced(tmp_path: Path, capsys) -> None:
     state = random_state(golden("torchvision_efficientnet_b0"))
     path = write(tmp_path / "w.pth", state)
     model = create_model("efficientnet-b0", 10, 64, pretrained=path)
-    said = capsys.readouterr().err
-    assert "its head of 1000 classes is replaced by a new one of 10" in said
-    assert "torchvision's names; symmetric padding, BatchNorm eps 1e-05\n" in said
-    assert "images normalised with mean 0.485 0.456 0.406 and std 0.229 0.224 0.225\n" in said
+    stderr = capsys.readouterr().err
+    assert "its head of 1000 classes is replaced by a new one of 10" in stderr
+    assert "torchvision's names; symmetric padding, BatchNorm eps 1e-05\n" in stderr
+    assert "images normalised with mean 0.485 0.456 0.406 and std 0.229 0.224 0.225\n" in stderr
     assert model.classifier.weight.shape == (10, 1280)
     assert torch.equal(model.head.conv.weight, state["features.8.0.weight"])
 
 
-def test_what_does_not_match_is_listed_and_refused_unless_allowed(tmp_path: Path, capsys) -> None:
+def test_unmatched_tensors(tmp_path: Path, capsys) -> None:
     state = random_state(golden("timm_efficientnet_b0"))
     del state["conv_head.weight"]
     state["blocks.0.0.conv_pw.weight"] = torch.zeros(3, 3, 1, 1)
@@ -329,47 +329,47 @@ def test_what_does_not_match_is_listed_and_refused_unless_allowed(tmp_path: Path
     path = write(tmp_path / "efficientnet_b0.pth", state)
     with pytest.raises(ValueError, match="does not fit this EfficientNet") as refused:
         create_model("efficientnet-b0", 1000, 64, pretrained=path)
-    for words in (
+    for message in (
         "1 missing (conv_head.weight)",
         "1 unexpected (extra.weight)",
         "1 mis-shaped (blocks.0.0.conv_pw.weight)",
         "2 not finite floating-point numbers (bn1.weight, bn1.bias)",
         "--allow_unmatched",
     ):
-        assert words in str(refused.value)
+        assert message in str(refused.value)
     model = create_model("efficientnet-b0", 1000, 64, pretrained=path, allow_unmatched=True)
     assert torch.equal(model.stem.conv.weight, state["conv_stem.weight"])
-    said = capsys.readouterr().err
-    for words in (
+    stderr = capsys.readouterr().err
+    for message in (
         "missing: conv_head.weight",
         "unexpected: extra.weight",
         "mis-shaped: blocks.0",
     ):
-        assert words in said
+        assert message in stderr
 
 
 @pytest.mark.parametrize("model", ["efficientnet-b1", "resnet50"])
-def test_weights_of_another_model_are_refused(tmp_path: Path, model: str) -> None:
+def test_weights_of_another_model(tmp_path: Path, model: str) -> None:
     path = write(tmp_path / "w.pth", random_state(golden("torchvision_efficientnet_b0")))
     with pytest.raises(ValueError, match="does not fit this"):
         create_model(model, 1000, 64, output_stride=32, pretrained=path, allow_unmatched=False)
 
 
 @pytest.mark.parametrize("file", ["efficientnet_b0.pth", "tf_efficientnet_b0.pth"])
-def test_an_efficientnets_weights_never_go_into_a_reference_model(tmp_path: Path, file: str) -> None:
-    """Not even timm's classifier.bias into DenseNet's, which has its name and shape."""
+def test_efficientnet_weights_in_a_reference_model(tmp_path: Path, file: str) -> None:
+    """Not even timm's classifier.bias, which has the name and shape of DenseNet's."""
     path = write(tmp_path / file, random_state(golden("timm_efficientnet_b0")))
     with pytest.raises(ValueError, match=r"holds an EfficientNet's weights .* does not fit this DenseNet: "):
         create_model("densenet201", 1000, 64, output_stride=32, pretrained=path, allow_unmatched=True)
 
 
-def test_published_weights_do_not_fit_the_small_stem(tmp_path: Path) -> None:
+def test_published_weights_in_a_small_stem(tmp_path: Path) -> None:
     path = write(tmp_path / "w.pth", random_state(golden("torchvision_resnet50")))
     with pytest.raises(ValueError, match=r"1 mis-shaped \(conv1.weight\).*--output_stride 32"):
         create_model("resnet50", 1000, 32, pretrained=path)
 
 
-def test_an_explicit_padding_or_eps_wins(tmp_path: Path) -> None:
+def test_explicit_padding_and_eps(tmp_path: Path) -> None:
     path = write(tmp_path / "w.pth", random_state(golden("torchvision_efficientnet_b0")))
     model = create_model("efficientnet-b0", 1000, 64, pretrained=path, padding="same", bn_eps=1e-4)
     assert (model.architecture.padding, model.architecture.bn_eps) == ("same", 1e-4)
@@ -380,7 +380,7 @@ class Code:
         return print, ("this must not run",)
 
 
-def test_files_that_are_no_weights(tmp_path: Path, capsys) -> None:
+def test_files_without_weights(tmp_path: Path, capsys) -> None:
     torch.save({"state_dict": Code()}, tmp_path / "code.pth")
     (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 torn")
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\x00")
@@ -395,8 +395,8 @@ def test_files_that_are_no_weights(tmp_path: Path, capsys) -> None:
         "numbered.pth": "holds no state dict",
         "foreign.pth": "no known layout",
     }
-    for name, words in expected.items():
-        with pytest.raises(ValueError, match=words):
+    for name, message in expected.items():
+        with pytest.raises(ValueError, match=message):
             read_weights(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         read_weights(tmp_path / "nowhere.pth")
@@ -420,59 +420,62 @@ CHANGES = [
 ]
 
 
-def without(told: dict, *names: str) -> dict:
-    return {name: value for name, value in told.items() if name not in names}
+def without(state: dict, *names: str) -> dict:
+    return {name: value for name, value in state.items() if name not in names}
 
 
-def test_of_a_run_the_moving_average_is_taken(tmp_path: Path) -> None:
+def test_moving_average_of_a_run(tmp_path: Path) -> None:
     torch.save(OWN | {"ema": {"stem.conv.weight": torch.ones(1)}}, tmp_path / "last.pt")
     weights = read_weights(tmp_path / "last.pt")
     assert (weights.tensors["stem.conv.weight"].item(), weights.average) == (1, "ema")
 
 
 @pytest.mark.parametrize(
-    ("state", "words"),
+    ("state", "message"),
     [
         *((without(OWN, name), f"it lacks {name};") for name in ("model", "ema", "classes", "mean", "std")),
         (without(OWN, "model", "std"), "it lacks model, std;"),
-        *((OWN | change, words) for change, words in [*CHANGES, ({"model": 5}, "no state"), ({"ema": 5}, "no state")]),
+        *(
+            (OWN | change, message)
+            for change, message in [*CHANGES, ({"model": 5}, "no state"), ({"ema": 5}, "no state")]
+        ),
     ],
 )
-def test_a_damaged_checkpoint_of_a_run_is_named_with_what_it_lacks(tmp_path: Path, state: dict, words: str) -> None:
+def test_damaged_checkpoint(tmp_path: Path, state: dict, message: str) -> None:
     path = tmp_path / "last.pt"
     torch.save(OWN, path)
     assert (read_weights(path).padding, read_weights(path).mean) == ("same", (0.5,) * 3)
     torch.save(state, path)
-    with pytest.raises(ValueError, match=rf"last\.pt.* {words}"):
+    with pytest.raises(ValueError, match=rf"last\.pt.* {message}"):
         read_weights(path)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         *(({name: None}, f"it lacks {name};") for name in ("architecture", "classes", "mean", "std", "folded")),
         ({"classes": "torn ["}, "metadata is not what effnet-fast export writes"),
-        *(({name: json.dumps(value) for name, value in change.items()}, words) for change, words in CHANGES),
+        *(({name: json.dumps(value) for name, value in change.items()}, message) for change, message in CHANGES),
     ],
 )
-def test_a_damaged_export_is_named_with_what_it_lacks(tmp_path: Path, change: dict, words: str) -> None:
+def test_damaged_export(tmp_path: Path, change: dict, message: str) -> None:
     path = tmp_path / "model.safetensors"
-    told = without(OWN, "format", "model", "ema") | {"effnet_fast": "1.0", "folded": False}
-    metadata = {name: json.dumps(value) for name, value in told.items()}
+    facts = without(OWN, "format", "model", "ema") | {"effnet_fast": "1.0", "folded": False}
+    metadata = {name: json.dumps(value) for name, value in facts.items()}
     save_file(OWN["model"], path, metadata)
     assert (read_weights(path).padding, read_weights(path).mean) == ("same", (0.5,) * 3)
     save_file(OWN["model"], path, {name: value for name, value in (metadata | change).items() if value is not None})
-    with pytest.raises(ValueError, match=rf"model\.safetensors.* {words}"):
+    with pytest.raises(ValueError, match=rf"model\.safetensors.* {message}"):
         read_weights(path)
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch, name: str) -> None:
+def test_file_without_read_permission(tmp_path: Path, monkeypatch, name: str) -> None:
     path = write(tmp_path / name, {"stem.conv.weight": torch.zeros(1)})
 
     def refuse(self: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "open", refuse)  # as the system does of anyone but root
+    monkeypatch.setattr(Path, "open", refuse)  # as the system does for users other than root
     with pytest.raises(PermissionError, match=f"Permission denied.*{name}"):
         read_weights(path)

@@ -33,8 +33,8 @@ def scaled(name: str, tmp_path: Path, eps: float | None) -> tuple[Network, torch
 @pytest.mark.parametrize("eps", [None, 1e-3, 1e-5])
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_a_plain_network_gives_the_same_logits(tmp_path: Path, name: str, eps: float | None) -> None:
-    """Whatever the model's eps is, the network's own is fixed."""
+def test_logits_equal_a_plain_network(tmp_path: Path, name: str, eps: float | None) -> None:
+    """For any eps of the model; the library's is fixed."""
     model, images = scaled(name, tmp_path, eps)
     foreign = to_foreign(model, LIBRARIES[name])
     expected = model(images)
@@ -53,14 +53,14 @@ def test_a_plain_network_gives_the_same_logits(tmp_path: Path, name: str, eps: f
         ({"padding": "same"}, "torchvision", "torchvision's EfficientNets have no TensorFlow SAME padding: use --layo"),
     ],
 )
-def test_models_that_a_library_cannot_express_are_refused(settings: dict, library: str, message: str) -> None:
+def test_models_that_a_library_lacks(settings: dict, library: str, message: str) -> None:
     model = create_model("efficientnet-b0", **{"output_stride": 32} | settings)
     with pytest.raises(ValueError, match=message):
         to_foreign(model, library)
 
 
 @pytest.mark.parametrize(("width", "depth", "name"), [(1.0, 1.1, "efficientnet_b1"), (2.0, 3.1, "efficientnet_b7")])
-def test_the_published_name_is_found_by_the_shape(width: float, depth: float, name: str) -> None:
+def test_published_name_by_shape(width: float, depth: float, name: str) -> None:
     with torch.device("meta"):
         model = create_model("efficientnet-b0", output_stride=32, width=width, depth=depth)
     assert to_foreign(model, "timm").architecture == name

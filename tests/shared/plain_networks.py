@@ -23,7 +23,7 @@ def golden(name: str) -> dict[str, list[int]]:
 
 
 def random_state(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Random weights, and statistics of BatchNorm that `settle` has yet to fit to them."""
+    """Random weights and BatchNorm statistics; `settled` fits the statistics to images."""
     random = torch.Generator().manual_seed(0)
 
     def draw(name: str, shape: list[int]) -> Tensor:
@@ -41,10 +41,10 @@ def random_state(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
 
 
 class Plain:
-    """Layers by name from a state dict, each written out.
+    """Plain layers that read a state dict by name.
 
-    Where `settles`, BatchNorm's statistics become about those of the batch: without that, signals of a random network
-    vanish or explode on their way. (A channel's own variance could be near zero, which would amplify rounding.)
+    If `settles`, BatchNorm's statistics are set near those of the batch; otherwise the signals of a random network
+    vanish or explode. The variance is the mean over channels: that of one channel can be near zero, which amplifies rounding.
     """
 
     settles = False
@@ -148,7 +148,7 @@ def densenet201(state: dict[str, Tensor], x: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layout: golden names, our model, the plain network, and a file name that tells it where names do not."""
+    """A layout: golden names, our model, the plain network, and a file name that identifies timm's layouts."""
 
     names: str
     model: str
@@ -166,7 +166,7 @@ CASES = {
 
 
 def settled(case: Case, images: Tensor) -> dict[str, Tensor]:
-    """Random weights under a case's names, with statistics that are near those of these images."""
+    """Random weights under a case's names, with statistics near those of the images."""
     torch.manual_seed(0)
     state = random_state(golden(case.names))
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():

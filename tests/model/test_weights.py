@@ -435,10 +435,8 @@ def test_moving_average_of_a_run(tmp_path: Path) -> None:
     [
         *((without(OWN, name), f"it lacks {name};") for name in ("model", "ema", "classes", "mean", "std")),
         (without(OWN, "model", "std"), "it lacks model, std;"),
-        *(
-            (OWN | change, message)
-            for change, message in [*CHANGES, ({"model": 5}, "no state"), ({"ema": 5}, "no state")]
-        ),
+        *((OWN | change, message) for change, message in CHANGES),
+        *((OWN | {name: 5}, "no state") for name in ("model", "ema")),
     ],
 )
 def test_damaged_checkpoint(tmp_path: Path, state: dict, message: str) -> None:

@@ -44,7 +44,8 @@ class Plain:
     """Plain layers that read a state dict by name.
 
     If `settles`, BatchNorm's statistics are set near those of the batch; otherwise the signals of a random network
-    vanish or explode. The variance is the mean over channels: that of one channel can be near zero, which amplifies rounding.
+    vanish or explode. The variance is the mean over channels: that of one channel can be near zero, which
+    amplifies rounding.
     """
 
     settles = False

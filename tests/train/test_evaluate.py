@@ -44,7 +44,7 @@ def test_fewer_than_five_classes():
 
 
 def test_no_images():
-    with pytest.raises(ValueError, match="no image to evaluate on"):
+    with pytest.raises(ValueError, match="no images to evaluate on"):
         evaluate(Echo(), [(torch.eye(2), torch.tensor([-1, -1]))], num_classes=2, **CPU)
 
 

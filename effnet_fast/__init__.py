@@ -9,6 +9,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from effnet_fast import openmp
+
 if TYPE_CHECKING:
     from effnet_fast import explain as explain
     from effnet_fast.model import create_model as create_model
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "create_model", "explain", "list_models", "load", "search", "study"]
+
+openmp.limit_threads()
 
 _HOMES = {
     "create_model": "effnet_fast.model",

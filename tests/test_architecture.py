@@ -14,12 +14,22 @@ PACKAGE, KERNELS = ROOT / "effnet_fast", ROOT / "kernels" / "effnet_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests")
 
-GROUND = {"config", "credentials", "checkpoint", "precision", "distributed", "provenance", "rendezvous", "streams"}
+GROUND = {
+    "config",
+    "credentials",
+    "checkpoint",
+    "precision",
+    "distributed",
+    "provenance",
+    "rendezvous",
+    "streams",
+    "openmp",
+}
 FLOOR = {"model", "data"} | GROUND
 VERBS = {"train", "search", "explain", "report"}
 # What each room may import besides itself; `effnet_fast` is __init__.py.
 MAY_IMPORT = {
-    "effnet_fast": {"model", "explain"},
+    "effnet_fast": {"model", "explain", "openmp"},
     "__main__": {"cli"},
     "cli": {"run"} | GROUND,
     "run": VERBS | FLOOR,

@@ -20,6 +20,7 @@ SMALL = ("--batch-size", "4", "--output-stride", "32")
 
 sys.path.insert(0, str(BENCHMARKS))
 
+import crowd  # noqa: E402
 import harness  # noqa: E402
 import loader  # noqa: E402
 import pointwise  # noqa: E402
@@ -373,6 +374,16 @@ def test_scaling_over_two_ranks(tmp_path):
         assert row["img/s"] == pytest.approx(ranks * row["batch a rank"] / row["ms"] * 1e3)
         assert 0 <= row["communication"] < 1
     assert rows["weak", 2]["efficiency"] == pytest.approx(rows["weak", 2]["img/s"] / (2 * rows["weak", 1]["img/s"]))
+
+
+def test_crowd(tmp_path):
+    out = tmp_path / "crowd.json"
+    words = ["--image-size", "16", "--batch-size", "4", "--seconds", "0.1", "--rounds", "2", "--out", str(out)]
+    crowd.main([*words, "--policies", "1 thread"])
+    (row,) = read(out)["rows"]
+    assert row["policy"] == "1 thread"
+    assert min(float(rate) for rate in row["alone img/s p20 p50 p80"].split()) > 0
+    assert row["together / 1 thread p20 p50 p80"] == "1.00 1.00 1.00"
 
 
 def test_time_to_accuracy(tmp_path, capsys):

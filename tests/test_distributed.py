@@ -25,7 +25,7 @@ def gradients(folder, kernels):
         path = folder / f"{ranks}.pt"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         # On the CPU, also where there is a GPU and conftest.py leaves the interpreter off.
-        environment = os.environ | ({"TRITON_INTERPRET": "1"} if kernels == "triton" else {})
+        environment = os.environ | {"TRITON_INTERPRET": "1" if kernels == "triton" else "0"}
         command = [*torchrun, str(WORKER), str(path), kernels]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -33,7 +33,7 @@ def gradients(folder, kernels):
     return found
 
 
-@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernels", ["torch", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_gradients_and_statistics_of_one(tmp_path, kernels):
     """In training mode: BatchNorm's statistics are of the whole batch. float64 shows the mathematics alone."""
     if kernels == "triton":

@@ -14,7 +14,7 @@ from effnet_fast.config import LoaderName, TrainConfig
 from effnet_fast.data.choose_loader import choose_loader
 from effnet_fast.distributed import World
 from effnet_fast.model import scaling, variant
-from effnet_fast.model.blocks import Kernels
+from effnet_fast.model.blocks import Kernels, kernels_in_use
 from effnet_fast.run.verdicts import works
 
 # On 2 CPU cores, compiling B0's training step took 97 s. It then ran 1.17 times as fast at output stride 8 (p20 1.04,
@@ -79,7 +79,9 @@ def resolve_step(config: TrainConfig, world: World, output_stride: int, images: 
         ValueError: `--step graph` without CUDA, with several ranks, or with apex's optimizers.
     """
     if config.step == "auto":
-        return compiling_pays(world.device, output_stride, images), _graph_works(config, world)
+        # The C++ kernels leave little to compile.
+        eager = world.device.type == "cpu" and kernels_in_use(config.kernels, world.device) == "cpp"
+        return not eager and compiling_pays(world.device, output_stride, images), _graph_works(config, world)
     if config.step == "graph":
         _check_graph(config, world)
     return config.step in ("compile", "graph"), config.step == "graph"

@@ -328,6 +328,7 @@ def _(dy, x, stats, weight, bias, sample_scale, activation, sync):
 
 
 def _setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # autograd would write zeros for every saved output
     x, weight, bias, residual, sample_scale, ctx.activation, _, ctx.sync = inputs
     ctx.has_residual = residual is not None
     ctx.save_for_backward(x, output[1], weight, bias, sample_scale)

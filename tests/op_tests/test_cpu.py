@@ -11,6 +11,8 @@ from op_cases import CASES, OPS, TOLERANCE, Case, compare, make_inputs, relative
 from test_model import assert_as_good, images, narrow, step
 from test_registration import RANK
 
+from command_line import run as run_cli
+from effnet_fast import checkpoint
 from effnet_fast.model.blocks import MBConv, Style
 from effnet_kernels import launch
 from effnet_kernels.cpu import build
@@ -245,6 +247,21 @@ def test_auto_takes_them(monkeypatch):
         launch.use_kernels("cpp", x.double())
     monkeypatch.setattr(build, "library", lambda: None)
     assert not launch.use_kernels("auto", x)
+
+
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
+    line = (
+        "train --dataset synthetic --output_stride 16 --limit_train 64 --limit_eval 16 --batch_size 16 --num_epochs 2 "
+        "--width 0.25 --depth 0.3 --ema_decay 0.9 --loader resident --num_workers 1 --device cpu --kernels cpp "
+        f"--save_dir {tmp_path}"
+    )
+    run_cli(f"{line} --run_name whole")
+    run_cli(f"{line} --run_name halves --time_budget 0.001")
+    assert not checkpoint.load(tmp_path / "halves" / "last.pt")["progress"]["finished"]
+    run_cli(f"{line} --run_name halves")
+    whole, halves = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "halves"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, halves[part][name]) for name, value in whole[part].items())
 
 
 def test_statistics_over_two_ranks(tmp_path):

@@ -1,4 +1,4 @@
-"""Run under torchrun with a path and `torch` or `triton`: one backward pass on this rank's part of a fixed batch.
+"""Run under torchrun with a path and `torch`, `cpp` or `triton`: one backward pass on this rank's part of a batch.
 
 Rank 0 saves gradients and statistics: of EfficientNet-B0 on PyTorch's operators in two types, or of a narrow model on
 the kernels in float32, which Triton's interpreter can do in a minute.
@@ -40,7 +40,7 @@ if sys.argv[2] == "torch":
         str(t).removeprefix("torch."): gradients(world, B0, "torch", 64, t) for t in (torch.float64, torch.float32)
     }
 else:
-    result = {"float32": gradients(world, NARROW, "triton", 16, torch.float32)}
+    result = {"float32": gradients(world, NARROW, sys.argv[2], 16, torch.float32)}
 if world.is_main:
     torch.save(result, sys.argv[1])
 distributed.shutdown()

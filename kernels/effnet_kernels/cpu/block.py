@@ -146,6 +146,7 @@ def _(dy, x, expand, conv, se, project, saved, sample_scale, residual, stride, p
 
 
 def _setup(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # autograd would write zeros for every saved output
     x, expand, conv, se, project, sample_scale, ctx.residual, ctx.stride, ctx.padding, _, ctx.sync = inputs
     ctx.expanded = bool(expand)
     ctx.save_for_backward(x, sample_scale, *expand, *conv, *se, *project, *output[1:])

@@ -165,7 +165,7 @@ inline Tensor huge(Tensor x) {
   constexpr uintptr_t PAGE = 2 << 20;
   const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
   const auto first = (begin + PAGE - 1) / PAGE * PAGE, last = (begin + x.nbytes()) / PAGE * PAGE;
-  if (last > first + 8 * PAGE) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return x;
 }

@@ -39,12 +39,12 @@ class ArraySplit:
 
 
 class ImageFile(NamedTuple):
-    """An image file, and what its examination found out about it.
+    """An image file, and the results of its examination.
 
     Attributes:
         path: the file.
         orientation: how to turn it upright, 1 to 8; see orientation.py.
-        plain: whether every decoder reads it alike: a JPEG or PNG without oddities. Others are decoded by Pillow.
+        plain: whether DALI decodes it as Pillow does: a JPEG or PNG without defects. Pillow decodes all others.
     """
 
     path: Path

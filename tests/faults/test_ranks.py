@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command_line import at_step
 from effnet_fast import provenance
 from effnet_fast.config import TrainConfig
 from effnet_fast.data.loader import Shard
@@ -136,7 +137,9 @@ def test_four_ranks_two_ranks_four_ranks(runs, free_port):
     flags = "--num_epochs 60 --save_every_steps 3 --sync_batchnorm false --hang_timeout 30"
 
     def agent(is_host):
-        return runs.agent("elastic", flags, ranks=2, endpoint=f"127.0.0.1:{free_port}", is_host=is_host)
+        # Two ranks alone go slowly, so that the others join before the end.
+        slow = at_step(40, "crawl 2")
+        return runs.agent("elastic", flags, ranks=2, endpoint=f"127.0.0.1:{free_port}", is_host=is_host, **slow)
 
     stays, goes = agent(is_host=True), agent(is_host=False)
     stays.wait_for("on 4 x cpu")

@@ -18,7 +18,10 @@ def run(line: str, expected: int = 0) -> None:
 
 
 def at_step(number: int, action: str | int) -> dict[str, str]:
-    """Environment in which training holds ("hold") or gets a signal before a step; see at_step/sitecustomize.py."""
+    """Environment in which training does something before a step: "hold", "crawl RANKS" or a signal.
+
+    See at_step/sitecustomize.py.
+    """
     folders = [str(Path(__file__).with_name("at_step")), *filter(None, [os.environ.get("PYTHONPATH")])]
-    what = action if action == "hold" else int(action)
+    what = action if isinstance(action, str) else int(action)
     return {"AT_STEP": f"{number} {what}", "PYTHONPATH": os.pathsep.join(folders)}

@@ -42,7 +42,7 @@ MAY_IMPORT = {
 }
 # Slow to import, so imported only in the functions that need them.
 HEAVY = {"triton", "nvidia", "captum", "optuna", "apex", "amp_C"}
-BUILDERS = {"create_model", "from_description", "load_dataset", "make_loader"}
+BUILDERS = {"create_model", "model_from_options", "from_description", "load_dataset", "make_loader"}
 BUILT = {"EfficientNet", "ResNet", "DenseNet", "Loader", "DaliLoader", "ResidentLoader", "TorchLoader"}
 
 

@@ -5,11 +5,11 @@ from effnet_fast.model.features import FeaturePyramid
 from effnet_fast.model.network import Network, batch_norms
 from effnet_fast.model.zoo import (
     ModelOptions,
-    build_model,
     create_model,
     default_output_stride,
     from_description,
     list_models,
+    model_from_options,
     model_name,
     variant,
 )
@@ -21,11 +21,11 @@ __all__ = [
     "ModelOptions",
     "Network",
     "batch_norms",
-    "build_model",
     "create_model",
     "default_output_stride",
     "from_description",
     "list_models",
+    "model_from_options",
     "model_name",
     "recompute_blocks",
     "variant",

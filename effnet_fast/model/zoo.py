@@ -155,7 +155,7 @@ def create_model(
     """
     if isinstance(pretrained, str | Path):
         pretrained = read_weights(Path(pretrained), pretrained_layout)
-    model = build_model(
+    model = model_from_options(
         ModelOptions(name, num_classes, image_size, output_stride, **options), pretrained, allow_unmatched
     )
     if features_only:
@@ -165,7 +165,7 @@ def create_model(
     return model
 
 
-def build_model(options: ModelOptions, weights: Weights | None = None, allow_unmatched: bool = False) -> Network:
+def model_from_options(options: ModelOptions, weights: Weights | None = None, allow_unmatched: bool = False) -> Network:
     """Build the model that the options describe, and load weights into it; see `create_model`."""
     key = model_name(options.name)
     if options.num_classes < 1:

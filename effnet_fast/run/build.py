@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.loader import Loader, LoaderSpec
-from effnet_fast.model import Network, batch_norms, create_model, from_description, recompute_blocks
+from effnet_fast.model import ModelOptions, Network, batch_norms, from_description, model_from_options, recompute_blocks
 from effnet_fast.run.plan import Plan
 from effnet_fast.run.rank_check import about_model, agree
 from effnet_fast.run.resolve import compile_model, loader_dtype, set_backends, worker_count
@@ -110,7 +110,7 @@ def _check_batch_norm(plan: Plan, model: Network) -> None:
 
 def _new_model(plan: Plan) -> Network:
     config = plan.config
-    return create_model(
+    options = ModelOptions(
         config.model,
         num_classes=len(plan.dataset.classes),
         image_size=plan.image_size,
@@ -120,9 +120,8 @@ def _new_model(plan: Plan) -> Network:
         dropout=config.dropout,
         drop_path=config.drop_path,
         kernels=plan.kernels,
-        pretrained=plan.weights,
-        allow_unmatched=config.allow_unmatched,
     )
+    return model_from_options(options, plan.weights, config.allow_unmatched)
 
 
 def _build_step(plan: Plan, model: Network) -> Step:

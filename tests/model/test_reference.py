@@ -76,9 +76,9 @@ def test_rebuild_from_description(name: str) -> None:
 
 def test_descriptions_without_family_are_efficientnets() -> None:
     model = create_model("efficientnet-b0", width=0.25, depth=0.3)
-    costs = dataclasses.asdict(model.architecture)
-    assert costs.pop("family") == "efficientnet"
-    assert from_description(costs).architecture == model.architecture
+    description = dataclasses.asdict(model.architecture)
+    assert description.pop("family") == "efficientnet"
+    assert from_description(description).architecture == model.architecture
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import doctest
 import pytest
 import torch
 
-from effnet_fast.model import ModelOptions, build_model, create_model, zoo
+from effnet_fast.model import ModelOptions, create_model, model_from_options, zoo
 
 
 def test_docstring_examples() -> None:
@@ -20,7 +20,7 @@ def test_options_and_arguments_build_the_same_model() -> None:
     options = ModelOptions("efficientnet-b0", 10, 40, 16, bn_eps=1e-4, kernels="torch", **changes)  # type: ignore[arg-type]
     models = []
     for build in (
-        lambda: build_model(options),
+        lambda: model_from_options(options),
         lambda: create_model("efficientnet-b0", 10, 40, 16, bn_eps=1e-4, kernels="torch", **changes),
     ):
         torch.manual_seed(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,19 +141,23 @@ def _run(setup: SearchSetup, plan: SearchPlan, train: Callable[[TrainConfig, OnE
 
 def _collect(setup: SearchSetup, plan: SearchPlan, rows: list[Row], trials: list[Row]) -> None:
     """Write the tables of candidates and trials, the pictures and the page."""
+    from effnet_fast.report.search_page import draw_search, draw_trials
+
     tables = {"candidates": rows, "trials": trials, "importances": importances(trials)}
     with setup.locked():
         write_json(setup.folder / "candidates.json", {**tables, "environment": provenance.environment()})
         write_atomically(setup.folder / "candidates.csv", as_csv(rows).encode())
         write_atomically(setup.folder / "trials.csv", as_csv(trials).encode())
         draw_trials(setup.folder)
-        _draw(setup, plan, rows)
+        draw_search(setup.folder, setup.config.name, plan.to_dict(), rows)
     print(as_text([{name: row[name] for name in RESULT_COLUMNS} for row in rows]))
     print(f"in {setup.folder}: candidates.csv, candidates.json, trials.*, feasible.*, pareto.*, search.html")
 
 
 def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> tuple[Choice, list[Row]]:
     """Write chosen.json, family.csv and a recipe for each scaled model that keeps the limits."""
+    from effnet_fast.report.search_page import draw_search
+
     choice = choose(rows)
     best = plan.by_name()[choice.name]
     models = scaled_models(setup, best)
@@ -169,60 +172,10 @@ def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> tuple[Choi
         write_atomically(setup.folder / "family.csv", as_csv(models).encode())
         content = {**dataclasses.asdict(choice), "confidence": choice.confidence, "candidate": dataclasses.asdict(best)}
         write_json(setup.folder / "chosen.json", content)
-        _draw(setup, plan, rows, choice)
+        draw_search(setup.folder, setup.config.name, plan.to_dict(), rows, choice.name, choice.confidence)
     print(f"chosen: alpha {best.alpha:g}, beta {best.beta:g}, gamma {best.gamma:g}; {choice.confidence}")
     print(as_text(models))
     if best.next_phi_exceeds and not all(row["fits"] for row in models):
-        print(f"no recipe from phi = {best.largest_phi + 1} on: there, {best.next_phi_exceeds}")
+        print(f"no recipe from phi = {best.largest_phi + 1} on: {best.next_phi_exceeds}")
     print(f"in {setup.folder}: chosen.json, family.csv, recipes/")
     return choice, models
-
-
-def draw_trials(folder: Path, output: Path | None = None) -> list[Path]:
-    """Draw the trials in a search's candidates.json: history, importances and slices.
-
-    Args:
-        folder: of the search.
-        output: picture to write; None for trials.png and trials.svg in the folder.
-
-    Raises:
-        ValueError: candidates.json is damaged or too old, or the output cannot be written.
-    """
-    from effnet_fast.report.fronts import save_both
-    from effnet_fast.report.picture import save
-    from effnet_fast.report.trial_plots import plot_trials
-
-    path = folder / "candidates.json"
-    try:
-        content = json.loads(path.read_text())
-        figure = plot_trials(content["trials"], content["importances"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has no list of trials: run `effnet-fast search collect` again") from error
-    if output is None:
-        return save_both(figure, folder, "trials")
-    save(figure, output)
-    return [output]
-
-
-def _draw(setup: SearchSetup, plan: SearchPlan, rows: list[Row], choice: Choice | None = None) -> None:
-    """The pictures (PNG, SVG) and the page that embeds them; they mark the choice once there is one."""
-    from effnet_fast.report.fronts import feasible_set, pareto_fronts, save_both
-    from effnet_fast.report.page import render_page
-
-    content = plan.to_dict()
-    chosen = choice.name if choice else None
-    _, feasible = save_both(feasible_set(content["candidates"], content["dropped"], chosen), setup.folder, "feasible")
-    _, fronts = save_both(pareto_fronts(rows, chosen), setup.folder, "pareto")
-    trials = setup.folder / "trials.svg"
-    text = render_page(
-        f"Search {setup.config.name}: accuracy on held-out images",
-        rows,
-        {
-            "Accuracy against cost": fronts,
-            **({"Trials": trials} if trials.exists() else {}),
-            "Feasible factors": feasible,
-        },
-        f"Chosen: {choice.name}; {choice.confidence}." if choice else "No candidate has been chosen yet.",
-        chosen,
-    )
-    write_atomically(setup.folder / "search.html", text.encode())

@@ -21,7 +21,7 @@ def plot(config: PlotConfig) -> int:
 
     runs = [Path(run) for run in config.runs]
     if len(runs) == 1 and (runs[0] / "candidates.json").is_file():
-        from effnet_fast.run.search import draw_trials
+        from effnet_fast.report.search_page import draw_trials
 
         for path in draw_trials(runs[0], Path(config.output) if config.output else None):
             print(f"written: {path}")

@@ -159,15 +159,15 @@ def plan_search(family: Family, points: Iterable[Factors], limits: Limits, workl
     """
     _check_baseline(family, limits)
     groups = _group_by_model(family, points)
-    kept, dropped = [], []
+    candidates, dropped = [], []
     for factors, others in groups:
         if exceeded := limits.exceeded(family, Scale(*factors)):
             dropped.append(Dropped(*factors, reason=f"at phi = 1, {_list_exceeded(exceeded)}"))
         else:
-            kept.append(_candidate(family, factors, others, limits, workload))
-    if not kept:
+            candidates.append(_candidate(family, factors, others, limits, workload))
+    if not candidates:
         raise ValueError(_explain_none_fits(family, [factors for factors, _ in groups], limits))
-    return SearchPlan(kept, dropped)
+    return SearchPlan(candidates, dropped)
 
 
 def _group_by_model(family: Family, points: Iterable[Factors]) -> list[tuple[Factors, list[Factors]]]:

@@ -147,7 +147,9 @@ class Trials:
         if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna expects heartbeats from Study.optimize; `held` sends them here
+            warnings.simplefilter(
+                "ignore"
+            )  # Optuna expects heartbeats from Study.optimize; `renewing` sends them instead
             return self.study.ask(
                 {
                     **dict.fromkeys(("alpha", "beta", "gamma"), FloatDistribution(1, MAX_FACTOR)),
@@ -165,7 +167,7 @@ class Trials:
         return None
 
     @contextmanager
-    def held(self, trial: Trial) -> Iterator[threading.Event]:
+    def renewing(self, trial: Trial) -> Iterator[threading.Event]:
         """Renew the claim in a thread; the event is set once another worker has claimed the trial."""
         done, lost = threading.Event(), threading.Event()
 

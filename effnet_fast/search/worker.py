@@ -66,7 +66,7 @@ class Worker:
         """Start or resume a trial and record how it ended; returns 0, or 128 + the signal that stopped it."""
         self.say(f"{task.run}: started")
         try:
-            with self.trials.held(trial) as lost:
+            with self.trials.renewing(trial) as lost:
                 outcome = self._train_logged(task, self._observer(trial, task, lost))
                 if not outcome.finished:
                     self.trials.release(trial)

@@ -64,7 +64,7 @@ def test_claim_expires_unless_renewed(tmp_path, long_lease, storage):
     second.owner = "elsewhere:1"
     first.enqueue(TASKS[:1])
     trial = first.claim()
-    with first.held(trial) as lost:
+    with first.renewing(trial) as lost:
         expire(first, trial)
         while first._is_expired(trial):
             time.sleep(0.05)
@@ -85,7 +85,7 @@ def test_worker_notices_a_lost_claim(tmp_path, long_lease):
     trial = first.claim()
     expire(first, trial)
     assert second.claim() is not None
-    with first.held(trial) as lost:
+    with first.renewing(trial) as lost:
         assert lost.wait()
 
 

@@ -1,10 +1,10 @@
-"""The time below which a training step cannot fall: `python benchmarks/roofline.py [--chip h100] [--measure]`.
+"""A lower bound on the time of a training step: `python benchmarks/roofline.py [--chip h100] [--measure]`.
 
-From the model's shapes alone: the fewest bytes and FLOPs of a step, fused as effnet_kernels fuses (kernels/README.md),
-the time that they take at a chip's copy bandwidth and matrix rate, and the share of it that a measured step reaches.
-Without `--chip` bandwidth and rate are measured here; with it they are the data sheet's, and no GPU is needed.
+Computed from the model's shapes: the least bytes and FLOPs of a step, fused as in effnet_kernels (kernels/README.md),
+their time at a chip's copy bandwidth and matrix rate, and the share of that speed that a measured step reaches. Without
+`--chip` bandwidth and rate are measured here; with it they come from the data sheet, and no GPU is needed.
 
-Passes over maps, forward and backward together, each tensor of N * C * H * W elements once a pass:
+Passes over maps, forward and backward together; a pass reads or writes N * C * H * W elements once:
 - expansion (1x1): x read, e written; de and x read again for the weight, de read for the input, dx written: 3 x + 3 e
 - between the 1x1 convolutions, by the mbconv op: 7 e + 10 d; without expansion 3 e + 10 d
 - projection (1x1): 3 d + 3 p; its BatchNorm, with the residual: 8 p, and 1 p more
@@ -36,7 +36,7 @@ STEM_NORM = 8
 
 @dataclass(frozen=True)
 class Chip:
-    """A data sheet's figures: GB/s of memory, FLOP/s dense in bf16 and in TF32."""
+    """Data-sheet figures: GB/s of memory, dense FLOP/s in bf16 and in TF32."""
 
     bandwidth: float
     bf16: float
@@ -54,19 +54,19 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """The least that a layer's training step moves and computes."""
+    """Least bytes and FLOPs of a layer in a training step."""
 
     name: str
     bytes: float
     flops: float
 
     def seconds(self, bandwidth: float, rate: float) -> float:
-        """The longer of moving and computing; they may overlap."""
+        """The longer of memory and arithmetic, which may overlap."""
         return max(self.bytes / (bandwidth * 1e9), self.flops / rate)
 
 
 def layers(model: EfficientNet, case: Case) -> list[Layer]:
-    """The layers of a training step in order, by shapes that a pass without storage tells."""
+    """The layers of a training step in order, from the shapes of a forward pass on the meta device."""
     inside = model.to("meta").train()
     shapes: dict[int, tuple[int, int]] = {}  # of a convolution: values read and written, for the whole batch
 
@@ -127,7 +127,7 @@ def _head(model: EfficientNet, shapes: dict, width: int, batch: int) -> Layer:
 
 
 def rows_of(found: list[Layer], bandwidth: float, rate: float) -> list[dict]:
-    """Per layer and in all: MB, GFLOP, the least microseconds, and what bounds them."""
+    """A row per layer and one for all: MB, GFLOP, least microseconds, and what bounds them."""
     rows = []
     for layer in [*found, Layer("all", sum(x.bytes for x in found), sum(x.flops for x in found))]:
         seconds = layer.seconds(bandwidth, rate) if layer.name != "all" else bound(found, bandwidth, rate)
@@ -145,12 +145,12 @@ def rows_of(found: list[Layer], bandwidth: float, rate: float) -> list[dict]:
 
 
 def bound(found: list[Layer], bandwidth: float, rate: float) -> float:
-    """Least seconds of the step: a layer cannot begin before the one before it, so their times add up."""
+    """Least seconds of the step: layers run one after the other, so their times add up."""
     return sum(layer.seconds(bandwidth, rate) for layer in found)
 
 
 def picture(path: Path, rows: list[dict], title: str) -> None:
-    """Bars: each layer's least time, by what bounds it."""
+    """Draw each layer's least time, coloured by what bounds it."""
     from matplotlib.figure import Figure
 
     rows = rows[:-1]
@@ -170,7 +170,7 @@ def picture(path: Path, rows: list[dict], title: str) -> None:
 
 
 def rates(chip: str | None, dtype: str) -> tuple[str, float, float]:
-    """Where they are from, GB/s, FLOP/s: a data sheet's, or measured here."""
+    """Source, GB/s and FLOP/s: of a data sheet, or measured here."""
     if chip is None:
         return f"measured on this {harness.DEVICE}", harness.copy_bandwidth(), harness.matrix_rate(dtype)
     sheet = CHIPS[chip]
@@ -181,7 +181,7 @@ def main(argv: list[str]) -> None:
     parser = harness.parser(__doc__)
     harness.add_case(parser)
     parser.add_argument("--chip", choices=CHIPS, help="data-sheet figures instead of measured ones")
-    parser.add_argument("--step-ms", type=float, help="a measured step's milliseconds, to tell the share reached")
+    parser.add_argument("--step-ms", type=float, help="milliseconds of a measured step")
     parser.add_argument("--measure", action="store_true", help="measure the step here")
     parser.add_argument("--step", choices=harness.MODES, default="eager", help="mode of the step that is measured")
     parser.add_argument("--picture", type=Path, help="write bars per layer (.png, .svg or .pdf)")

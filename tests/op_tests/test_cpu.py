@@ -270,7 +270,7 @@ def test_statistics_over_two_ranks(tmp_path):
     script.write_text(RANK.replace('"triton"', '"cpp"'))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, Path(__file__).parent], check=True, env=environment, timeout=300)
+    subprocess.run([*command, Path(__file__).parent], check=True, env=environment)
 
 
 SCRIPT = """
@@ -346,5 +346,5 @@ def test_under_sanitizers(tmp_path):
         "TRITON_INTERPRET": "0",
     }
     command = [sys.executable, "-c", SANITIZED, str(Path(__file__).parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1700, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "clean\n", done.stderr[-4000:]

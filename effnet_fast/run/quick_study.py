@@ -34,7 +34,7 @@ def find_or_train(config: CamConfig) -> tuple[Path, int]:
     if folder := newest_study(save_dir):
         print(f"models: the newest study, {folder}")
         return folder, 0
-    settings = StudyConfig(**recipe(), save_dir=str(save_dir), device=config.device)
+    settings = StudyConfig(**recipe(), seed=config.seed or 0, save_dir=str(save_dir), device=config.device)
     print(
         f"no model is given and {save_dir} has no finished study: training five small models on {settings.dataset} "
         f"images (recipe quick-study, about ten minutes on two cores). They are kept in {save_dir / settings.name}; "

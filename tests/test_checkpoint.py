@@ -1,4 +1,4 @@
-"""Checkpoints are written whole or not at all, and reading one runs no code."""
+"""Checkpoints are written atomically, and reading one runs no code."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ def test_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"step": 1})
 
@@ -34,7 +34,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_a_file_system_that_flushes_no_folders_serves(tmp_path, monkeypatch):
+def test_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
     real = os.fsync
 
     def fsync(descriptor):
@@ -48,7 +48,7 @@ def test_a_file_system_that_flushes_no_folders_serves(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("keep", [0, 10, 500])
-def test_a_truncated_file_is_named(tmp_path, keep):
+def test_truncated_file(tmp_path, keep):
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"model": {"w": torch.zeros(1000)}})
     path.write_bytes(path.read_bytes()[:keep])

@@ -1,4 +1,4 @@
-"""The command line: every mistake is one line, every flag users know works as written."""
+"""The command line: known flags, settings files, and mistakes in one line."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def settings(line, verb="train"):
     return cli.parse(cli.VERBS[verb], verb, line.split())
 
 
-def test_the_known_flags_are_the_defaults():
+def test_known_flags_are_the_defaults():
     assert settings(KNOWN) == config.TrainConfig(mixed_precision="bf16")
 
 
@@ -52,13 +52,13 @@ def test_mixed_precision_in_yaml(tmp_path, word, expected):
     assert (read.mixed_precision, read.resume, read.learning_rate) == (expected, "no", 0.2)
 
 
-def test_switches_stand_alone_or_with_a_value():
+def test_switches():
     assert settings("--dry_run --compile --deterministic").dry_run
     assert settings("--compile").step == "compile"
     assert settings("--compile no --sync_batchnorm false") == config.TrainConfig(step="eager", sync_batchnorm=False)
 
 
-def test_printed_config_is_read_back(tmp_path, capsys):
+def test_printed_config_round_trip(tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         cli.main(["train", "--learning_rate", "0.3", "--output_stride", "16", "--print_config"])
     assert done.value.code == 0
@@ -97,12 +97,12 @@ def mistake(capsys, line):
     """Run a command in this process; the one line it says."""
     with pytest.raises(SystemExit) as done:
         cli.main(line.split())
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert done.value.code == 2
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert "Traceback" not in said
-    return said
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert "Traceback" not in printed
+    return printed
 
 
 @pytest.mark.parametrize(
@@ -128,24 +128,24 @@ def mistake(capsys, line):
         ("info --model vgg16", "unknown model"),
     ],
 )
-def test_a_mistake_is_one_line(capsys, line, words):
+def test_mistake_is_one_line(capsys, line, words):
     assert words in mistake(capsys, line)
 
 
-def test_yaml_that_is_none(tmp_path, capsys):
+def test_invalid_yaml(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("learning_rate: [")
     mistake(capsys, f"train --config {tmp_path / 'bad.yaml'}")
     (tmp_path / "unknown.yaml").write_text("learning_speed: 3")
     assert "learning_speed" in mistake(capsys, f"train --config {tmp_path / 'unknown.yaml'}")
 
 
-def test_yaml_that_contains_itself(tmp_path, capsys):
+def test_recursive_yaml(tmp_path, capsys):
     path = tmp_path / "endless.yaml"
     path.write_text("model: &a {b: *a}\n")
     assert "YAML aliases (*name) are not supported" in mistake(capsys, f"train --config {path}")
 
 
-def test_a_missing_package_is_one_line(capsys, monkeypatch):
+def test_missing_package(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert "jsonargparse is not installed, which train needs: pip install jsonargparse" in mistake(capsys, "train")
 
@@ -163,12 +163,12 @@ def test_missing_data_without_network(tmp_path, capsys, monkeypatch):
     assert str(tmp_path) in mistake(capsys, f"train --data_dir {tmp_path}")
 
 
-def test_a_broken_archive(tmp_path, capsys):
+def test_broken_archive(tmp_path, capsys):
     (tmp_path / "cifar-100-python.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
     assert "cifar-100-python.tar.gz" in mistake(capsys, f"train --data_dir {tmp_path}")
 
 
-def test_a_truncated_file_of_an_unpacked_data_set(tmp_path, capsys):
+def test_truncated_data_file(tmp_path, capsys):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     for name in ("train", "test", "meta"):
@@ -178,8 +178,8 @@ def test_a_truncated_file_of_an_unpacked_data_set(tmp_path, capsys):
 
 def test_unwritable_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    said = mistake(capsys, f"train {TINY} --save_dir {tmp_path / 'file'}")
-    assert "choose another --save_dir" in said
+    printed = mistake(capsys, f"train {TINY} --save_dir {tmp_path / 'file'}")
+    assert "choose another --save_dir" in printed
 
 
 def test_full_disk_at_a_checkpoint(tmp_path, capsys, monkeypatch):
@@ -190,25 +190,27 @@ def test_full_disk_at_a_checkpoint(tmp_path, capsys, monkeypatch):
     assert "free some space" in mistake(capsys, f"train {TINY} --save_dir {tmp_path}")
 
 
-def test_a_checkpoint_of_another_architecture(tmp_path, capsys):
+def test_checkpoint_of_another_architecture(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(f"train {TINY} --save_dir {tmp_path} --run_name a".split())
-    said = mistake(capsys, f"train {TINY} --save_dir {tmp_path} --model efficientnet-b1 --resume {tmp_path}/a/last.pt")
-    assert "model was efficientnet-b0, now efficientnet-b1" in said
+    printed = mistake(
+        capsys, f"train {TINY} --save_dir {tmp_path} --model efficientnet-b1 --resume {tmp_path}/a/last.pt"
+    )
+    assert "model was efficientnet-b0, now efficientnet-b1" in printed
 
 
-def test_the_module_runs_as_torchrun_calls_it():
+def test_module_runs():
     command = [sys.executable, "-m", "effnet_fast", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("effnet-fast ")
 
 
-def test_debugging_shows_where(monkeypatch):
+def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("EFFNET_FAST_DEBUG", "1")
     with pytest.raises(ValueError, match="unknown verb"):
         cli.main(["fly"])
 
 
-def test_config_file_of_a_run_is_a_recipe(tmp_path):
+def test_config_of_a_run_is_a_recipe(tmp_path):
     path = tmp_path / "config.yaml"
     import dataclasses
 

@@ -1,4 +1,4 @@
-"""Several ranks compute what one process does: under torchrun on gloo, and one rank of DDP on nccl too."""
+"""Several ranks compute the same as one: under torchrun with gloo, and one DDP rank with nccl."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def gradients(folder, kernels):
 
 @pytest.mark.parametrize("kernels", ["torch", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_gradients_and_statistics_of_one(tmp_path, kernels):
-    """In training mode: BatchNorm's statistics are of the whole batch. float64 shows the mathematics alone."""
+    """In training mode, with BatchNorm statistics of the whole batch. float64 excludes rounding."""
     if kernels == "triton":
         pytest.importorskip("triton")
     found = gradients(tmp_path, kernels)
@@ -74,14 +74,14 @@ def test_one_rank_of_ddp_gives_the_plain_gradients(device, backend):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
-def test_a_failure_of_rank_0_is_told_by_all(monkeypatch):
+def test_failure_of_rank_0_is_raised_on_all_ranks(monkeypatch):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     monkeypatch.setattr(distributed, "gather_objects", lambda mine: ["cannot write", mine])
     with pytest.raises(OSError, match=r"^cannot write$"):
         distributed.on_main(lambda: pytest.fail("only rank 0 does it"))
 
 
-def test_what_rank_0_could_not_write_is_one_error():
+def test_failure_of_rank_0_is_raised_there():
     def work():
         raise PermissionError(13, "Permission denied")
 
@@ -90,7 +90,7 @@ def test_what_rank_0_could_not_write_is_one_error():
     distributed.on_main(lambda: None)
 
 
-def test_a_step_of_slurm_is_a_job_and_torchruns_name_comes_first(monkeypatch):
+def test_name_of_the_launch(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     assert distributed.launch() is None
@@ -109,7 +109,7 @@ def test_a_step_of_slurm_is_a_job_and_torchruns_name_comes_first(monkeypatch):
     [({}, "WORLD_SIZE=2"), ({"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}, "MASTER_ADDR=no.such.host.invalid"),
      ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many")],
 )  # fmt: skip
-def test_ranks_that_do_not_meet_are_one_line(tmp_path, changed, words):
+def test_ranks_that_do_not_connect(tmp_path, changed, words):
     meeting = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"} | changed
     line = f"train --dataset synthetic --limit_train 16 --hang_timeout 1 --device cpu --save_dir {tmp_path}"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Training from the weights of other libraries, with frozen layers and layer-wise rates; training reference models."""
+"""Fine-tuning from weights of other libraries; training of reference models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_fine_tuning_with_a_frozen_part_and_layer_wise_rates(foreign: Path, tmp_path: Path, capsys) -> None:
+def test_freeze_and_layer_decay(foreign: Path, tmp_path: Path, capsys) -> None:
     line = f"{TINY} --pretrained {foreign} --freeze stages.2 --layer_decay 0.5 --save_dir {tmp_path} --run_name tuned"
     run(line)
     assert "its head of 1000 classes is replaced by a new one of 100" in capsys.readouterr().err
@@ -49,19 +49,19 @@ def test_fine_tuning_with_a_frozen_part_and_layer_wise_rates(foreign: Path, tmp_
     assert f"loss {saved['result']['loss']:.4f}" in capsys.readouterr().out
 
 
-def test_from_a_run_of_as_many_classes_the_head_is_kept_and_that_is_said(tmp_path: Path, capsys) -> None:
+def test_head_is_kept_for_as_many_classes(tmp_path: Path, capsys) -> None:
     line = f"{TINY} --width 0.25 --depth 0.3 --save_dir {tmp_path}"
     run(f"{line} --run_name first")
     first = checkpoint.load(tmp_path / "first" / "last.pt")
     capsys.readouterr()
     run(f"{line} --run_name second --pretrained {tmp_path}/first/last.pt --freeze backbone --learning_rate 0")
-    said = capsys.readouterr().err
-    assert f"its head is kept, for its 100 classes: {', '.join(first['classes'][:4])} and 96 more" in said
+    printed = capsys.readouterr().err
+    assert f"its head is kept, for its 100 classes: {', '.join(first['classes'][:4])} and 96 more" in printed
     second = checkpoint.load(tmp_path / "second" / "last.pt")["model"]
     assert torch.equal(second["classifier.weight"], first["model"]["classifier.weight"])
 
 
-def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(foreign: Path, tmp_path: Path) -> None:
+def test_resumed_fine_tuning_has_the_same_bits(foreign: Path, tmp_path: Path) -> None:
     line = f"{TINY} --pretrained {foreign} --freeze backbone --layer_decay 0.7 --save_dir {tmp_path}"
     run(f"{line} --run_name whole")
     run(f"{line} --run_name halves --time_budget 0.001")
@@ -71,9 +71,7 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bits(foreign: Path, tmp_path:
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
-def test_a_fine_tuning_goes_on_as_its_checkpoint_says_not_as_the_weights_now_do(
-    foreign: Path, tmp_path: Path, capsys
-) -> None:
+def test_resuming_ignores_the_weights_file(foreign: Path, tmp_path: Path, capsys) -> None:
     weights = shutil.copy(foreign, tmp_path / "weights.pth")
     line = f"{TINY} --pretrained {weights} --save_dir {tmp_path} --run_name tuned"
     run(f"{line} --time_budget 0.001")
@@ -107,7 +105,7 @@ def test_two_ranks_fine_tune(foreign: Path, tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "ranks" / "last.pt")["progress"]["finished"]
 
 
-def test_the_recipe_is_the_papers_transfer(tmp_path: Path) -> None:
+def test_recipe_follows_the_paper(tmp_path: Path) -> None:
     from importlib import resources
 
     recipe = resources.files("effnet_fast.recipes") / "finetune-cifar100.yaml"
@@ -134,12 +132,12 @@ def test_the_recipe_is_the_papers_transfer(tmp_path: Path) -> None:
 )
 def test_mistakes_are_one_line(capsys, tmp_path: Path, flags: str, words: str) -> None:
     run(f"{TINY} --save_dir {tmp_path} {flags}", expected=2)
-    said = capsys.readouterr().err
-    assert words in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
 
 
-def test_a_layer_that_is_not_there_cannot_be_frozen_up_to(foreign: Path, tmp_path: Path, capsys) -> None:
+def test_freeze_unknown_layer(foreign: Path, tmp_path: Path, capsys) -> None:
     run(f"{TINY} --save_dir {tmp_path} --pretrained {foreign} --freeze stages.9", expected=2)
     assert "\nerror: cannot freeze up to 'stages.9'" in capsys.readouterr().err
 
@@ -160,7 +158,7 @@ def test_reference_models_train_and_evaluate(model: str, tmp_path: Path, capsys)
     assert f"loss {saved['result']['loss']:.4f}" in capsys.readouterr().out
 
 
-def test_info_knows_reference_models(capsys) -> None:
+def test_info_of_a_reference_model(capsys) -> None:
     run("info --model resnet50 --num_classes 100 --json")
     told = json.loads(capsys.readouterr().out)
     assert (told["parameters"], told["output_stride"], told["image_size"]) == (23_705_252, 8, 32)

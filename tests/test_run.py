@@ -1,4 +1,4 @@
-"""Training from end to end on a handful of images: what a run leaves, and how it goes on."""
+"""Whole training runs on a few images: files, messages, resuming."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
     return folder / "done"
 
 
-def test_what_a_run_leaves(finished):
+def test_files_of_a_run(finished):
     names = {path.name for path in finished.iterdir()}
     files = {"config.yaml", "environment.json", "metrics.jsonl", "last.pt", "last-1.pt", "curves.png", ".lock"}
     assert names == files | {"tensorboard"}
@@ -57,7 +57,7 @@ def test_the_checkpoint_is_a_plain_dict(finished):
     assert state["progress"] == {"epoch": 2, "batch": 0, "step": 12, "best": -1.0, "finished": True}
 
 
-def test_a_finished_run_says_so(finished, capsys):
+def test_finished_run_has_nothing_to_do(finished, capsys):
     run(f"{TINY} --save_dir {finished.parent} --run_name done --ema_decay 0.9 --mixup 0.2 --cutmix 1.0")
     assert "is finished; nothing to do" in capsys.readouterr().out
 
@@ -81,31 +81,31 @@ def _with_another_architecture(state):
 @pytest.mark.parametrize(
     "spoil", [_without_a_weight, _with_another_architecture, _with_unknown_progress, _with_an_empty_optimizer]
 )
-def test_a_checkpoint_of_another_version_is_one_line(finished, tmp_path, capsys, spoil):
+def test_checkpoint_of_another_version(finished, tmp_path, capsys, spoil):
     state = checkpoint.load(finished / "last.pt")
     state["progress"]["finished"] = False
     spoil(state)
     checkpoint.save(tmp_path / "other.pt", state)
     flags = f"--save_dir {tmp_path} --run_name new --ema_decay 0.9 --mixup 0.2 --cutmix 1.0"
     run(f"{TINY} {flags} --resume {tmp_path / 'other.pt'}", expected=2)
-    said = capsys.readouterr().err
-    assert f"error: {tmp_path / 'other.pt'} is of another version or incomplete (" in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert f"error: {tmp_path / 'other.pt'} is of another version or incomplete (" in printed
+    assert printed.count("\n") == 1
 
 
-def test_curves_that_cannot_be_drawn_do_not_fail_the_run(tmp_path, capsys):
+def test_failed_curves_are_a_warning(tmp_path, capsys):
     (tmp_path / "one" / "curves.png").mkdir(parents=True)
     run(f"{TINY} --save_dir {tmp_path} --run_name one --num_epochs 1")
     assert "warning: cannot write the picture" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "one" / "last.pt")["progress"]["finished"]
 
 
-def test_another_config_under_the_same_name_is_refused(finished, capsys):
+def test_other_config_under_the_same_name(finished, capsys):
     run(f"{TINY} --save_dir {finished.parent} --run_name done --ema_decay 0.99 --mixup 0.2 --cutmix 1.0", expected=2)
     assert "ema_decay was 0.9, now 0.99" in capsys.readouterr().err
 
 
-def test_eval_writes_its_table_and_picture(finished, capsys, tmp_path):
+def test_eval(finished, capsys, tmp_path):
     line = f"eval --checkpoint {finished}/last.pt --limit_eval 40 --output_dir {tmp_path} --device cpu"
     run(f"{line} --loader resident")
     raw = rows(finished, "eval")[-1]
@@ -115,12 +115,12 @@ def test_eval_writes_its_table_and_picture(finished, capsys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"test-per-class.csv", "test-confusion.png"}
 
 
-def test_eval_refuses_what_the_run_does_not_have(finished, capsys):
+def test_eval_without_held_out_images(finished, capsys):
     run(f"eval --checkpoint {finished}/last.pt --split val", expected=2)
     assert "held out no validation images" in capsys.readouterr().err
 
 
-def test_eval_refuses_data_of_other_classes(finished, tmp_path, capsys):
+def test_eval_with_other_classes(finished, tmp_path, capsys):
     state = checkpoint.load(finished / "last.pt")
     state["classes"] = [f"other {name}" for name in state["classes"]]
     checkpoint.save(tmp_path / "other.pt", state)
@@ -133,7 +133,7 @@ def test_plot_overlays_runs(finished, tmp_path):
     assert (tmp_path / "both.svg").read_text().lstrip().startswith("<?xml")
 
 
-def test_validation_images_choose_the_best_and_the_test_images_are_not_read(tmp_path):
+def test_held_out_images_choose_the_best(tmp_path):
     run(f"{TINY} --save_dir {tmp_path} --run_name val --val_fraction 0.1 --num_epochs 3")
     scores = [row["top1"] for row in rows(tmp_path / "val", "eval")]
     assert {row["split"] for row in rows(tmp_path / "val", "eval")} == {"val"}
@@ -142,19 +142,19 @@ def test_validation_images_choose_the_best_and_the_test_images_are_not_read(tmp_
     assert best["progress"]["epoch"] == scores.index(max(scores)) + 1
 
 
-def test_without_validation_images_nothing_is_chosen(finished):
+def test_no_best_without_held_out_images(finished):
     assert not (finished / "best.pt").exists()
 
 
-def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path, capsys):
+def test_dry_run(tmp_path, capsys):
     run(f"{TINY} --save_dir {tmp_path / 'none'} --dry_run")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert not (tmp_path / "none").exists()
     for words in ("4,135,648 parameters", "MACs", "96 train", "12 (2 epochs x 6)", "MiB"):
-        assert words in said
+        assert words in printed
 
 
-def test_time_budget_stops_evaluated_and_saved_then_goes_on(tmp_path, capsys):
+def test_time_budget_then_resume(tmp_path, capsys):
     line = f"{TINY} --save_dir {tmp_path} --run_name brief"
     run(f"{line} --time_budget 0.01")
     assert "time is up at step 1 of 12" in capsys.readouterr().out
@@ -163,18 +163,18 @@ def test_time_budget_stops_evaluated_and_saved_then_goes_on(tmp_path, capsys):
     assert checkpoint.load(tmp_path / "brief" / "last.pt")["progress"]["finished"]
 
 
-def test_a_run_that_breaks_stops_with_what_is_needed_to_look_at_it(tmp_path, capsys):
+def test_not_finite_loss_saves_state_and_batch(tmp_path, capsys):
     run(f"{TINY} --save_dir {tmp_path} --run_name bad --learning_rate 1e30 --clip_grad 0 --warmup_epochs 0", expected=2)
-    said = capsys.readouterr().err
-    assert "not finite at step" in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "not finite at step" in printed
+    assert printed.count("\n") == 1
     kept = torch.load(tmp_path / "bad" / "not-finite.pt", weights_only=True)
     assert kept["images"].shape == (16, 3, 32, 32)
     assert all(torch.isfinite(v).all() for v in kept["model"].values())
-    assert f"step {kept['step']} " in said
+    assert f"step {kept['step']} " in printed
 
 
-def test_a_second_start_afresh_leaves_nothing_of_the_first(tmp_path):
+def test_resume_no_removes_the_earlier_run(tmp_path):
     line = f"{TINY} --save_dir {tmp_path} --run_name again"
     run(f"{line} --val_fraction 0.2")
     run(f"{line} --resume no")
@@ -201,14 +201,14 @@ def wait_for_step(process, step):
     raise AssertionError("the run ended before that step")
 
 
-def test_evaluations_come_every_so_many_epochs_and_at_the_end(tmp_path):
+def test_evaluate_every_few_epochs(tmp_path):
     run(f"{TINY} --save_dir {tmp_path} --run_name r --num_epochs 5 --eval_every_epochs 2")
     steps = rows(tmp_path / "r", "train")[-1]["step"] // 5
     assert [row["step"] // steps for row in rows(tmp_path / "r", "eval")] == [2, 4, 5]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_ends_in_good_order(tmp_path, number, code):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_signal_saves_and_exits(tmp_path, number, code):
     line = f"{TINY} --save_dir {tmp_path} --run_name stopped --num_epochs 100000 --log_every_steps 1"
     process = start(line)
     wait_for_step(process, 2)
@@ -225,7 +225,7 @@ def test_a_signal_saves_and_ends_in_good_order(tmp_path, number, code):
     ("device", "stride", "images", "compiles"),
     [("cuda", 32, 1, True), ("cpu", 32, 10_000_000, False), ("cpu", 8, 10_000_000, True), ("cpu", 8, 10_000, False)],
 )
-def test_compiles_where_it_pays(device, stride, images, compiles):
+def test_when_compiling_pays(device, stride, images, compiles):
     assert compiling_pays(torch.device(device), stride, images) is compiles
 
 
@@ -238,7 +238,7 @@ def test_compiles_where_it_pays(device, stride, images, compiles):
         "--loader torch --rotation 15 --schedule constant --clip_grad 0 --model efficientnet-b1",
     ],
 )
-def test_every_kind_of_setting_trains(tmp_path, flags):
+def test_other_settings_train(tmp_path, flags):
     if "dali" in flags:
         pytest.importorskip("nvidia.dali")
     run(f"{TINY} --save_dir {tmp_path} --run_name kind --num_epochs 1 {flags}")
@@ -246,7 +246,7 @@ def test_every_kind_of_setting_trains(tmp_path, flags):
     assert rows(tmp_path / "kind", "eval")[0]["loss"] > 0
 
 
-def test_a_folder_of_images_trains_and_a_broken_one_is_named(tmp_path, capsys):
+def test_folder_with_a_broken_image(tmp_path, capsys):
     random = np.random.default_rng(0)
     for split, count in (("train", 16), ("test", 4)):
         for label in ("cat", "dog"):
@@ -270,7 +270,7 @@ def test_workers_are_capped_to_the_cores():
 
 
 @pytest.mark.slow
-def test_a_compiled_run_learns_the_same(tmp_path):
+def test_compiled_losses_are_eager_losses(tmp_path):
     line = f"{TINY} --save_dir {tmp_path} --num_epochs 1 --log_every_steps 1 --learning_rate 0.002"
     run(f"{line} --run_name eager --step eager")
     run(f"{line} --run_name compiled --step compile")

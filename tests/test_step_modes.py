@@ -1,4 +1,4 @@
-"""How a step is carried out: which mode is taken, what is refused, and torch.compile's known traps."""
+"""Step modes: selection, refusals, and known defects of torch.compile."""
 
 import sys
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ TINY = (
         ({"compile": "no"}, GPU, False, False),
     ],
 )
-def test_which_mode_is_taken(flags, world, compiled, graph):
+def test_step_mode(flags, world, compiled, graph):
     assert resolve_step(TrainConfig(**flags), world, 32, 1000) == (compiled, graph)
 
 
@@ -53,19 +53,19 @@ def test_which_mode_is_taken(flags, world, compiled, graph):
         ({"optimizer": "apex-sgd"}, GPU, "would freeze the learning rate of --optimizer apex-sgd"),
     ],
 )
-def test_a_graph_is_refused_where_it_cannot_be(options, world, words):
+def test_graph_is_refused(options, world, words):
     with pytest.raises(ValueError, match=words) as refused:
         resolve_step(TrainConfig(step="graph", **options), world, 32, 1000)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("step", "asked"), [("eager", "yes"), ("compile", "no"), ("graph", "no"), ("graph", "yes")])
-def test_contradictions_are_refused(step, asked):
+def test_step_and_compile_contradict(step, asked):
     with pytest.raises(ValueError, match=f"--step {step} and --compile {asked}, that is .*, contradict"):
         TrainConfig(step=step, compile=asked)
 
 
-def test_the_command_line_refuses_a_graph_on_the_cpu_in_one_line(tmp_path, capsys):
+def test_graph_on_the_cpu_is_one_line(tmp_path, capsys):
     run(f"{TINY} --save_dir {tmp_path} --step graph", expected=2)
     assert capsys.readouterr().err == (
         "error: --step graph is a CUDA graph, and this runs on the CPU: use --step compile or eager\n"
@@ -73,19 +73,19 @@ def test_the_command_line_refuses_a_graph_on_the_cpu_in_one_line(tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
-def test_a_deterministic_run_leaves_the_next_one_free():
+def test_deterministic_is_switched_off_again():
     set_backends(deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
     set_backends(deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_apex_is_refused_before_anything_is_built(tmp_path, capsys, monkeypatch):
+def test_missing_apex_is_refused_first(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "amp_C", None)
     run(f"{TINY} --save_dir {tmp_path} --optimizer apex-lamb", expected=2)
-    said = capsys.readouterr().err
-    assert said.startswith("error: --optimizer apex-lamb needs NVIDIA apex")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: --optimizer apex-lamb needs NVIDIA apex")
+    assert printed.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -97,7 +97,7 @@ def test_apex_is_refused_before_anything_is_built(tmp_path, capsys, monkeypatch)
         (False, 1000, ["try half the --batch_size"]),
     ],
 )
-def test_a_full_memory_is_one_line_of_advice(tmp_path, capsys, monkeypatch, recomputes, images, words):
+def test_advice_when_memory_is_full(tmp_path, capsys, monkeypatch, recomputes, images, words):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
@@ -109,15 +109,15 @@ def test_a_full_memory_is_one_line_of_advice(tmp_path, capsys, monkeypatch, reco
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(training, "fit", full)
     run(f"{TINY} --save_dir {tmp_path} --activation_checkpointing {str(recomputes).lower()}", expected=2)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert said.startswith("error: the memory of cpu is full at --batch_size 16: try ")
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert printed.startswith("error: the memory of cpu is full at --batch_size 16: try ")
     for word in (*words, "--grad_accumulation", "PYTORCH_ALLOC_CONF=expandable_segments:True"):
-        assert word in said
-    assert ("--activation_checkpointing" in said) is not recomputes
+        assert word in printed
+    assert ("--activation_checkpointing" in printed) is not recomputes
 
 
-def test_a_run_that_goes_on_is_not_advised_to_change_what_it_must_keep(tmp_path, capsys, monkeypatch):
+def test_advice_for_a_resumed_run(tmp_path, capsys, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -126,12 +126,12 @@ def test_a_run_that_goes_on_is_not_advised_to_change_what_it_must_keep(tmp_path,
     monkeypatch.setattr(training, "fit", full)
     capsys.readouterr()
     run(f"{TINY} --save_dir {tmp_path}", expected=2)
-    said = capsys.readouterr().err
-    assert "try more ranks, --activation_checkpointing, PYTORCH_ALLOC_CONF" in said
-    assert "accumulation" not in said
+    printed = capsys.readouterr().err
+    assert "try more ranks, --activation_checkpointing, PYTORCH_ALLOC_CONF" in printed
+    assert "accumulation" not in printed
 
 
-def test_activation_checkpointing_trains_to_the_same_loss(tmp_path):
+def test_activation_checkpointing_has_the_same_loss(tmp_path):
     losses = []
     for name, flag in (("kept", "false"), ("recomputed", "true")):
         line = f"{TINY} --save_dir {tmp_path} --run_name {name} --activation_checkpointing {flag} --log_every_steps 1"
@@ -140,7 +140,7 @@ def test_activation_checkpointing_trains_to_the_same_loss(tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_run_ends_with_its_speed_and_its_share_of_waiting(tmp_path, capsys):
+def test_last_lines_report_the_speed(tmp_path, capsys):
     run(f"{TINY} --save_dir {tmp_path}")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained at")]
     assert line.endswith("% of the time waiting for data")
@@ -150,7 +150,7 @@ def test_a_run_ends_with_its_speed_and_its_share_of_waiting(tmp_path, capsys):
 
 
 def test_inductor_keeps_channels_last_in_the_backward_graph():
-    """pytorch #189239: a graph without a forward convolution is decided against."""
+    """pytorch #189239: Inductor takes a graph without a forward convolution out of channels-last."""
 
     def backward(grad, x, weight):
         mask = [True, True, False]
@@ -165,7 +165,7 @@ def test_inductor_keeps_channels_last_in_the_backward_graph():
         assert GraphLowering.decide_layout_opt(graph, is_inference=False)
 
 
-def test_compiled_draws_are_eagers():
+def test_compiled_random_numbers_are_eager_ones():
     """Dropout and stochastic depth (pytorch #196227, #198333) and their order (#192635)."""
     torch._dynamo.reset()
 
@@ -184,8 +184,8 @@ def test_compiled_draws_are_eagers():
         torch.testing.assert_close(compiled(x), expected)
 
 
-def test_inductors_own_graphs_stay_off():
-    """pytorch #139207: they are skipped where buffers change under DDP; `--step graph` captures the whole instead."""
+def test_inductor_cuda_graphs_are_off():
+    """pytorch #139207: they skip graphs whose buffers change; `--step graph` captures the whole step instead."""
     with torch._inductor.config.patch(compile_options(torch.device("cuda"))):
         assert not torch._inductor.config.triton.cudagraphs
 
@@ -199,8 +199,8 @@ def one_rank(monkeypatch):
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_ddp_cuts_graphs_between_blocks_and_never_a_checkpointed_one(one_rank, monkeypatch, recomputes):
-    """pytorch #108966, #108269: three blocks in as many buckets, behind the small first one."""
+def test_ddp_splits_graphs_except_with_checkpointing(one_rank, monkeypatch, recomputes):
+    """pytorch #108966, #108269: three blocks in three buckets, after the small first one."""
     torch._dynamo.reset()
     graphs = []
     compile_ = torch.compile

@@ -1,4 +1,4 @@
-"""Small training runs as processes of their own, to be killed, stopped and starved."""
+"""Small training runs in separate processes, for tests that kill and stop them."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ STEPS_PER_EPOCH = 6  # and four images left over
 
 
 class Started:
-    """A process in a group of its own, whose lines on stdout and stderr are collected while it runs."""
+    """A process in its own process group; its lines on stdout and stderr are collected while it runs."""
 
     def __init__(self, command, **environment):
         self.process = subprocess.Popen(
@@ -40,7 +40,7 @@ class Started:
         self._reader.start()
 
     @property
-    def said(self):
+    def printed(self):
         return "".join(self.lines)
 
     def wait_for(self, words, count=1):
@@ -52,7 +52,7 @@ class Started:
             if self.process.poll() is not None and not self._reader.is_alive():
                 break
             time.sleep(0.01)
-        raise AssertionError(f"{words!r} was not said:\n{self.said[-5000:]}")
+        raise AssertionError(f"{words!r} was not printed:\n{self.printed[-5000:]}")
 
     def end(self):
         """The exit status, once it has ended."""
@@ -167,7 +167,7 @@ WALL_CLOCK = (
 
 @pytest.fixture
 def assert_same_state():
-    """Compare two checkpoints whole, bit for bit: weights, averages, optimizer, scaler, meters, loader, progress."""
+    """Compare two checkpoints bit for bit: weights, averages, optimizer, scaler, meters, loader, progress."""
     import torch
 
     def compare(one, two):
@@ -184,7 +184,7 @@ def assert_same_state():
 
 @pytest.fixture
 def tmpfs(tmp_path):
-    """Makes small file systems of their own: `tmpfs(megabytes)` gives the folder."""
+    """Mounts small file systems: `tmpfs(megabytes)` returns the folder."""
     mounted = []
 
     def mount(megabytes, options=""):

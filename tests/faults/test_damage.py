@@ -1,4 +1,4 @@
-"""Damaged checkpoints and data are named; what is whole is used instead."""
+"""Damaged checkpoints and data are reported, and an intact checkpoint is used instead."""
 
 import hashlib
 import io
@@ -25,8 +25,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_no_flipped_bit_is_read_as_something_else(folder):
-    """1000 flips: each is refused, or was in a part of the file that says nothing."""
+def test_flipped_bits_are_detected(folder):
+    """Each of 1000 flips is refused, or changes bytes without meaning."""
     path, chance = folder / "last.pt", random.Random(0)
     whole = path.read_bytes()
     expected = checkpoint.load(path)
@@ -46,7 +46,7 @@ def test_no_flipped_bit_is_read_as_something_else(folder):
     assert refused > 500
 
 
-def test_no_truncated_file_is_read(folder):
+def test_truncated_files_are_refused(folder):
     path, chance = folder / "last.pt", random.Random(0)
     whole = path.read_bytes()
     for _ in range(200):
@@ -57,7 +57,7 @@ def test_no_truncated_file_is_read(folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Makes a finished run, once, and copies it."""
+    """Trains once and returns a function that copies the finished run."""
     first = tmp_path_factory.mktemp("trained")
 
     def copy(small, folder):
@@ -69,9 +69,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
-    tmp_path, small, trained, capsys, damage, assert_same_state
-):
+def test_damaged_checkpoint_is_replaced_by_the_older_one(tmp_path, small, trained, capsys, damage, assert_same_state):
     line = f"{small} --save_dir {tmp_path} --run_name run"
     trained(small, tmp_path)
     path = tmp_path / "run" / "last.pt"
@@ -85,33 +83,33 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
         path.write_bytes(content if damage == "flipped" else content[:1000])
     capsys.readouterr()
     run(line)
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     if damage != "missing":
-        assert f"warning: {path} is damaged" in said.err
-        assert f"resuming from {tmp_path}/run/last-1.pt" in said.err
+        assert f"warning: {path} is damaged" in printed.err
+        assert f"resuming from {tmp_path}/run/last-1.pt" in printed.err
         assert (tmp_path / "run" / "last.pt.damaged").exists()
-    assert f"resuming at step {before} of 18" in said.out
+    assert f"resuming at step {before} of 18" in printed.out
     assert_same_state(checkpoint.load(path), whole)
     assert before <= checkpoint.load(tmp_path / "run" / "last-1.pt")["progress"]["step"] < 18
 
 
-def test_where_none_can_be_read_the_run_is_refused_and_nothing_is_lost(tmp_path, small, capsys):
+def test_no_readable_checkpoint(tmp_path, small, capsys):
     line = f"{small} --save_dir {tmp_path} --run_name run"
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("last.pt", "last-1.pt"):
         (folder / name).write_bytes(b"torn")
     run(line, expected=2)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "last.pt is damaged" in said
-    assert "--resume no starts afresh" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "last.pt is damaged" in printed
+    assert "--resume no starts afresh" in printed
     assert (folder / "last.pt").read_bytes() == b"torn"
 
 
 @pytest.fixture
 def archive(tmp_path):
-    """An archive as those of CIFAR, unpacked, in small."""
+    """A small archive in the form of CIFAR's."""
     content = pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"labels": [0, 1, 2, 3]}, protocol=2)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:

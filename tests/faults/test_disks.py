@@ -1,4 +1,4 @@
-"""Full and read-only disks: the old checkpoint stays, training goes on, and stops if it cannot save twice."""
+"""Full and read-only disks: the old checkpoint stays; training continues, and stops after two failed writes."""
 
 import dataclasses
 import errno
@@ -52,7 +52,7 @@ def settle(writer):
         time.sleep(0.005)
 
 
-def test_a_step_does_not_wait_for_the_disk_and_the_newest_state_is_written_whole(tmp_path, disk):
+def test_save_does_not_wait_for_the_disk(tmp_path, disk):
     weights = torch.zeros(1000)
     with Writer(tmp_path, keep=1, warn=pytest.fail) as writer:
         disk.gate.clear()
@@ -69,7 +69,7 @@ def test_a_step_does_not_wait_for_the_disk_and_the_newest_state_is_written_whole
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
 
 
-def test_the_last_few_are_kept(tmp_path):
+def test_older_checkpoints_are_kept(tmp_path):
     with Writer(tmp_path, keep=3, warn=pytest.fail) as writer:
         for step in range(5):
             writer.save({"step": step})
@@ -81,8 +81,8 @@ def test_the_last_few_are_kept(tmp_path):
     assert [path.name for path in checkpoint.generations(tmp_path / "last.pt")] == ["last.pt", "last-1.pt"]
 
 
-def test_a_kill_between_the_two_files_does_not_lose_the_best(tmp_path, monkeypatch):
-    """A last.pt says how good the best was: written first, it would let a resumed run believe best.pt is there."""
+def test_best_is_written_before_last(tmp_path, monkeypatch):
+    """last.pt contains the best score, so a resumed run relies on best.pt being there."""
     wrote = []
     monkeypatch.setattr(checkpoint, "write_atomically", lambda path, *_: wrote.append(path.name))
     with Writer(tmp_path, keep=1, warn=pytest.fail) as writer:
@@ -90,7 +90,7 @@ def test_a_kill_between_the_two_files_does_not_lose_the_best(tmp_path, monkeypat
     assert wrote == ["best.pt", "last.pt"]
 
 
-def test_one_failure_warns_and_the_next_checkpoint_makes_it_good(tmp_path, disk):
+def test_one_failed_write_is_a_warning(tmp_path, disk):
     warnings = []
     with Writer(tmp_path, keep=1, warn=warnings.append) as writer:
         writer.save({"step": 1}, best=True)
@@ -109,7 +109,7 @@ def test_one_failure_warns_and_the_next_checkpoint_makes_it_good(tmp_path, disk)
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
 
 
-def test_a_second_failure_in_a_row_stops_the_run(tmp_path, disk):
+def test_second_failed_write_raises(tmp_path, disk):
     warnings = []
     writer = Writer(tmp_path, 2, warnings.append)
     for step, full in ((1, False), (2, True), (3, True)):
@@ -124,18 +124,18 @@ def test_a_second_failure_in_a_row_stops_the_run(tmp_path, disk):
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
 
 
-def test_a_failure_of_the_very_last_checkpoint_is_an_error(tmp_path, disk):
+def test_failed_last_write_raises(tmp_path, disk):
     disk.full = True
     with pytest.raises(OSError, match="No space left"), Writer(tmp_path, 2, lambda line: None) as writer:
         writer.save({"step": 1})
 
 
-def test_what_is_no_fault_of_the_disk_is_not_swallowed(tmp_path):
+def test_other_errors_of_a_write_are_raised(tmp_path):
     with pytest.raises(Exception, match="pickle"), Writer(tmp_path, 2, lambda line: None) as writer:
         writer.save({"step": lambda: None})
 
 
-def test_a_snapshot_is_a_copy():
+def test_snapshot_is_a_copy():
     state = {"a": [torch.ones(2), (torch.zeros(3), "x")], "n": 1, "none": None}
     copied = snapshot(state)
     state["a"][0].fill_(5)
@@ -145,7 +145,7 @@ def test_a_snapshot_is_a_copy():
     assert copied["a"][1][1] == "x"
 
 
-def test_rows_that_a_full_disk_refuses_come_later(tmp_path, tmpfs, fill):
+def test_rows_are_written_after_a_full_disk(tmp_path, tmpfs, fill):
     warnings = []
     disk = tmpfs(1)
     lines = record.Lines(disk / "metrics.jsonl", warnings.append)
@@ -160,27 +160,27 @@ def test_rows_that_a_full_disk_refuses_come_later(tmp_path, tmpfs, fill):
     assert (disk / "metrics.jsonl").read_text().split() == ["one", "two" * 2000, "three" * 2000, "four"]
 
 
-def test_a_read_only_folder_is_one_line(tmpfs, small, capsys):
+def test_read_only_folder(tmpfs, small, capsys):
     disk = tmpfs(4)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(SystemExit) as done:
         cli.main(f"{small} --save_dir {disk} --run_name none".split())
     assert done.value.code == 2
-    said = capsys.readouterr().err
-    assert said == f"error: cannot write to {disk}/none (Read-only file system); choose another --save_dir\n"
+    printed = capsys.readouterr().err
+    assert printed == f"error: cannot write to {disk}/none (Read-only file system); choose another --save_dir\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_survives_a_disk_that_is_full_for_a_while(runs, tmpfs, fill, seed):
+def test_disk_full_for_a_while(runs, tmpfs, fill, seed):
     disk = tmpfs(24)
     run = runs.train("full", f"--save_dir {disk} --num_epochs 12")
     run.wait_for(f"step {8 + seed}/")
     filler = fill(disk, leave=2000)
     run.wait_for("warning: cannot write")
     filler.unlink()
-    assert run.end() == 0, run.said
-    assert "Traceback" not in run.said
+    assert run.end() == 0, run.printed
+    assert "Traceback" not in run.printed
     assert checkpoint.load(disk / "full" / "last.pt")["progress"]["finished"]
     rows = (disk / "full" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 72 + 12
@@ -188,19 +188,19 @@ def test_a_run_survives_a_disk_that_is_full_for_a_while(runs, tmpfs, fill, seed)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_that_cannot_save_twice_stops_and_keeps_what_it_had(runs, tmpfs, fill, seed):
+def test_disk_that_stays_full(runs, tmpfs, fill, seed):
     disk = tmpfs(24)
     run = runs.train("full", f"--save_dir {disk} --num_epochs 40")
     run.wait_for(f"step {8 + seed}/")
     filler = fill(disk, leave=2000)
-    assert run.end() == 2, run.said
-    assert "Traceback" not in run.said
-    assert "free some space and run the same command again" in run.said.splitlines()[-1]
+    assert run.end() == 2, run.printed
+    assert "Traceback" not in run.printed
+    assert "free some space and run the same command again" in run.printed.splitlines()[-1]
     assert checkpoint.load(disk / "full" / "last.pt")["progress"]["step"] in (6, 12)
     filler.unlink()
     again = runs.train("full", f"--save_dir {disk} --num_epochs 40")
-    assert again.end() == 0, again.said
-    assert "resuming at step" in again.said
+    assert again.end() == 0, again.printed
+    assert "resuming at step" in again.printed
 
 
 def test_outputs_beside_read_only_files_name_the_flag(tmpfs, capsys):

@@ -1,4 +1,4 @@
-"""Whatever bytes a loader is given: a right result, or ValueError or OSError in one line; and no code runs."""
+"""Random bytes give readers a valid result, or a ValueError or OSError in one line; no code runs."""
 
 import io
 import pickle
@@ -44,7 +44,7 @@ fuzzed = settings(
 
 
 def one_line(load, *arguments):
-    """The result, or None where it is refused as it should be."""
+    """The result, or None if it is refused in one line."""
     try:
         return load(*arguments)
     except (ValueError, OSError) as error:
@@ -79,7 +79,7 @@ PICKLED = st.one_of(
 
 @fuzzed
 @given(data=st.one_of(st.binary(max_size=2000), PICKLED))
-def test_a_checkpoint_of_any_bytes(tmp_path, data):
+def test_checkpoint_of_random_bytes(tmp_path, data):
     path = tmp_path / "last.pt"
     path.write_bytes(data)
     assert one_line(checkpoint.load, path) is None
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_any_bytes(tmp_path, data):
 
 @fuzzed
 @given(pickled=PICKLED, storage=st.binary(max_size=100))
-def test_a_checkpoint_that_is_a_sound_zip_of_any_records(tmp_path, pickled, storage):
+def test_checkpoint_of_random_records(tmp_path, pickled, storage):
     path = tmp_path / "last.pt"
     path.write_bytes(
         zipped({"a/data.pkl": pickled, "a/data/0": storage, "a/version": b"3\n", "a/byteorder": b"little"})
@@ -108,7 +108,7 @@ PARTS = st.sampled_from(["model", "ema", "config", "architecture", "classes", "m
 @example(state={})
 @example(state={"config": {"num_epochs": "many"}})
 @example(state={"architecture": {"width": -1}, "model": {}, "ema": None})
-def test_a_checkpoint_that_holds_something_else(tmp_path, state):
+def test_checkpoint_of_random_content(tmp_path, state):
     path = tmp_path / "last.pt"
     checkpoint.save(path, state)
     one_line(checkpoint.Checkpoint.read, path, True)
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_holds_something_else(tmp_path, state):
 
 @fuzzed
 @given(data=PICKLED)
-def test_a_pickle_of_cifar(data):
+def test_random_pickle(data):
     one_line(unpickle, data, Path("train"))
 
 
@@ -135,7 +135,7 @@ MEMBER = st.tuples(
 
 @fuzzed
 @given(members=st.lists(MEMBER, max_size=4), cut=st.integers(0, 400), flip=st.integers(0, 8 * 400))
-def test_a_tar_writes_nothing_outside(tmp_path_factory, members, cut, flip):
+def test_random_tar_writes_nothing_outside(tmp_path_factory, members, cut, flip):
     folder = tmp_path_factory.mktemp("tar")
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as tar:
@@ -161,7 +161,7 @@ def test_a_tar_writes_nothing_outside(tmp_path_factory, members, cut, flip):
     data=st.binary(max_size=500),
     head=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"BM"]),
 )
-def test_an_image_of_any_bytes(tmp_path, data, head):
+def test_image_of_random_bytes(tmp_path, data, head):
     path = tmp_path / "image.png"
     path.write_bytes(head + data)
     one_line(read_image, path, 8)
@@ -183,7 +183,7 @@ NAMES = st.sampled_from([field.name for field in fields(TrainConfig)] + ["model.
 )
 @example(text="{'config':{}}")
 @example(text="config: recipe.yaml")
-def test_settings_of_any_text(tmp_path, text):
+def test_settings_of_random_text(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode(errors="replace"))
     one_line(cli.parse, cli.VERBS["train"], "train", ["--config", str(path)])

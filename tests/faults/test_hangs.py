@@ -145,9 +145,9 @@ def test_stopped_rank_is_reported_and_torchrun_restarts(runs):
     os.kill(victim, signal.SIGSTOP)
     line = run.wait_for("has sent no heartbeat")
     assert f"rank 1 (host {os.uname().nodename}, process {victim})" in line
-    assert "rank 0 (host" in run.said
-    assert run.end() == 0, run.said
-    assert "resuming at step" in run.said
+    assert "rank 0 (host" in run.printed
+    assert run.end() == 0, run.printed
+    assert "resuming at step" in run.printed
     assert [row["step"] for row in runs.rows("stopped")] == list(range(1, 37))
 
 
@@ -171,9 +171,9 @@ def test_sleeping_rank_reports_its_stack(runs, tmp_path):
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     run = runs.train("asleep", "--hang_timeout 15", ranks=2, PYTHONPATH=path)
     assert run.end() != 0
-    assert re.search(r"rank 1 \(host .*at epoch 1, loading batch 2; its stack:", run.said)
-    assert "in wait_for_a_dead_disk" in run.said
-    assert re.search(r"rank 0 \(host .*at epoch 1, computing batch [12]", run.said)
+    assert re.search(r"rank 1 \(host .*at epoch 1, loading batch 2; its stack:", run.printed)
+    assert "in wait_for_a_dead_disk" in run.printed
+    assert re.search(r"rank 0 \(host .*at epoch 1, computing batch [12]", run.printed)
 
 
 def children(pid):

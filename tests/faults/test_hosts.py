@@ -1,4 +1,4 @@
-"""Two hosts as two network namespaces of this machine, joined by a cable that can be pulled."""
+"""Two hosts, as network namespaces of this machine with a link that can be cut."""
 
 import os
 import subprocess
@@ -66,8 +66,8 @@ def hosts():
 
 @pytest.mark.slow
 @needs_installation
-def test_a_host_is_cut_off_and_comes_back(runs, hosts):
-    """It trains on both; one loses its network and dies; the other goes on alone; the first comes back and joins."""
+def test_host_loses_its_network_and_comes_back(runs, hosts):
+    """Training on both; one loses its network and dies; the other continues alone; the first comes back and joins."""
     flags = "--num_epochs 60 --save_every_steps 3 --sync_batchnorm false --hang_timeout 15"
 
     def agent(number):
@@ -95,7 +95,7 @@ def test_a_host_is_cut_off_and_comes_back(runs, hosts):
     hosts.cable("up")
     again = agent(1)
     first.wait_for("on 2 x cpu", count=2)
-    assert first.end() == 0, first.said[-5000:]
+    assert first.end() == 0, first.printed[-5000:]
     again.end()
     assert runs.saved("hosts")["progress"]["step"] == 60 * 6
     rows = runs.rows("hosts")

@@ -1,8 +1,9 @@
-"""A run that is killed or told to stop at any moment goes on to the same bits as an undisturbed one."""
+"""A run that is killed or stopped at any moment, and resumed, ends with the same bits as an undisturbed one."""
 
 import os
 import random
 import signal
+import sys
 import time
 
 import pytest
@@ -46,8 +47,8 @@ def kill_again_and_again(runs, flags, seed, kills):
         assert run.process.poll() is None
         run.kill()
     last = runs.train("killed", flags)
-    assert last.end() == 0, last.said
-    assert "resuming at step" in last.said
+    assert last.end() == 0, last.printed
+    assert "resuming at step" in last.printed
 
 
 def check(runs, undisturbed, small, assert_same_state, flags, seed, kills):
@@ -65,7 +66,7 @@ SLOW = [(loader, 3, seed) for loader in ("resident", "dali") for seed in range(1
     ("loader", "kills", "seed"),
     [("resident", 2, 0), ("dali", 1, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
-def test_a_killed_run_ends_with_the_same_bits(runs, undisturbed, small, assert_same_state, loader, kills, seed):
+def test_killed_run_has_the_same_bits(runs, undisturbed, small, assert_same_state, loader, kills, seed):
     """45 kills in all."""
     flags = FLAGS
     if loader == "dali":
@@ -77,9 +78,7 @@ def test_a_killed_run_ends_with_the_same_bits(runs, undisturbed, small, assert_s
 @pytest.mark.slow
 @on_gpu
 @pytest.mark.parametrize("step", ["eager", "compile", "graph"])
-def test_killed_twice_on_a_gpu_a_deterministic_run_ends_with_the_same_bits(
-    runs, undisturbed, small, assert_same_state, step
-):
+def test_killed_deterministic_gpu_run_has_the_same_bits(runs, undisturbed, small, assert_same_state, step):
     flags = f"{FLAGS} --device cuda --deterministic true --mixed_precision bf16 --step {step} --hang_timeout 300"
     check(runs, undisturbed, small, assert_same_state, flags, seed=0, kills=2)
 
@@ -92,9 +91,9 @@ def test_other_optimizers_and_fp16(runs, undisturbed, small, assert_same_state, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("seed", range(3))
-def test_stopped_by_a_signal_a_run_loses_no_step(runs, undisturbed, small, assert_same_state, number, seed):
+def test_signal_loses_no_step(runs, undisturbed, small, assert_same_state, number, seed):
     step = random.Random(seed).randint(1, 20)
     run = runs.train("stopped", FLAGS, **at_step(step, number))
     assert run.end() == 128 + number
@@ -104,39 +103,48 @@ def test_stopped_by_a_signal_a_run_loses_no_step(runs, undisturbed, small, asser
     assert_same_state(runs.saved("stopped"), undisturbed(small, FLAGS))
 
 
+def test_nohup_outlives_its_terminal(runs, small):
+    line = f"{small} --save_dir {runs.folder} --run_name nohup --num_epochs 3"
+    run = runs.start(["nohup", sys.executable, "-m", "effnet_fast", *line.split()])
+    run.wait_for("step 2/")
+    run.process.send_signal(signal.SIGHUP)
+    assert run.end() == 0, run.printed
+    assert runs.saved("nohup")["progress"]["finished"]
+
+
 @pytest.mark.parametrize("resume", ["auto", "no"])
-def test_a_signal_to_the_whole_group_reaches_the_workers_too(runs, resume):
-    """As a service manager sends it; the run still needs its loader's processes, and says how to go on."""
+def test_signal_to_the_process_group(runs, resume):
+    """A service manager signals the whole group. The run still needs its loader's processes, and says how to resume."""
     run = runs.train("group", f"--num_epochs 100000 --loader torch --num_workers 2 --resume {resume}")
     run.wait_for("step 3/")
     os.killpg(run.process.pid, signal.SIGTERM)
-    assert run.end() == 128 + signal.SIGTERM, run.said
+    assert run.end() == 128 + signal.SIGTERM, run.printed
     how = "the same command resumes from there" if resume == "auto" else "the same command without --resume resumes"
-    assert how in run.said
+    assert how in run.printed
     assert runs.saved("group")["progress"]["step"] >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sync", ["true", "false"])
-def test_two_ranks_killed_end_with_the_same_bits(runs, assert_same_state, sync):
-    """With BatchNorm's statistics kept apart, each rank's own are saved too."""
+def test_two_killed_ranks_have_the_same_bits(runs, assert_same_state, sync):
+    """Without synchronised BatchNorm, the statistics of each rank are saved too."""
     flags = f"{FLAGS} --sync_batchnorm {sync}"
     whole = runs.train("whole", flags, ranks=2)
-    assert whole.end() == 0, whole.said
+    assert whole.end() == 0, whole.printed
     run = runs.train("killed", f"{flags} --save_every_steps 1", ranks=2, **at_step(12, "hold"))
     run.wait_for("step 9/")
     run.kill()
     again = runs.train("killed", flags, ranks=2)
-    assert again.end() == 0, again.said
-    assert "resuming at step" in again.said
+    assert again.end() == 0, again.printed
+    assert "resuming at step" in again.printed
     assert_same_state(runs.saved("killed"), runs.saved("whole"))
 
 
 @pytest.mark.slow
-def test_torchrun_told_to_stop_saves_and_ends(runs):
+def test_signal_to_torchrun(runs):
     run = runs.train("stopped", "--num_epochs 100000", ranks=2)
     run.wait_for("step 3/")
     run.process.send_signal(signal.SIGTERM)
     assert run.end() != 0
-    assert "the same command resumes from there" in run.said
+    assert "the same command resumes from there" in run.printed
     assert runs.saved("stopped")["progress"]["step"] >= 3

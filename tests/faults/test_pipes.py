@@ -1,4 +1,4 @@
-"""Nobody reads stdout and stderr any more: verbs stay silent, and finish their work."""
+"""Without a reader of stdout and stderr, verbs fall silent and finish their work."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Ranks that come and go: the same batch, no image twice in an epoch; and ranks that were started differently."""
+"""Changing numbers of ranks: the same batch, no image twice in an epoch. Ranks that differ are refused."""
 
 import dataclasses
 import sys
@@ -26,7 +26,7 @@ from marks import needs_installation
     worlds=st.lists(st.sampled_from([1, 2, 4, 8, 16]), min_size=1, max_size=6),
     chance=st.randoms(use_true_random=False),
 )
-def test_however_ranks_come_and_go_no_image_is_seen_twice(images, seed, epoch, worlds, chance):
+def test_no_image_twice_when_ranks_change(images, seed, epoch, worlds, chance):
     batch = 16
     steps = images // batch
     seen, position = [], 0
@@ -43,7 +43,7 @@ def test_however_ranks_come_and_go_no_image_is_seen_twice(images, seed, epoch, w
         assert len(seen) == steps * batch
 
 
-def test_the_dropped_tail_changes_every_epoch():
+def test_dropped_images_change_every_epoch():
     shard = Shard(100, 16, 0, 1, seed=0, training=True)
     tails = [set(range(100)) - set(shard.indices(epoch).ravel().tolist()) for epoch in range(20)]
     assert {len(tail) for tail in tails} == {shard.dropped} == {4}
@@ -52,12 +52,12 @@ def test_the_dropped_tail_changes_every_epoch():
 
 
 @pytest.mark.parametrize(("ranks", "pieces"), [(1, 4), (2, 2), (4, 1), (8, 1), (16, 1)], ids=lambda value: str(value))
-def test_fewer_ranks_take_more_pieces_of_the_size_they_began_with(ranks, pieces):
+def test_fewer_ranks_take_more_passes(ranks, pieces):
     config = TrainConfig(batch_size=16)
     assert accumulation_steps(config, ranks, max_images=4) == pieces
 
 
-def test_when_a_run_begins_the_config_decides():
+def test_new_run_takes_the_configured_passes():
     assert accumulation_steps(TrainConfig(batch_size=16, grad_accumulation=4), 2, None) == 4
     with pytest.raises(ValueError, match="must divide evenly among 3 rank"):
         accumulation_steps(TrainConfig(batch_size=16), 3, 4)
@@ -65,7 +65,7 @@ def test_when_a_run_begins_the_config_decides():
         accumulation_steps(TrainConfig(batch_size=16, grad_accumulation=3), 2, None)
 
 
-def test_ranks_that_disagree_are_told_about_what(monkeypatch):
+def test_different_settings_are_listed(monkeypatch):
     config = TrainConfig()
     facts = rank_check.about_start(config)
     other = rank_check.about_start(TrainConfig(learning_rate=0.2, save_every_steps=5)) | {"torch's version": "1.0"}
@@ -73,14 +73,14 @@ def test_ranks_that_disagree_are_told_about_what(monkeypatch):
     monkeypatch.setattr(rank_check.distributed, "gather_objects", lambda mine: everyone)
     with pytest.raises(ValueError, match="the ranks disagree") as refused:
         rank_check.agree(facts)
-    said = str(refused.value)
-    assert "--learning_rate is 0.1 on rank 0 (here) but 0.2 on rank 2 (elsewhere)" in said
-    assert "--save_every_steps is 0 on rank 0 (here) but 5 on rank 2" in said
-    assert "torch's version" in said
-    assert "rank 1" not in said
+    printed = str(refused.value)
+    assert "--learning_rate is 0.1 on rank 0 (here) but 0.2 on rank 2 (elsewhere)" in printed
+    assert "--save_every_steps is 0 on rank 0 (here) but 5 on rank 2" in printed
+    assert "torch's version" in printed
+    assert "rank 1" not in printed
 
 
-def test_data_model_and_checkpoint_are_compared(monkeypatch):
+def test_different_data_models_and_checkpoints_are_listed(monkeypatch):
     from effnet_fast import create_model
 
     small, wide = (create_model("efficientnet-b0", output_stride=32, depth=0.3, width=width) for width in (0.25, 0.3))
@@ -92,7 +92,7 @@ def test_data_model_and_checkpoint_are_compared(monkeypatch):
     monkeypatch.setattr(rank_check.distributed, "gather_objects", lambda mine: [("here", here), ("there", there)])
     with pytest.raises(ValueError, match="the ranks disagree") as refused:
         rank_check.agree(here)
-    said = str(refused.value)
+    printed = str(refused.value)
     for words in (
         "data's fingerprint is aaaaaaaaaaaaaaaa",
         "0.5",
@@ -100,10 +100,10 @@ def test_data_model_and_checkpoint_are_compared(monkeypatch):
         "none on rank 0",
         "of step 7 on rank 1",
     ):
-        assert words in said
+        assert words in printed
 
 
-def test_a_model_of_the_same_shapes_that_computes_otherwise_is_seen():
+def test_model_with_other_eps_differs():
     from effnet_fast import create_model
 
     models = [create_model("efficientnet-b0", output_stride=32, depth=0.3, bn_eps=eps) for eps in (1e-3, 1e-5)]
@@ -111,7 +111,7 @@ def test_a_model_of_the_same_shapes_that_computes_otherwise_is_seen():
     assert one != other
 
 
-def test_a_changed_line_of_code_is_seen(monkeypatch, tmp_path):
+def test_changed_code_differs(monkeypatch, tmp_path):
     (tmp_path / "one.py").write_text("x = 1\n")
     monkeypatch.setattr(provenance, "_source_folders", lambda: [tmp_path])
     before = provenance.source_digest.__wrapped__()
@@ -125,15 +125,15 @@ def test_ranks_started_with_other_settings_are_refused(runs, small):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     run = runs.start([*torchrun, "bash", "-c", f'exec {sys.executable} -m effnet_fast {line} --seed "$RANK"'])
     assert run.end() != 0
-    assert "error: the ranks disagree: --seed is 0 on rank 0" in run.said
-    assert "but 1 on rank 1" in run.said
+    assert "error: the ranks disagree: --seed is 0 on rank 0" in run.printed
+    assert "but 1 on rank 1" in run.printed
     assert not (runs.folder / "no" / "last.pt").exists()
 
 
 @pytest.mark.slow
 @needs_installation
 def test_four_ranks_two_ranks_four_ranks(runs, free_port):
-    """Two agents of two ranks each, of which one dies with its ranks and another comes; as machines would."""
+    """Two agents of two ranks each, like machines: one dies with its ranks, and another one joins."""
     flags = "--num_epochs 60 --save_every_steps 3 --sync_batchnorm false --hang_timeout 30"
 
     def agent(is_host):
@@ -150,10 +150,10 @@ def test_four_ranks_two_ranks_four_ranks(runs, free_port):
     runs.wait_for_step("elastic", 40)
     comes = agent(is_host=False)
     stays.wait_for("on 4 x cpu", count=2)
-    assert stays.end() == 0, stays.said[-5000:]
+    assert stays.end() == 0, stays.printed[-5000:]
     comes.end()
     assert runs.saved("elastic")["progress"]["step"] == 60 * 6
     rows = runs.rows("elastic")
     assert [row["step"] for row in rows] == list(range(1, 361))
     assert sum(row["images"] for row in rows) == 60 * 6 * 16
-    assert stays.said.count("the last 4 images of each shuffled epoch are dropped") >= 3
+    assert stays.printed.count("the last 4 images of each shuffled epoch are dropped") >= 3

@@ -101,7 +101,7 @@ def weights(model):
 
 
 @pytest.mark.parametrize("name", STAND_INS)
-def test_the_adapter_adds_nothing_to_a_plain_step(apex, name):
+def test_plain_step_is_unchanged(apex, name):
     model, twin = network(), network()
     ours = make(name, model)
     options = {"momentum": 0.9, "nesterov": True} if name == "apex-sgd" else {"max_grad_norm": float("inf")}
@@ -133,7 +133,7 @@ def test_gradients_are_divided_by_the_scale(apex, name):
 
 @pytest.mark.parametrize("name", STAND_INS)
 @pytest.mark.parametrize("when", [0, 2])
-def test_a_skipped_step_changes_neither_weights_nor_state_even_the_first(apex, name, when):
+def test_skipped_step(apex, name, when):
     model = network()
     optimizer = make(name, model)
     for i in range(when):
@@ -149,7 +149,7 @@ def test_a_skipped_step_changes_neither_weights_nor_state_even_the_first(apex, n
 
 
 @pytest.mark.parametrize("name", STAND_INS)
-def test_a_restored_optimizer_goes_on_the_same(apex, name):
+def test_restored_optimizer(apex, name):
     model = network()
     optimizer = make(name, model)
     step(model, optimizer)
@@ -166,7 +166,7 @@ def test_a_restored_optimizer_goes_on_the_same(apex, name):
 
 
 @pytest.mark.parametrize("name", STAND_INS)
-def test_without_apex_it_says_where_to_get_it(monkeypatch, name):
+def test_apex_is_not_installed(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "amp_C", None)
     monkeypatch.setitem(sys.modules, "apex", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
@@ -175,7 +175,7 @@ def test_without_apex_it_says_where_to_get_it(monkeypatch, name):
     assert "\n" not in str(refused.value)
 
 
-def test_the_unrelated_apex_is_named_and_not_run(tmp_path, monkeypatch):
+def test_unrelated_apex_is_not_run(tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('a stranger was run')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -8,7 +8,7 @@ from effnet_fast.train.ema import Ema
 from effnet_fast.train.mixing import Mixing, mix_images
 
 
-def test_average_follows_its_equation_with_warm_up():
+def test_average_follows_its_equation():
     model = nn.Linear(1, 1, bias=False)
     ema = Ema(model, decay=0.5)
     expected = model.weight.item()
@@ -29,7 +29,7 @@ def test_a_bad_step_leaves_the_average():
     assert torch.equal(ema.state_dict()["weight"], before)
 
 
-def test_swapping_shows_the_average_and_brings_the_weights_back():
+def test_swapped():
     model = nn.BatchNorm1d(2)
     ema = Ema(model, decay=0.9)
     model.weight.data.fill_(3.0)

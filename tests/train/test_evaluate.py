@@ -1,4 +1,4 @@
-"""Evaluation figures against counting by hand, and BatchNorm's re-estimated statistics."""
+"""Evaluation compared with counting by hand; re-estimated BatchNorm statistics."""
 
 import pytest
 import torch
@@ -48,13 +48,13 @@ def test_no_images():
         evaluate(Echo(), [(torch.eye(2), torch.tensor([-1, -1]))], num_classes=2, **CPU)
 
 
-def test_evaluation_leaves_the_mode_as_it_was():
+def test_mode_is_restored():
     model = Echo().train()
     evaluate(model, [(torch.eye(2), torch.tensor([0, 1]))], num_classes=2, **CPU)
     assert model.training
 
 
-def test_recalibrated_statistics_are_the_plain_mean_over_the_batches():
+def test_recalibrated_statistics_are_means():
     torch.manual_seed(0)
     model = nn.Sequential(BatchNorm(3, momentum=0.01), nn.Dropout(0.5))
     batches = [(torch.randn(16, 3, 4, 4) * (i + 1) + i, None) for i in range(5)]

@@ -82,7 +82,7 @@ def test_ten_replays_are_ten_steps(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_warm_up_leaves_everything_as_it_was(options):
+def test_warm_up_changes_nothing(options):
     step = captured(make_step(**options), record=lambda body: lambda: None)
     before = snapshot(step)
     torch.manual_seed(7)
@@ -92,8 +92,8 @@ def test_the_warm_up_leaves_everything_as_it_was(options):
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_what_is_loaded_is_what_goes_on():
-    """A graph holds the optimizer's tensors by their places, and loading replaces them."""
+def test_load_state_captures_again():
+    """A graph holds the addresses of the optimizer's tensors, and loading replaces the tensors."""
     first, second = make_step(), make_step()
     first(*batch(0), 0)
     second(*batch(1), 0)
@@ -106,7 +106,7 @@ def test_what_is_loaded_is_what_goes_on():
     assert_same(snapshot(first), snapshot(second))
 
 
-def test_another_shape_is_not_broadcast():
+def test_other_shape_is_refused():
     step = captured(make_step(), record=lambda body: body)
     step(*batch(0), 0)
     images, labels = batch(1)
@@ -115,7 +115,7 @@ def test_another_shape_is_not_broadcast():
 
 
 class Log(TorchDispatchMode):
-    """Keeps every operator with its constants, and refuses those that wait for a device or bring values to it."""
+    """Logs every operator with its constants; refuses those that wait for a device or copy values to it."""
 
     WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "lift_fresh", "unique")
 
@@ -136,7 +136,7 @@ class Log(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_body_reads_nothing_from_the_host_that_changes(options):
+def test_body_reads_only_constants_from_the_host(options):
     step = make_step(**options)
     step(*batch(0), 0)
     logs = []
@@ -150,7 +150,7 @@ def test_the_body_reads_nothing_from_the_host_that_changes(options):
 
 
 def without_values(model, optimizer):
-    """Put tensors of the meta device in the place of a model's and its optimizer's."""
+    """Replace the tensors of a model and its optimizer by meta tensors."""
     parameters = {}
     for module in model.modules():
         for name, value in list(module.named_parameters(recurse=False)):
@@ -166,7 +166,7 @@ def without_values(model, optimizer):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_body_needs_no_value(options, monkeypatch):
+def test_body_runs_on_meta_tensors(options, monkeypatch):
     """On tensors without values: reading one raises, and so does an array of the host where a device's should be.
 
     With our own optimizer: torch's fused ones are one operator each, which the meta device lacks.
@@ -204,7 +204,7 @@ def test_ten_steps_of_the_graph_are_ten_steps(options, compiled, monkeypatch):
 
 
 @on_gpu
-def test_the_real_warm_up_leaves_everything_as_it_was():
+def test_cuda_warm_up_changes_nothing():
     step = captured(make_step("cuda", kernels="auto"), record=lambda body: lambda: None)
     before = snapshot(step)
     torch.manual_seed(7)

@@ -1,4 +1,4 @@
-"""Optimizers against torch's own and the paper's equations, and their contract: scale and skip on the device."""
+"""Optimizers compared with torch's and the paper's equations; gradient scale and skipped steps on the device."""
 
 import copy
 
@@ -64,7 +64,7 @@ def test_gradients_are_divided_by_the_scale(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("when", [0, 2])
-def test_a_skipped_step_changes_nothing_even_the_first(name, when):
+def test_skipped_step_changes_nothing(name, when):
     model, twin = network(), network()
     optimizer, reference = make(name, model), make(name, twin)
     for i in range(4):
@@ -131,7 +131,7 @@ def test_frozen_parameters_are_left_out():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_survives_and_the_rate_stays_one_tensor(name):
+def test_load_state_keeps_the_rate_tensor(name):
     model = network()
     optimizer = make(name, model)
     step(model, optimizer)

@@ -1,4 +1,4 @@
-"""What a run writes down, and what the console shows."""
+"""Rows of metrics.jsonl, TensorBoard events, and progress lines."""
 
 import json
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_rows_beyond_the_checkpoint_and_torn_ones_are_dropped(tmp_path):
+def test_later_and_incomplete_rows_are_deleted(tmp_path):
     good = "".join(json.dumps({"kind": "train", "step": step}) + "\n" for step in (2, 4, 6))
     (tmp_path / "metrics.jsonl").write_text(good + '{"kind": "tr')
     kept = recorder(tmp_path, step=4)
@@ -40,12 +40,12 @@ def clock(monkeypatch):
     return clock
 
 
-def test_a_damaged_row_costs_no_other(tmp_path):
+def test_damaged_rows_are_deleted(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\n5\n{"kind": "eval"}\n{"step": 2}\n')
     assert record._rows_until(tmp_path / "metrics.jsonl", 2) == [{"step": 1}, {"step": 2}]
 
 
-def test_rate_and_waiting_are_shares_of_the_same_time(tmp_path, clock):
+def test_rate_and_waiting(tmp_path, clock):
     def slow_batches():
         for _ in range(3):
             clock.seconds += 0.03
@@ -63,7 +63,7 @@ def test_rate_and_waiting_are_shares_of_the_same_time(tmp_path, clock):
     assert row["epoch"] == 0.6
 
 
-def test_the_whole_runs_speed_is_one_line(tmp_path, clock):
+def test_summary(tmp_path, clock):
     kept = recorder(tmp_path)
     assert kept.summary() == "too short to measure the speed"
     for step in (3, 6):
@@ -76,7 +76,7 @@ def test_the_whole_runs_speed_is_one_line(tmp_path, clock):
 
 
 class Device:
-    """A device that the host runs ahead of: what is queued takes its time there and none here."""
+    """A device that the host runs ahead of: queued work takes time on the device only."""
 
     def __init__(self):
         self.time = 0.0
@@ -97,8 +97,8 @@ class Event:
 
 
 @pytest.mark.parametrize(("loading", "computing", "share"), [(0.0, 0.3, 0.0), (0.1, 0.3, 0.25), (0.9, 0.1, 0.9)])
-def test_on_a_gpu_the_devices_time_counts(tmp_path, monkeypatch, loading, computing, share):
-    """The host's own clock sees a step as done once it is queued, and all the rest as waiting."""
+def test_cuda_events_measure_the_time(tmp_path, monkeypatch, loading, computing, share):
+    """By the host's clock, a step would end when it is queued, and the rest would count as waiting."""
     device = Device()
     monkeypatch.setattr(torch.cuda, "Event", device.event)
     kept = record.Recorder(tmp_path, main=True, device=torch.device("cuda"), step=0, total_steps=10, steps_per_epoch=5)
@@ -138,7 +138,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_line_of_80_columns_holds_all_figures(tmp_path, monkeypatch, capsys, clock, terminal):
+def test_progress_line_fits_80_columns(tmp_path, monkeypatch, capsys, clock, terminal):
     monkeypatch.setattr(
         record, "Console", lambda **options: Console(force_terminal=terminal, width=80, color_system=None, **options)
     )

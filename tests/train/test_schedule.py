@@ -40,7 +40,7 @@ def test_one_cycle_rises_for_three_tenths():
     assert rates[99] < 1e-2
 
 
-def test_warm_up_takes_at_most_a_quarter_of_a_short_run():
+def test_warm_up_is_capped():
     assert curve("constant", warmup_epochs=50).index(1.0) == 25
 
 

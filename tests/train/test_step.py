@@ -1,4 +1,4 @@
-"""The training step: what it computes, what a bad gradient leaves alone, and that it never waits for the device."""
+"""The training step: its result, bad gradients, and no wait for the device."""
 
 import copy
 import dataclasses
@@ -45,7 +45,7 @@ def assert_equal(left, right):
         assert torch.equal(value, right[name]), name
 
 
-def test_a_step_is_plain_sgd_on_the_smoothed_loss():
+def test_step_is_plain_sgd():
     model, twin = network(), network()
     step = make_step(model)
     reference = torch.optim.SGD(
@@ -82,7 +82,7 @@ def test_mixed_targets_weigh_both_labels():
     assert step.meters.read().loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_accumulated_pieces_add_up_to_the_batch():
+def test_accumulated_passes_add_up():
     whole, pieces = network(), network()
     for model in (whole, pieces):
         for module in model:
@@ -96,7 +96,7 @@ def test_accumulated_pieces_add_up_to_the_batch():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop", "muon"])
 @pytest.mark.parametrize("bad_at", [0, 2])
-def test_a_bad_step_changes_nothing_and_is_named(optimizer, bad_at):
+def test_bad_step_changes_nothing(optimizer, bad_at):
     model = network()
     step = make_step(model, optimizer=optimizer)
     for i in range(bad_at):
@@ -112,7 +112,7 @@ def test_a_bad_step_changes_nothing_and_is_named(optimizer, bad_at):
     assert step.meters.read().bad_step == bad_at
 
 
-def test_fp16_overflow_is_skipped_and_lowers_the_scale():
+def test_fp16_overflow():
     model = network()
     step = make_step(model, precision="fp16")
     step.options = dataclasses.replace(step.options, precision="no")  # tests the scale alone
@@ -146,7 +146,7 @@ def test_the_step_never_waits_for_the_device(precision, monkeypatch):
         step(*batch(i), i)
 
 
-def test_state_round_trip_goes_on_bit_for_bit():
+def test_state_round_trip():
     first, second = make_step(network()), make_step(network())
     for i in range(3):
         first(*batch(i), i)

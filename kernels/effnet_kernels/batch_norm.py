@@ -202,7 +202,7 @@ def normalize(x: Tensor, stats: Tensor, bn: Affine, residual: Tensor | None, sca
     if ops := cpp_ops(x):
         return ops.normalize(x, stats, *bn, residual, scale, activation)
     m, c = rows_of(x)
-    config = row_launch(m, c)
+    config = row_launch(m, c, resident=14, num_warps=2)
     y = torch.empty_like(x)
     launch(
         "batch_norm",
@@ -231,7 +231,7 @@ def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, bn: Affine, scale: Tensor | 
     if ops := cpp_ops(x):
         return ops.grad_sums(dy, x, stats, *bn, scale, activation)
     m, c = rows_of(x)
-    config = row_launch(m, c, resident=5)
+    config = row_launch(m, c, values=8)
     grid = config.grid(m, c)
     sums = torch.empty(grid[1], 2, c, device=x.device, dtype=torch.float32)
     launch(
@@ -262,7 +262,7 @@ def grad_apply(
     if ops := cpp_ops(x):
         return ops.grad_apply(dy, x, stats, *bn, scale, sums, activation)
     m, c = rows_of(x)
-    config = row_launch(m, c)
+    config = row_launch(m, c, resident=14, num_warps=2)
     dx = torch.empty_like(x)
     launch(
         "batch_norm",

@@ -151,7 +151,7 @@ def backward_launch(
     stride: int,
     elements: int | None = None,
     widest: int = 4,
-    num_warps: int = 4,
+    num_warps: int | None = None,
 ) -> BackwardLaunch:
     """As `forward_launch`, with narrower strips: dw's k * k sums and k rows of x and of dx need more registers.
 
@@ -159,6 +159,7 @@ def backward_launch(
     A program handles at least 256 pixels, so that writing its sums for dw costs little beside the maps.
     """
     elements = elements or (1 if k == 5 and stride == 2 and w > 8 else 2)
+    num_warps = num_warps or (8 if k == 5 and stride == 1 else 4)
     warps = (16, 12) if k == 3 else (8, 16 if elements == 1 else 8)  # that registers leave room for, by stride
     resident = max(warps[stride - 1] // num_warps, 1)
     strip = _strip(w, widest, stride)

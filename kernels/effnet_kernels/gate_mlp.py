@@ -34,11 +34,15 @@ class SqueezeExcite(NamedTuple):
     expand_bias: Tensor
 
 
+MAX_SPANS = 16  # spans of the channels, and splits of the images, that the next launch adds up
+MAX_SPLITS = 16
+
+
 @dataclass(frozen=True)
 class GateLaunch:
     """A program's tile: `block_n` images (at least 16, for `tl.dot`), `block_c` channels, `block_r` hidden values.
 
-    A product over the channels is split into spans of `turns` blocks of channels.
+    A product over the channels is split into spans of `turns` blocks of channels, longer ones if they are too many.
     """
 
     block_n: int
@@ -47,9 +51,9 @@ class GateLaunch:
     num_warps: int
     turns: int = 4
 
-    def spans(self, c: int) -> int:
-        """Spans of the sum over `c` channels."""
-        return cdiv(c, self.block_c * self.turns)
+    def span(self, c: int) -> int:
+        """Channels per span of a sum over `c` channels."""
+        return self.block_c * max(self.turns, cdiv(c, self.block_c * MAX_SPANS))
 
     def constants(self, c: int) -> dict[str, int]:
         """Compile-time arguments of the kernels."""
@@ -58,10 +62,13 @@ class GateLaunch:
 
 
 def gate_launch(r: int) -> GateLaunch:
-    """All R hidden values in one tile, with fewer channels where R is large, so that the tiles fit in registers."""
+    """All R hidden values in one tile, with fewer channels where R is large, so that the tiles fit in registers.
+
+    Spans of 64 channels: a program waits for memory once or twice, and `_sum_of_spans` once for all spans.
+    """
     block_r = max(power_of_2(r), 16)
     block_c = 64 if block_r <= 32 else 32
-    return GateLaunch(16, block_c, block_r, num_warps=4 if block_r <= 64 else 8, turns=256 // block_c)
+    return GateLaunch(16, block_c, block_r, num_warps=4 if block_r <= 64 else 8, turns=64 // block_c)
 
 
 def parameters_launch(r: int) -> GateLaunch:
@@ -74,7 +81,7 @@ def images_per_split(n: int, blocks: int, block_n: int) -> int:
 
     A single program over all images would wait for memory once per block of images. `blocks`: programs per split.
     """
-    splits = max(min(slots(2) // blocks, cdiv(n, 2 * block_n)), 1)
+    splits = max(min(slots(2) // blocks, cdiv(n, 2 * block_n), MAX_SPLITS), 1)
     return cdiv(cdiv(n, splits), block_n) * block_n
 
 
@@ -82,7 +89,7 @@ def gate_launch_space(r: int) -> list[GateLaunch]:
     """Launches an autotuner may try in place of `gate_launch`'s choice."""
     block_r = max(power_of_2(r), 16)
     blocks = [(n, c, w) for n in (16, 32) for c in (32, 64) for w in (4, 8) if c * block_r <= 8192]
-    return [GateLaunch(n, c, block_r, w, turns) for n, c, w in blocks for turns in (2, 4, 8)]
+    return [GateLaunch(n, c, block_r, w, turns) for n, c, w in blocks for turns in (1, 2, 4, 8)]
 
 
 @triton.jit
@@ -95,18 +102,17 @@ def _tile(N, R, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _sum_of_spans(
-    sums_ptr,  # [spans, N, R]
+    sums_ptr,  # [spans, N, R], at most MAX_SPANS
     spans,
     NR,
     nr,
     nr_ok,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    MAX_SPANS: tl.constexpr,
 ):
-    """Add the spans' sums in order: [BLOCK_N, BLOCK_R]."""
-    total = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for span in range(spans):
-        total += load(sums_ptr + span * NR + nr, nr_ok)
+    """Add the spans' sums in order: [BLOCK_N, BLOCK_R]. Unrolled, so that all loads wait for memory at once."""
+    total = load(sums_ptr + nr, nr_ok)
+    for span in tl.static_range(1, MAX_SPANS):
+        total += load(sums_ptr + span * NR + nr, nr_ok & (span < spans))
     return total
 
 
@@ -158,6 +164,7 @@ def _gate_kernel(
     C,
     R,
     spans,
+    MAX_SPANS: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -165,7 +172,7 @@ def _gate_kernel(
 ):
     C = C // VEC * VEC
     n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
-    hidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, BLOCK_N, BLOCK_R)
+    hidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, MAX_SPANS)
     hidden += load(b1_ptr + r, r < R)[None, :]
     # All programs of these images compute the same hidden values; the first one stores them.
     tl.store(hidden_ptr + nr, hidden, mask=nr_ok & (tl.program_id(1) == 0))
@@ -188,6 +195,7 @@ def _dpool_kernel(
     C,
     R,
     spans,
+    MAX_SPANS: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -196,7 +204,7 @@ def _dpool_kernel(
     C = C // VEC * VEC
     n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
     hidden = load(hidden_ptr + nr, nr_ok)
-    dhidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, BLOCK_N, BLOCK_R) * silu_slope(hidden, sigmoid(hidden))
+    dhidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, MAX_SPANS) * silu_slope(hidden, sigmoid(hidden))
     tl.store(dhidden_ptr + nr, dhidden, mask=nr_ok & (tl.program_id(1) == 0))
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     rc_ok = (r < R)[:, None] & (c < C)[None, :]
@@ -276,7 +284,7 @@ def _parameters_backward_kernel(
 
 @kernel
 def _add_splits_kernel(
-    partials_ptr,  # [splits, 2*R*C + 3*C + R], as above
+    partials_ptr,  # [splits, 2*R*C + 3*C + R], as above, at most MAX_SPLITS
     dw1_ptr,  # [R, C]
     dw2_ptr,  # [C, R]
     db2_ptr,  # [C]
@@ -285,14 +293,15 @@ def _add_splits_kernel(
     C,
     R,
     splits,
+    MAX_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     RC = R * C
     size = 2 * RC + 3 * C + R
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(splits):
-        total += load(partials_ptr + i, i < size)
+    for split in tl.static_range(MAX_SPLITS):  # unrolled, so that all loads wait for memory at once
+        total += load(partials_ptr + i, (i < size) & (split < splits))
         partials_ptr += size
     # Each value goes to the tensor its index falls in.
     dw2_at, db2_at, bn_at, db1_at = RC, 2 * RC, 2 * RC + C, 2 * RC + 3 * C
@@ -308,7 +317,8 @@ def _span_sums(x: Tensor, gate: Tensor | None, w: Tensor, r: int) -> Tensor:
     n, c = x.shape[-2:]
     assert 5 * n * c < 2**31, "offsets in [5, N, C] are 32-bit"
     config = gate_launch(r)
-    sums = x.new_empty(config.spans(c), n, r)
+    span = config.span(c)
+    sums = x.new_empty(cdiv(c, span), n, r)
     launch(
         "se_gate",
         _spans_kernel,
@@ -320,7 +330,7 @@ def _span_sums(x: Tensor, gate: Tensor | None, w: Tensor, r: int) -> Tensor:
         n,
         c,
         r,
-        config.block_c * config.turns,
+        span,
         BACKWARD=gate is not None,
         **config.constants(c),
     )
@@ -350,6 +360,7 @@ def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
         c,
         r,
         len(sums),
+        MAX_SPANS=MAX_SPANS,
         **config.constants(c),
     )
     return gate, hidden
@@ -389,6 +400,7 @@ def _dpool(sums: Tensor, gate: Tensor, hidden: Tensor, se: SqueezeExcite) -> tup
         c,
         r,
         len(spans),
+        MAX_SPANS=MAX_SPANS,
         **config.constants(c),
     )
     return dpool, dhidden
@@ -446,6 +458,7 @@ def _parameters_backward(
         c,
         r,
         len(partials),
+        MAX_SPLITS=MAX_SPLITS,
         BLOCK=block,
         num_warps=4,
     )

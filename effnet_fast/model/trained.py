@@ -116,7 +116,7 @@ def load(
         path: a run's checkpoint, or its safetensors export.
         weights: of a checkpoint: auto (the moving average where the run kept one), ema or raw.
         device: auto, cpu, cuda or cuda:N; a CUDA device becomes the current one.
-        kernels: auto, triton or torch, see `blocks.Style`; forward hooks need torch.
+        kernels: auto, triton, cpp or torch, see `blocks.Style`; forward hooks need torch.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -38,7 +38,7 @@ class ModelOptions:
         drop_path: stochastic depth of EfficientNets; None is 0.2.
         padding, bn_eps: None is what the pretrained weights need, else symmetric, and 1e-3 (reference models: 1e-5).
         bn_momentum: None is 0.01 (reference models: 0.1).
-        kernels: auto, triton or torch, see `blocks.Style`. Not part of the architecture, so checkpoints do not hold it.
+        kernels: auto, triton, cpp or torch, see `blocks.Style`. Not part of the architecture, so not in checkpoints.
     """
 
     name: str = "efficientnet-b0"

@@ -52,7 +52,7 @@ class Plan:
         accumulation: forward and backward passes per step.
         max_images_per_pass: limit of one pass on one rank; kept when the number of ranks changes.
         augment: what training does to an image.
-        kernels: auto, triton or torch; torch where the Triton kernels fail their self-check.
+        kernels: auto, triton, cpp or torch; torch where the Triton kernels fail their self-check.
         loader, loader_reason: kind of the loader, and why in one line.
     """
 

@@ -316,7 +316,7 @@ def test_a_failed_build_is_not_tried_again(tmp_path):
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1"
 SANITIZED = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import torch
 from op_cases import *
 torch.set_num_threads(2)
@@ -345,6 +345,7 @@ def test_under_sanitizers(tmp_path):
         "TORCH_EXTENSIONS_DIR": str(tmp_path),
         "TRITON_INTERPRET": "0",
     }
-    command = [sys.executable, "-c", SANITIZED, str(Path(__file__).parent)]
+    folder = Path(__file__).parent
+    command = [sys.executable, "-c", SANITIZED, str(folder), str(folder.parent / "shared")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "clean\n", done.stderr[-4000:]

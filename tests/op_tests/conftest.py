@@ -24,6 +24,7 @@ if not (launch.INTERPRETED or torch.cuda.is_available()):
 @pytest.fixture(autouse=True)
 def poisoned_allocations():
     """torch.empty gives NaN, so that a kernel which reads or leaves what it did not write is seen."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # references in full float32
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

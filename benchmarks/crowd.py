@@ -30,7 +30,7 @@ VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 
 
 class Trainer:
-    """A process that trains when told to, and reports its images per second."""
+    """A process that trains on request, and reports its images per second."""
 
     def __init__(self, case: Case, policy: dict[str, str], seconds: float) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | policy

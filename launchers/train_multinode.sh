@@ -6,8 +6,8 @@
 # Arguments: those of `effnet-fast train`; --save_dir must be a folder that all machines share. Environment:
 #   RDZV_ENDPOINT   host:port of the machine where they meet, one of them; a name or address of the private network
 #   RDZV_ID         name of the job, the same on all machines; default effnet-fast
-#   NNODES          machines, as least:most; default 1:4. With 1:N two halves of a cut network would both go on, and the
-#                   second be refused by the first one's lock; N:N waits for all
+#   NNODES          machines, as least:most; default 1:4. With 1:N both halves of a split network continue, and the
+#                   lock of the run folder stops the second; N:N waits for all
 #   NPROC_PER_NODE  processes on each machine; default auto
 #   MAX_RESTARTS    times that processes are started again when one fails; default 3
 #   LOCAL_ADDR      address by which the others reach this machine, where its host name does not serve

@@ -120,7 +120,7 @@ def test_ranks_that_do_not_connect(tmp_path, changed, words):
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert "the ranks cannot connect" in told[0]
-    assert words in told[0]
+    messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1
+    assert "the ranks cannot connect" in messages[0]
+    assert words in messages[0]

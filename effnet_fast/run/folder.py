@@ -71,7 +71,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def prepare(folder: Path, config: TrainConfig, resumed: Path | None) -> None:
-    """Write config.yaml and environment.json; a run that starts afresh removes the files of the run before it.
+    """Write config.yaml and environment.json; a run that starts over removes the files of the run before it.
 
     Args:
         folder: of the run, locked.

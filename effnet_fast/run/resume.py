@@ -60,7 +60,7 @@ class Resumed:
         found = differences(before, config, self.checkpoint.fingerprint, fingerprint, ignored)
         if not found:
             return
-        advice = "choose another --run_name, or --resume no to start afresh"
+        advice = "choose another --run_name, or --resume no to start over"
         changed_schedule = not differences(before, config, self.checkpoint.fingerprint, fingerprint, _SCHEDULE_SETTINGS)
         if changed_schedule and before.num_epochs != config.num_epochs:
             advice += f"; to train it for {config.num_epochs} epochs, --resume {self.path} with another --run_name"
@@ -68,7 +68,7 @@ class Resumed:
 
 
 def find_checkpoint(setting: str, folder: Path) -> Resumed | None:
-    """The checkpoint to resume, or None to start afresh.
+    """The checkpoint to resume, or None to start over.
 
     If last.pt is damaged, a warning names it and the one before it is taken. A run that torchrun or Slurm has
     restarted resumes its own last.pt whatever `--resume` says.
@@ -110,7 +110,7 @@ def _newest(folder: Path) -> Resumed | None:
             print(f"warning: {reason}; resuming from {path}", file=sys.stderr)
         return Resumed(path, Checkpoint.from_dict(state, path, resumable=True), from_path=False)
     if damage:
-        raise ValueError(f"{damage[0]} (--resume no starts afresh)")
+        raise ValueError(f"{damage[0]} (--resume no starts over)")
     return None
 
 

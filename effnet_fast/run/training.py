@@ -94,9 +94,9 @@ def _plan(config: TrainConfig, world: World) -> Plan:
 def _finished(plan: Plan) -> Outcome:
     assert plan.resumed is not None
     # A restart by torchrun or Slurm resumes its own checkpoint, whatever --resume says.
-    afresh = "another --run_name starts one" if distributed.launch() else "--resume no starts it"
+    restart = "another --run_name starts a new run" if distributed.launch() else "--resume no starts it over"
     if plan.world.is_main:
-        print(f"{plan.resumed.path} is finished; nothing to do ({afresh} afresh)", flush=True)
+        print(f"{plan.resumed.path} is finished; nothing to do ({restart})", flush=True)
     return Outcome(0, True, plan.resumed.checkpoint.result)
 
 

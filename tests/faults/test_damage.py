@@ -103,7 +103,7 @@ def test_no_readable_checkpoint(tmp_path, small, capsys):
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert "last.pt is damaged" in printed
-    assert "--resume no starts afresh" in printed
+    assert "--resume no starts over" in printed
     assert (folder / "last.pt").read_bytes() == b"torn"
 
 

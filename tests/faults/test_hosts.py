@@ -86,7 +86,7 @@ def test_host_loses_its_network_and_comes_back(runs, hosts):
     first, second = agent(0), agent(1)
     first.wait_for("on 2 x cpu")
     runs.wait_for_step("hosts", 10)
-    hosts.cable("down")  # nothing says goodbye: only silence tells
+    hosts.cable("down")  # no connection is closed; only the heartbeat stops
     second.kill()
     line = first.wait_for("has sent no heartbeat")
     assert line.startswith(("rank 0 (host ", "rank 1 (host "))

@@ -34,7 +34,7 @@ def assert_as_good(ours: dict, theirs: dict, exact: dict, least: int = 1) -> Non
     for name, value in exact.items():
         if value.numel() < least:
             continue
-        if value.abs().max() < 1e-9:  # what a later BatchNorm takes out again: nothing but rounding is left of it
+        if value.abs().max() < 1e-9:  # a later BatchNorm removes it; only rounding remains
             assert ours[name].abs().max() < 1e-3, name
             continue
         limit = 3 * relative_rms(theirs[name], value) + 1e-6

@@ -53,14 +53,14 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
 
     Args:
         path: a .safetensors file, or a .pth or .pt file, which is loaded with `weights_only=True`.
-        layout: whose names the file has. With auto, the layout is inferred from tensor names; timm's two are told apart
-            by the architecture that the file names, else by timm's config.json beside it, else by the file's own name,
-            else by the nearest folder's.
+        layout: whose names the file has; auto infers it from the tensor names. timm's two layouts have the same names:
+            the architecture in the file decides, else config.json beside it, else the name of the file, else that of
+            the nearest folder.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: the file holds no weights or weights of an unknown layout; nothing tells timm's two layouts apart;
-            `layout` is unknown; or config.json has an impossible value.
+        ValueError: the file holds no weights, or their layout is unknown or ambiguous; `layout` is unknown; or
+            config.json has an impossible value.
     """
     if layout not in ("auto", *LAYOUTS):
         raise ValueError(f"unknown layout {layout!r} of weights: choose one of auto, {', '.join(LAYOUTS)}")

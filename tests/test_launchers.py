@@ -124,7 +124,7 @@ def test_ci_installs_what_the_tests_need(tmp_path, stand_ins, shared, browser):
     ],
 )
 def test_make_train_takes_the_recipe_of_its_data_set(dataset, settings, run_name):
-    command = ["make", "--dry-run", "train", f"DATASET={dataset}", "ARGS=--seed 1"]
+    command = ["make", "--no-print-directory", "--dry-run", "train", f"DATASET={dataset}", "ARGS=--seed 1"]
     lines = subprocess.run(
         command, capture_output=True, text=True, cwd=LAUNCHERS.parent, check=True
     ).stdout.splitlines()

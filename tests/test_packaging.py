@@ -105,8 +105,9 @@ def test_wheel_keeps_dali_and_triton_to_linux(wheel):
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
     requirements = [line for line in wheel.read(name).decode().splitlines() if line.startswith("Requires-Dist:")]
     for package in ("triton", "nvidia-dali"):
-        (requirement,) = [line for line in requirements if line.removeprefix("Requires-Dist: ").startswith(package)]
-        assert 'sys_platform == "linux"' in requirement
+        matching = [line for line in requirements if line.removeprefix("Requires-Dist: ").startswith(package)]
+        assert matching
+        assert all('sys_platform == "linux"' in line for line in matching)
 
 
 @needs_installation

@@ -357,7 +357,7 @@ def test_unusual_images_are_explained_and_bad_files_skipped(study, tmp_path, cap
     messages = capsys.readouterr()
     named = {line.split(":")[1].split("/")[-1] for line in messages.err.splitlines() if line.startswith("skipped:")}
     assert named == {"corrupt.png", "notes.txt", "empty.jpg", "sixteen.png"}
-    assert "grey of 16 bits: save it with 8" in messages.err
+    assert "16-bit or float grey: convert it to 8 bits" in messages.err
     assert "4 of 10 files were skipped" in messages.err
     assert "6 images explained" in messages.out
     rows = {row["image"]: row for row in table(tmp_path / "out" / "maps.csv") if row["model"] == "baseline"}

@@ -10,6 +10,7 @@ from effnet_fast.config import DoctorConfig, TrainConfig
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
 from effnet_fast.model.blocks import MBConv
+from effnet_fast.report import fonts
 from effnet_fast.run import doctor as doctor_module
 from effnet_fast.run import self_check, verdicts
 from effnet_fast.run.doctor import doctor
@@ -108,6 +109,16 @@ def test_small_shared_memory(monkeypatch):
     assert status == "broken"
     assert "--shm-size" in detail
     assert "--num_workers 0" in detail
+
+
+def test_fonts(monkeypatch):
+    monkeypatch.setattr("effnet_fast.report.fonts._family_with", lambda character: None)
+    fonts._drawable_character.cache_clear()
+    assert self_check.check_fonts(CPU)[0] == "absent"
+    fonts._drawable_character.cache_clear()
+    monkeypatch.setattr("effnet_fast.report.fonts._family_with", lambda character: "a font")
+    assert self_check.check_fonts(CPU)[0] == "ok"
+    fonts._drawable_character.cache_clear()
 
 
 def test_full_disk(monkeypatch):

@@ -260,6 +260,15 @@ def check_shared_memory(device: torch.device) -> Answer:
     return "ok", f"{free / 2**20:,.0f} MiB free in {SHARED_MEMORY}"
 
 
+def check_fonts(device: torch.device) -> Answer:
+    from effnet_fast.report.fonts import drawable
+
+    sample = "中한あ"
+    if drawable(sample) != sample:
+        return "absent", "no font for Chinese, Korean or Japanese: pictures show such names transliterated"
+    return "ok", "fonts for Chinese, Korean and Japanese names"
+
+
 CHECKS: dict[str, Callable[[torch.device], Answer]] = {
     "gpu": check_gpu,
     "torch": check_torch,
@@ -271,4 +280,5 @@ CHECKS: dict[str, Callable[[torch.device], Answer]] = {
     "speed": check_speed,
     "disk": check_disk,
     "shared memory": check_shared_memory,
+    "fonts": check_fonts,
 }

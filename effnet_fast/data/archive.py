@@ -38,7 +38,7 @@ class Archive:
         url: address; its last part is the file name.
         md5: of the tar.gz.
         folder: the folder inside the tar.gz.
-        files: name -> md5 of the files in that folder that are unpacked; other files are ignored.
+        files: name -> md5 of the files to unpack from that folder; other files are ignored.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Archive:
 
 
 def fetch(archive: Archive, data_dir: Path, download: bool = True) -> Path:
-    """Find the unpacked folder, else unpack the tar.gz, else download it; one process at a time does so.
+    """Return the unpacked folder; unpack or download the tar.gz if necessary, in one process at a time.
 
     Args:
         archive: what to get.

@@ -47,7 +47,7 @@ class AugmentTensors:
     auto: AutoParams | None
 
     def take(self, rows: slice) -> AugmentTensors:
-        """The parameters of some of the images."""
+        """Select the parameters of some of the images."""
 
         def select(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[rows]

@@ -23,7 +23,7 @@ class Augment:
     Attributes:
         crop: pad with black by an eighth of the image's size (4 px at 32) and crop back at a random position.
         flip: mirror left to right with probability 1/2.
-        alternating_flip: draw `flip` once for each image, and mirror it in every second epoch.
+        alternating_flip: draw `flip` once for each image; odd epochs do the opposite of even ones.
         rotation: largest angle in degrees, either way.
         color_jitter: largest relative change of brightness, contrast and saturation, 0 to 1.
         random_erasing: probability that a rectangle is erased, 0 to 1.
@@ -75,7 +75,7 @@ class AutoParams:
     magnitudes: NDArray[np.float64]
 
     def take(self, rows: slice) -> AutoParams:
-        """The operations of some of the images."""
+        """Select the operations of some of the images."""
         return AutoParams(self.operations[rows], self.magnitudes[rows])
 
 
@@ -200,8 +200,8 @@ def draw_auto_params(
         indices: positions of the images in the training split, [N].
         size: pixels of the (square) images.
     """
-    steps = _RAND_OPERATIONS if policy == "rand" else 1
-    u = uniforms(seed, stream(Purpose.AUTO_AUGMENT, epoch), indices, 3 * steps).reshape(len(indices), steps, 3)
+    count = _RAND_OPERATIONS if policy == "rand" else 1
+    u = uniforms(seed, stream(Purpose.AUTO_AUGMENT, epoch), indices, 3 * count).reshape(len(indices), count, 3)
     operations = (u[..., 0] * len(Operation)).astype(np.int64)
     bins = _RAND_BIN if policy == "rand" else (u[..., 1] * _BINS).astype(np.int64)
     magnitudes, signed = _magnitudes(policy, size)

@@ -8,7 +8,7 @@ size with crop and flip, measured alternately in one run, and to the origin of t
              "torch_version": "2.13.0", "dali_version": "2.4.0", "machine": "2 cores of an AMD EPYC"}}
 
 A loader that was not measured is absent. For image files, and for devices without a record, `auto` takes DALI if it
-can be imported.
+can be imported. It takes the torch loader if Pillow must decode more than half of the files.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def choose_loader(kind: LoaderName, split: Split, device: torch.device) -> tuple
         fallback: LoaderName = "resident" if isinstance(split, ArraySplit) else "torch"
         return fallback, f"DALI is not installed ({_INSTALL_DALI})"
     if isinstance(split, FileSplit):
-        odd = sum(not file.plain for file in split.files)
-        if odd > len(split) / 2:
-            return "torch", f"Pillow has to decode {odd} of {len(split)} images"
+        by_pillow = sum(not file.plain for file in split.files)
+        if by_pillow > len(split) / 2:
+            return "torch", f"Pillow has to decode {by_pillow} of {len(split)} images"
         return "dali", f"DALI {version} is installed"
     return _recorded(_device_name(device)) or (
         "dali",

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009).
 
-The files are Python pickles, which can call any function when they are loaded. The unpickler in this module knows only
-the names that arrays need, and maps them to classes of its own, so that no code from a file runs.
+The files are Python pickles, which can call any function when they are loaded. The unpickler in this module accepts
+only the names that arrays need, and maps them to classes of this module, so that no code from a file runs.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _text(value: bytes | str) -> str:
 
 
 class _Dtype:
-    """Stands for `numpy.dtype` in a pickle: checks that an array consists of single bytes."""
+    """Replaces `numpy.dtype` in a pickle: checks that an array consists of single bytes."""
 
     def __init__(self, code: object = None, *_flags: object) -> None:
         if code not in (b"u1", "u1"):
@@ -174,7 +174,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for `numpy.ndarray` in a pickle: bytes and a shape, checked against each other."""
+    """Replaces `numpy.ndarray` in a pickle: bytes and a shape, checked against each other."""
 
     def __init__(self, *_empty: object) -> None:
         self.shape: tuple[int, ...] = (0,)

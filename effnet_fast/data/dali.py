@@ -114,7 +114,7 @@ class Source:
         return feed
 
     def _pillow_feed(self, split: FileSplit, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> Feed:
-        """Images that Pillow decodes, finished to the model's size; others have a single pixel."""
+        """Images that Pillow decodes, at the model's size; the rows that DALI decodes hold a single black pixel."""
         by_pillow = np.array([i in self.by_pillow for i in indices.clip(0).tolist()], bool)
         pixels = [np.zeros((1, 1, 3), np.uint8)] * len(indices)
         rows = np.flatnonzero(by_pillow)
@@ -181,7 +181,7 @@ def _placed(node: Any, gpu: bool) -> Any:
 
 
 def decoded(paths: Any, gpu: bool) -> tuple[Any, Any]:
-    """Stored pixels of image files, not turned, and their shapes."""
+    """Decode image files without turning them; return the pixels and the stored shapes."""
     encoded = fn.io.file.read(paths)
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)
     device = "mixed" if gpu else "cpu"
@@ -189,7 +189,7 @@ def decoded(paths: Any, gpu: bool) -> tuple[Any, Any]:
 
 
 def _decode(inputs: dict[str, Any], gpu: bool, size: int) -> Any:
-    """The central square of each file, resized and upright, as `decode.read_square` has it."""
+    """The central square of each file, resized and upright, as in `decode.read_square`."""
     stored, shape = decoded(inputs["paths"], gpu)
     sides = fn.cast(fn.slice(shape, start=0, shape=2, axes=[0]), dtype=types.INT32)
     side = math.min(sides[0], sides[1])
@@ -246,7 +246,8 @@ class _Lent:
     """Keeps CUDA batches alive until the work that the consumer has queued on them is done.
 
     DALI reuses a batch's memory as soon as the last reference is gone, even if that work is still pending. A consumer
-    may use a batch while it requests the next one, so the event that ends a batch is recorded two requests later.
+    may use a batch while it requests the next one, so the event that marks the end of a batch's use is recorded two
+    requests later.
     """
 
     _LAG = 2
@@ -301,7 +302,7 @@ class DaliLoader(Loader):
         return self._augmentation(self._augmentation.canvas(images), index, parameters)
 
     def _seek(self, position: Position) -> None:
-        """Make the batch at `position` the next one; usually it is, and is already in the queue."""
+        """Make the batch at `position` the next one; usually it is already first in the queue."""
         if self._pipeline is None:
             self._open(position)
         elif self._source.scheduled and self._source.scheduled[0] != position:

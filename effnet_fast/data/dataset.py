@@ -59,7 +59,7 @@ class FileSplit:
     Attributes:
         files: N image files.
         labels: int64 [N].
-        skip_unreadable: whether a file that cannot be read any more is reported and replaced, rather than an error.
+        skip_unreadable: whether to report and replace a file that has become unreadable, rather than raise an error.
     """
 
     files: tuple[ImageFile, ...]

@@ -19,15 +19,15 @@ from effnet_fast.data.resize import resize_strips
 # Formats are recognised by content. EPS is not among them: Pillow runs Ghostscript on it.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _STRIP = 1 << 18  # pixels decoded to RGB at once
-# A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if `_DRAFT_MARGIN` times the model's size remains: this saves
-# memory, and changes the resized pixels by a few levels of 255, which is why smaller pictures are decoded whole.
+# A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but not below `_DRAFT_MARGIN` times the model's size. This
+# saves memory but changes the resized pixels by a few levels of 255, so smaller pictures are decoded at full size.
 _DRAFT_PIXELS = 1 << 25
 _DRAFT_MARGIN = 8
 
 
 @contextlib.contextmanager
 def open_image(file: Path | bytes) -> Iterator[Image.Image]:
-    """Open an image file, or the contents of one, whose pixels are not decoded yet.
+    """Open an image file, or the bytes of one, without decoding its pixels.
 
     Raises:
         ValueError: the file cannot be opened, or the body fails to decode it; the message gives the reason only.
@@ -68,7 +68,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An image turned upright, in RGB, without metadata; the argument is not changed."""
+    """Turn an image upright and convert it to RGB without metadata; the argument is not changed."""
     turned = turn_image(image, read_orientation(image)).convert("RGB")
     turned.info.clear()  # or a second call would turn it again
     return turned
@@ -77,7 +77,8 @@ def upright(image: Image.Image) -> Image.Image:
 def read_square(image: Image.Image, size: int, orientation: int) -> NDArray[np.uint8]:
     """Crop the central square, resize it and turn it upright: uint8 [size, size, 3].
 
-    The square is central in the upright picture: where turning mirrors an axis, an odd pixel moves to the other side.
+    The square is central in the upright picture. If the margin is odd, one side has an extra pixel, and a turn that
+    mirrors the axis moves it to the other side.
     """
     width, height = image.size
     side = min(width, height)

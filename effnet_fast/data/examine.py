@@ -28,7 +28,7 @@ from effnet_fast.data.orientation import read_orientation
 MANIFEST = ".effnet_fast-manifest.json"
 
 _VERSION = 2  # of the manifest's rows
-_FEW = 4000  # images that this process examines sooner than other processes start
+_FEW = 4000  # up to this many images, starting other processes takes longer than examining
 _CHUNK = 1000  # images examined between two lines of progress
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _START_OF_SCAN = 0xDA
@@ -58,7 +58,7 @@ def examine(data_dir: Path, paths: list[Path]) -> dict[Path, Examined]:
     changed = [path for path, key in keys.items() if key not in known or known[key][:2] != _stamp(path)]
     known |= zip((keys[path] for path in changed), _examine_files(changed), strict=True)
     examined = {path: known[key] for path, key in keys.items()}
-    # A file may be unreadable for want of a permission, so errors are not stored.
+    # A file may be unreadable only because permission is missing, so errors are not stored.
     if any(not examined[path].error for path in changed):
         _write_manifest(data_dir / MANIFEST, {keys[path]: row for path, row in examined.items() if not row.error})
     return examined
@@ -89,7 +89,7 @@ def _with_progress(rows: Iterable[Examined], total: int) -> Iterator[Examined]:
 
 
 def examine_file(path: Path) -> Examined:
-    """Decode a file and measure it; `error` says why that is impossible."""
+    """Decode a file and measure it; if that fails, `error` says why."""
     stamp = _stamp(path)
     try:
         content = path.read_bytes()
@@ -117,7 +117,7 @@ def _histogram(image: Image.Image) -> np.ndarray:
     return np.sum([strip.histogram() for strip in strips], axis=0).reshape(3, 256)
 
 
-# -- which files every decoder reads alike
+# -- files that DALI and Pillow decode alike
 
 
 def _is_plain(image: Image.Image, content: bytes) -> bool:
@@ -132,27 +132,27 @@ def _is_plain(image: Image.Image, content: bytes) -> bool:
 
 def _is_sound_png(content: bytes) -> bool:
     """Whether all chunks up to IEND are complete and their checksums right (PNG specification, section 5.3)."""
-    at = len(_PNG_SIGNATURE)
-    while at + 12 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, at)
-        end = at + 8 + length
-        if end + 4 > len(content) or zlib.crc32(content[at + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
+    offset = len(_PNG_SIGNATURE)
+    while offset + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, offset)
+        end = offset + 8 + length
+        if end + 4 > len(content) or zlib.crc32(content[offset + 4 : end]) != struct.unpack_from(">I", content, end)[0]:
             return False
         if kind == b"IEND":
             return True
-        at = end + 4
+        offset = end + 4
     return False
 
 
 def _is_sound_jpeg(content: bytes) -> bool:
     """Whether only segments lie between the start and the first scan (ITU-T T.81, section B.1.1)."""
-    at = 2
-    while at + 4 <= len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
+    offset = 2
+    while offset + 4 <= len(content) and content[offset] == 0xFF:
+        marker = content[offset + 1]
         if marker == _START_OF_SCAN:
             return True
         # 0xFF may be repeated before a marker.
-        at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", content, at + 2)[0]
+        offset += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", content, offset + 2)[0]
     return False
 
 
@@ -169,7 +169,7 @@ def _read_manifest(path: Path) -> dict[str, Examined]:
 
 
 def _write_manifest(path: Path, rows: dict[str, Examined]) -> None:
-    """Store the rows; a folder that cannot be written is examined anew each time."""
+    """Store the rows. If the folder is read-only, each start examines all files again."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(json.dumps({"version": _VERSION, "files": rows}))

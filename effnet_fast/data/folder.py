@@ -1,6 +1,6 @@
 """A folder of images, one folder per class: DATA_DIR/{train,test}/CLASS/IMAGE.
 
-Class folders may contain further folders. README.md lists which image files are taken, turned, converted or left out.
+Class folders may contain further folders. README.md lists which image files are read, turned, converted or left out.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def load_folder(data_dir: Path, on_bad_image: Literal["skip", "fail"] = "skip") 
     """Load a data set of image files.
 
     The classes are the folders in train/, sorted by name. The test images are in test/, or in val/ (or valid/) if there
-    is no test/; with both, val/ is the validation split. Mean and standard deviation are over all training images, with
-    equal weights; native_size is the median of their shorter sides, at most 224.
+    is no test/; with both, val/ is the validation split. Mean and standard deviation give every training image the
+    same weight; native_size is the median of their shorter sides, at most 224.
 
     Args:
         data_dir: contains train/ and test/ or val/.
@@ -86,7 +86,7 @@ def _split_folders(data_dir: Path) -> dict[str, Path]:
 
 
 def _list_classes(folder: Path) -> Classes:
-    """Class -> its files; hidden files and folders are left out."""
+    """Map each class to its files; hidden files and folders are left out."""
     classes = {path.name: list_images(path) for path in folder.iterdir() if path.is_dir() and not is_hidden(path)}
     if not classes:
         raise ValueError(f"{folder} contains no folder: put the images of each class into one")
@@ -125,7 +125,7 @@ def _fingerprint(classes: tuple[str, ...], splits: Iterable[FileSplit], examined
 
 
 def _report_left_out(data_dir: Path, folders: Iterable[Path], listings: Iterable[Classes]) -> None:
-    """Count and name the files that are not taken: other endings, and files outside of class folders."""
+    """Warn about the files that are left out: other endings, and files outside of class folders."""
     others = sorted(path for classes in listings for listing in classes.values() for path in listing.others)
     if others:
         endings = Counter(path.suffix.lower() or "no ending" for path in others)

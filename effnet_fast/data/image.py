@@ -1,4 +1,4 @@
-"""Single images as evaluation's loaders deliver them, for prediction and class activation maps."""
+"""Preprocess single images as the loaders do in evaluation, for prediction and class activation maps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def preprocess(image: Image.Image | str | Path, size: int, mean: Channels, std: 
         float32 [3, size, size] on the CPU, with channels-last strides.
 
     Raises:
-        ValueError: the file cannot be read, or the image's mode has no RGB.
+        ValueError: the file cannot be read, or the image is 16-bit or float grey.
     """
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):

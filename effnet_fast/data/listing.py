@@ -1,4 +1,4 @@
-"""List the image files of a folder: the one lister behind train, predict, cam and data."""
+"""List the image files of a folder; train, predict, cam and data all use this module."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Lower-case endings; every file with one of them is given to a decoder, which looks at the content alone.
+# Lower-case endings of image files; the decoder infers the format from the content, not from the ending.
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"}
     | {".avif", ".jp2", ".ppm", ".pgm"}

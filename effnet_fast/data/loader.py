@@ -47,7 +47,7 @@ class LoaderSpec:
         seed: seed of the order and of the augmentation.
         rank, world: number of this process and of all processes.
         num_workers: threads of DALI, or processes of the torch loader; 0 loads in the calling process.
-        augment: for training; None is evaluation.
+        augment: augmentations for training; None means evaluation.
     """
 
     batch_size: int

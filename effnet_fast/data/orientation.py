@@ -1,8 +1,8 @@
-"""Read an image's orientation, the one reader in this project, and turn images by its number.
+"""Read an image's orientation and turn the image upright; no other module does either.
 
 Orientation is Exif's tag 0x0112, a number from 1 (upright) to 8. Pillow finds it in JPEG, PNG (eXIf and raw profiles),
-WebP and TIFF, and in XMP where Exif has none. Every picture is turned by that number alone. Decoders must not adjust
-the orientation themselves, because they disagree about unusual metadata.
+WebP and TIFF, and in XMP where Exif has none. Decoders must not adjust the orientation themselves, because they
+disagree about unusual metadata.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def turn_image(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def turn_pixels(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Turn pixels [H, W, C] upright: a view."""
+    """Turn pixels [H, W, C] upright; returns a view."""
     turn = TURNS[orientation]
     if turn.transpose:
         pixels = pixels.swapaxes(0, 1)

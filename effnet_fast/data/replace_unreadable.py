@@ -20,7 +20,7 @@ class Reading(NamedTuple):
 
     Attributes:
         pixels: uint8 [S, S, 3].
-        label: class of the pixels, or -1 if they do not count.
+        label: class of the pixels, or -1 if evaluation must not count them.
         error: why the file itself cannot be read; empty if it can.
     """
 
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
 
 
 def read_or_replace(split: FileSplit, index: int, size: int, training: bool) -> Reading:
-    """Read an image. In training, the next readable image of the split replaces an unreadable one; else black does.
+    """Read an image. Training replaces an unreadable one by the split's next readable image, evaluation by black.
 
     Raises:
         ValueError: the file cannot be read, and the split does not skip such files or the ones after it fail too.

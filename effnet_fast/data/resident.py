@@ -24,7 +24,7 @@ class ResidentLoader(Loader):
     def __init__(self, split: ArraySplit, spec: LoaderSpec) -> None:
         super().__init__(split, spec)
         self._augmentation = Augmentation(spec)
-        images = np.require(resize(split.images, spec.image_size), requirements=["C", "W"])  # as from_numpy needs
+        images = np.require(resize(split.images, spec.image_size), requirements=["C", "W"])  # writable for from_numpy
         self._canvas = self._augmentation.canvas(torch.from_numpy(images).to(spec.device))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -34,5 +34,5 @@ class ResidentLoader(Loader):
         labels = upload(labels_of(self.split, indices), self.spec.device)
         for step in range(len(indices)):
             rows = slice(step * self.spec.batch_size, (step + 1) * self.spec.batch_size)
-            of_batch = None if parameters is None else parameters.take(rows)
-            yield self._augmentation(self._canvas, index[step], of_batch), labels[step]
+            batch_parameters = None if parameters is None else parameters.take(rows)
+            yield self._augmentation(self._canvas, index[step], batch_parameters), labels[step]

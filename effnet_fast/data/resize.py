@@ -45,11 +45,11 @@ def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         return images
     rows, columns = _weights(height, size), _interleaved_weights(width, size, channels)
     resized = np.empty((n, size, size, channels), np.uint8)
-    for at in range(0, n, _CHUNK):
-        chunk = images[at : at + _CHUNK].astype(np.float64).reshape(-1, height, width * channels)
-        wide = (rows @ chunk).reshape(-1, width * channels) @ columns
-        wide += _NUDGE
-        resized[at : at + _CHUNK] = np.rint(wide, out=wide).reshape(-1, size, size, channels)
+    for start in range(0, n, _CHUNK):
+        chunk = images[start : start + _CHUNK].astype(np.float64).reshape(-1, height, width * channels)
+        values = (rows @ chunk).reshape(-1, width * channels) @ columns
+        values += _NUDGE
+        resized[start : start + _CHUNK] = np.rint(values, out=values).reshape(-1, size, size, channels)
     return resized
 
 

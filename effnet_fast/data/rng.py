@@ -37,8 +37,8 @@ def stream(purpose: int, epoch: int = 0) -> int:
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
     """Philox4x32-10: counter uint32 [..., 4] and two 32-bit key words -> uint32 [..., 4]."""
     x0, x1, x2, x3 = (counter[..., i].astype(np.uint64) for i in range(4))
-    for turn in range(_ROUNDS):
-        k0, k1 = (np.uint64((word + turn * weyl) & 0xFFFFFFFF) for word, weyl in zip(key, _WEYL, strict=True))
+    for i in range(_ROUNDS):
+        k0, k1 = (np.uint64((word + i * weyl) & 0xFFFFFFFF) for word, weyl in zip(key, _WEYL, strict=True))
         product0, product1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
         x0, x1, x2, x3 = (product1 >> _HALF) ^ x1 ^ k0, product1 & _LOW, (product0 >> _HALF) ^ x3 ^ k1, product0 & _LOW
     return np.stack([x0, x1, x2, x3], axis=-1).astype(np.uint32)

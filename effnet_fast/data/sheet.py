@@ -1,4 +1,4 @@
-"""A data set at a glance: a few of its images with their class names, and its figures in words."""
+"""Summarize a data set: a sheet of sample images with class names, and a text with its figures."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Array = NDArray[np.float32]
 Pattern = Callable[[Array, Array], NDArray[np.floating]]
 
 _CHUNK = 250  # images rendered at once, so that intermediate arrays fit in the cache
-# Widths of uniform distributions, where black is 0 and white is 1: each pixel's noise, and a colour around its grey.
+# Widths of the uniform distributions of pixel noise and of a colour around its grey; black is 0 and white is 1.
 _NOISE, _TINT = 0.12, 0.3
 # Grey levels of the shape and of the texture's two extremes, far from each other.
 _GREYS = np.array([[0.9, 0.1, 0.55], [0.9, 0.55, 0.1], [0.1, 0.9, 0.45], [0.1, 0.45, 0.9]])

@@ -62,7 +62,7 @@ class _Batches(Dataset[Batch | str]):
         try:
             images, labels, errors = self._read(self._shard.indices(epoch)[step])
             if get_worker_info() is not None:
-                # Here and not when the batch is sent: torch would then drop it, and the consumer wait for ever.
+                # Allocate now: if this failed while torch sends the batch, the consumer would wait forever.
                 images.share_memory_(), labels.share_memory_()
         except ValueError as error:
             return str(error)
@@ -81,13 +81,13 @@ class _Batches(Dataset[Batch | str]):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave signals to the main process: a signal to the process group must not end the workers before it has saved."""
+    """Ignore signals: one to the process group must not end the workers before the main process has saved."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _kill_workers() -> None:
-    """At exit, Python sends daemonic children SIGTERM, which the workers ignore, and waits for them."""
+    """Kill the workers at exit: Python would send them SIGTERM, which they ignore, and wait for them."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -118,7 +118,7 @@ class TorchLoader(Loader):
             atexit.unregister(_kill_workers)  # once is enough
             atexit.register(_kill_workers)
         self._positions.epoch, self._positions.start = epoch, start
-        # Workers are forked: one that collected an abandoned DALI pipeline would wait for threads it does not have.
+        # A forked worker has none of DALI's threads and would wait for them if it collected an abandoned pipeline.
         gc.collect()
         for step, batch in enumerate(self._loader, start):
             if isinstance(batch, str):

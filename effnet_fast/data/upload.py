@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def upload(array: NDArray, device: torch.device) -> Tensor:
-    """Start to copy an array to the device; does not wait for the copy."""
+    """Copy an array to the device without waiting for the copy to finish."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         tensor = tensor.pin_memory()

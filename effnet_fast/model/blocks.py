@@ -34,10 +34,11 @@ class Style:
     Attributes:
         padding: see `Conv`.
         bn_eps, bn_momentum: see `BatchNorm`.
-        kernels: `auto` is Triton for CUDA tensors and C++ for CPU tensors, `triton` and `cpp` insist, `torch` calls
-            the modules below as written. With the kernels, what lies between an MBConv's two 1x1 convolutions is one
-            op (on the CPU, in training and float32, the whole block), and BatchNorm, Swish and the residual are one
-            op elsewhere: a forward hook on a module inside a block, or on the head in training, needs `torch`.
+        kernels: `auto` uses Triton for CUDA tensors and C++ for CPU tensors where they are supported; `triton` and
+            `cpp` raise an error where they are not; `torch` calls the modules in this file. The kernels fuse everything
+            between an MBConv's two 1x1 convolutions (on the CPU, in float32 training, the whole block), and elsewhere
+            BatchNorm, Swish and the residual. They do not call the fused modules, so forward hooks inside a block, or
+            on the head in training, need `torch`.
     """
 
     padding: Padding = "symmetric"
@@ -65,7 +66,7 @@ class BatchNorm(nn.Module):
         momentum: weight of the new batch in the running statistics (torch's convention).
 
     Raises:
-        ValueError: in training mode, there is one value per channel.
+        ValueError: in training mode, there is only one value per channel.
     """
 
     running_mean: Tensor
@@ -96,8 +97,8 @@ class BatchNorm(nn.Module):
         )
 
     def _synchronised_forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
         means, variances = distributed.gather_rows(torch.cat([mean, var])).chunk(2, dim=1)
         mean = means.mean(0)
         # Chan et al. 1983 for equal counts: accurate for large means.
@@ -146,8 +147,8 @@ class Conv(nn.Conv2d):
         if self.asymmetric:
             return super().forward(F.pad(x, self.pads(x)))
         # A traced or exported model must work for other sizes too.
-        fixed = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        return super().forward(x) if fixed or min(x.shape[-2:]) > 2 else self._forward_small(x)
+        exporting = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        return super().forward(x) if exporting or min(x.shape[-2:]) > 2 else self._forward_small(x)
 
     def _forward_small(self, x: Tensor) -> Tensor:
         centre = self.kernel_size[0] // 2
@@ -203,7 +204,7 @@ class ConvNormAct(nn.Module):
         return self.act(self.norm(y))
 
     def fused(self) -> cpu_ops.ConvNorm:
-        """This layer as effnet_kernels takes it."""
+        """The parameters of this layer for effnet_kernels."""
         return cpu_ops.ConvNorm(self.conv.weight, self.norm.fused())
 
     def finish(self, y: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -219,14 +220,14 @@ class ConvNormAct(nn.Module):
         )
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The spatial mean [N, C'] of `forward(x)`. In training with the kernels, the map itself is never written."""
+        """The spatial mean [N, C'] of `forward(x)`. In training with the kernels, the map is not written to memory."""
         if self.norm.training and use_kernels(self.kernels, x):
             return squeeze_ops.bn_silu_squeeze(self.conv(x), self.norm.fused(), kernels=self.kernels)
         return self(x).mean((2, 3))
 
 
 def norm_relu(x: Tensor, norm: BatchNorm, relu: nn.ReLU, kernels: Kernels, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual). The kernels make one op of it, which bypasses hooks on `norm`."""
+    """relu(norm(x) + residual). The kernels fuse norm and residual without calling `norm`: its hooks do not run."""
     if use_kernels(kernels, x):
         fused = bn_ops.batch_norm(x, norm.fused(), training=norm.training, residual=residual, kernels=kernels)
         return relu(fused)
@@ -247,7 +248,7 @@ class SqueezeExcite(nn.Module):
         return x * torch.sigmoid(self.expand(F.silu(self.reduce(mean))))
 
     def fused(self) -> gate_ops.SqueezeExcite:
-        """This layer as effnet_kernels takes it."""
+        """The parameters of this layer for effnet_kernels."""
         assert self.reduce.bias is not None
         assert self.expand.bias is not None
         return gate_ops.SqueezeExcite(self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias)
@@ -323,8 +324,8 @@ class MBConv(nn.Module):
         return self.residual and self.training and self.drop_path > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        # Drawn outside of the recomputed part, so that no generator state has to be restored: a CUDA graph cannot do
-        # that, and compiled code can draw another mask the second time (pytorch #198333).
+        # Draw outside of the recomputed part. Recomputing the draw would have to restore the generator's state, which a
+        # CUDA graph cannot do, and compiled code can draw another mask the second time (pytorch #198333).
         scale = drop_path_scale(x, self.drop_path) if self.drops else None
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return self._block(x, scale)
@@ -338,8 +339,8 @@ class MBConv(nn.Module):
 
     def _block(self, x: Tensor, scale: Tensor | None) -> Tensor:
         if use_kernels(self.kernels, x):
-            whole = self.depthwise.norm.training and cpu_ops.supports(x, self.project.conv.weight)
-            return self._cpu_block(x, scale) if whole else self._fused_block(x, scale)
+            use_cpu_block = self.depthwise.norm.training and cpu_ops.supports(x, self.project.conv.weight)
+            return self._cpu_block(x, scale) if use_cpu_block else self._fused_block(x, scale)
         y = self.project(self.se(self.depthwise(self.expand(x))))
         if scale is not None:
             y = y * scale[:, None, None, None]

@@ -24,12 +24,12 @@ class Complexity:
     """The costs of a model, per image unless stated otherwise.
 
     Attributes:
-        parameters: trainable numbers of the model.
+        parameters: number of trainable parameters.
         macs: multiply-accumulates of the convolutions and linear layers of one forward pass. fvcore counts these and
             calls them "flops"; a multiply-accumulate is two floating-point operations, so `flops` is 2 * macs.
-        activations: numbers that convolutions and linear layers write in one forward pass (fvcore's convention).
-        inputs_read: numbers that they read in one forward pass, without weights.
-        saved: numbers that autograd keeps of one image for the backward pass.
+        activations: elements that convolutions and linear layers write in one forward pass (fvcore's convention).
+        inputs_read: elements that these layers read in one forward pass, without weights.
+        saved: elements that autograd keeps for the backward pass.
         final_map: (C, H, W) of the input of the global pooling.
     """
 
@@ -54,9 +54,9 @@ class Complexity:
         return 3 * self.parameters * FP32
 
     def training_bytes_per_image(self, element_bytes: int) -> int:
-        """Bytes of memory that each image of a batch takes in training: `saved` numbers of `element_bytes` each.
+        """Bytes of memory that each image of a batch takes in training: `saved` elements of `element_bytes` each.
 
-        This estimates the uncompiled PyTorch path. A compiled or fused path recomputes some of these numbers;
+        This estimates the uncompiled PyTorch path. A compiled or fused path recomputes some of these elements;
         workspaces and transient gradients are not included.
         """
         return self.saved * element_bytes
@@ -197,7 +197,7 @@ def _counts(macs: int, inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 
 def _saved_numbers(model: Network, batch_size: int, image_size: int) -> int:
-    """Count the numbers in the floating-point storages that autograd saves, each storage once."""
+    """Count the elements of the floating-point storages that autograd saves, each storage once."""
     storages: dict[int, tuple[Tensor, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:

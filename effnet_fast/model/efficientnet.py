@@ -46,7 +46,7 @@ class Architecture:
 class EfficientNet(Network):
     """[N, 3, H, W] -> logits [N, num_classes]. Parameters are float32 and channels-last.
 
-    Sub-modules, in the order of the data: `stem`, `stages`, `head`, `classifier`. For `kernels` see `blocks.Style`.
+    Sub-modules, from input to output: `stem`, `stages`, `head`, `classifier`. For `kernels` see `blocks.Style`.
     """
 
     def __init__(self, architecture: Architecture, kernels: Kernels = "auto") -> None:

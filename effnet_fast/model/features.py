@@ -40,8 +40,8 @@ class FeatureInfo(tuple[Level, ...]):
 class FeaturePyramid(nn.Module):
     """[N, 3, H, W] -> for each level, the finest first, [N, C, H / reduction, W / reduction].
 
-    A level is the output of the last stage at a resolution, as in timm. The maps are returned, not hooked, so the fused
-    blocks serve. Stages after the last level, the head and the classifier are dropped.
+    A level is the output of the last stage at a resolution, as in timm. The forward pass collects the maps without
+    hooks, so the fused blocks still run. Stages after the last level, the head and the classifier are dropped.
 
     Args:
         model: an EfficientNet.

@@ -1,4 +1,4 @@
-"""The interface of all models: features, a linear classifier, and layers in the order of the data."""
+"""The interface of all models: features, a linear classifier, and layers from input to output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def layers(self) -> dict[str, list[nn.Module]]:
-        """Name -> modules, in the order of the data: stem, stages.0, stages.1 and so on, (head,) classifier."""
+        """Map layer names to modules, from input to output: stem, stages.0, stages.1, ..., (head,) classifier.
+
+        Only EfficientNets have a head.
+        """
 
     def freeze(self, until: str) -> None:
         """Freeze the layers up to and including `until`: no gradients, and evaluation mode even while training.

@@ -69,15 +69,17 @@ def default_output_stride(image_size: int) -> int:
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions with a residual: [N, inputs, H, W] -> [N, 4 width, H / stride, W / stride]."""
 
-    def __init__(self, inputs: int, width: int, stride: int, build: ReferenceArchitecture, kernels: Kernels) -> None:
+    def __init__(
+        self, inputs: int, width: int, stride: int, architecture: ReferenceArchitecture, kernels: Kernels
+    ) -> None:
         super().__init__()
         outputs = EXPANSION * width
         self.kernels = kernels
-        self.conv1, self.bn1, self.relu1 = Conv(inputs, width, 1), build.norm(width), nn.ReLU()
-        self.conv2, self.bn2, self.relu2 = Conv(width, width, 3, stride), build.norm(width), nn.ReLU()
-        self.conv3, self.bn3, self.relu3 = Conv(width, outputs, 1), build.norm(outputs), nn.ReLU()
+        self.conv1, self.bn1, self.relu1 = Conv(inputs, width, 1), architecture.norm(width), nn.ReLU()
+        self.conv2, self.bn2, self.relu2 = Conv(width, width, 3, stride), architecture.norm(width), nn.ReLU()
+        self.conv3, self.bn3, self.relu3 = Conv(width, outputs, 1), architecture.norm(outputs), nn.ReLU()
         self.downsample = (
-            nn.Sequential(Conv(inputs, outputs, 1, stride), build.norm(outputs))
+            nn.Sequential(Conv(inputs, outputs, 1, stride), architecture.norm(outputs))
             if stride > 1 or inputs != outputs
             else nn.Identity()
         )
@@ -135,12 +137,12 @@ class ResNet(Network):
 class DenseLayer(nn.Module):
     """BatchNorm, ReLU, 1x1, BatchNorm, ReLU, 3x3: [N, inputs, H, W] -> [N, 32, H, W]."""
 
-    def __init__(self, inputs: int, build: ReferenceArchitecture, kernels: Kernels) -> None:
+    def __init__(self, inputs: int, architecture: ReferenceArchitecture, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
-        self.norm1, self.relu1 = build.norm(inputs), nn.ReLU()
+        self.norm1, self.relu1 = architecture.norm(inputs), nn.ReLU()
         self.conv1 = Conv(inputs, DENSE_BOTTLENECK, 1)
-        self.norm2, self.relu2 = build.norm(DENSE_BOTTLENECK), nn.ReLU()
+        self.norm2, self.relu2 = architecture.norm(DENSE_BOTTLENECK), nn.ReLU()
         self.conv2 = Conv(DENSE_BOTTLENECK, GROWTH, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,10 +163,10 @@ class DenseBlock(nn.ModuleDict):
 class Transition(nn.Module):
     """BatchNorm, ReLU, 1x1, average pooling: [N, C, H, W] -> [N, C / 2, H / 2, W / 2]."""
 
-    def __init__(self, inputs: int, build: ReferenceArchitecture, kernels: Kernels) -> None:
+    def __init__(self, inputs: int, architecture: ReferenceArchitecture, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
-        self.norm, self.relu = build.norm(inputs), nn.ReLU()
+        self.norm, self.relu = architecture.norm(inputs), nn.ReLU()
         self.conv = Conv(inputs, inputs // 2, 1)
         self.pool = nn.AvgPool2d(2, 2)
 

@@ -109,7 +109,7 @@ def layout(width: float, depth: float, output_stride: int) -> Layout:
         output_stride: input pixels per pixel of the final map: 32, 16, 8 or 4.
 
     Raises:
-        ValueError: another value.
+        ValueError: output_stride is another value, or a multiplier is not above 0.
     """
     if output_stride not in _EARLY_STRIDES:
         raise ValueError(f"output_stride must be 32, 16, 8 or 4, not {output_stride}")

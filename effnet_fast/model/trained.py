@@ -114,7 +114,7 @@ def load(
 
     Args:
         path: a run's checkpoint, or its safetensors export.
-        weights: of a checkpoint: auto (the moving average where the run kept one), ema or raw.
+        weights: which weights of a checkpoint: auto (the moving average if there is one), ema or raw.
         device: auto, cpu, cuda or cuda:N; a CUDA device becomes the current one.
         kernels: auto, triton, cpp or torch, see `blocks.Style`; forward hooks need torch.
 
@@ -143,7 +143,7 @@ def from_checkpoint(
     if weights == "ema" and checkpoint.ema is None:
         raise ValueError("the run kept no moving average (--ema_decay 0); use --weights raw")
     try:
-        # The average is of the parameters and statistics alone, so it is laid over the raw weights.
+        # The average has parameters and running statistics only; the rest comes from the raw weights.
         average = {} if weights == "raw" or checkpoint.ema is None else checkpoint.ema
         model = _build(checkpoint.architecture, {**checkpoint.model, **average}, kernels)
         return _trained(model, vars(checkpoint), device)

@@ -135,9 +135,9 @@ def create_model(
 
     Args:
         name, num_classes, image_size, output_stride: see `ModelOptions`.
-        pretrained: weights to start from, see `weights.read_weights`. A head of another size keeps its initial values;
-            stderr says so, and which layout was read.
-        pretrained_layout: whose names the file has; with auto, the layout is inferred from tensor names.
+        pretrained: weights to start from, see `weights.read_weights`. A classifier with another number of classes
+            keeps its initial values. A message on stderr says so, and which layout was read.
+        pretrained_layout: layout of the file; `auto` infers it from the tensor names.
         allow_unmatched: load the tensors that fit and list the others, instead of refusing the file.
         features_only: return the feature maps of an EfficientNet instead of logits, see `FeaturePyramid`.
         out_indices: levels of the feature pyramid to return; None returns all.
@@ -216,7 +216,7 @@ def from_description(description: dict[str, Any], kernels: Kernels = "auto") -> 
     Raises:
         ValueError: the description is of an unknown kind of model.
     """
-    # The first checkpoints, from before there were reference models, name no family.
+    # Checkpoints that are older than the reference models have no `family`.
     family = description.get("family", "efficientnet")
     architecture = ReferenceArchitecture if family == "reference" else Architecture
     known = {field.name for field in dataclasses.fields(architecture)}

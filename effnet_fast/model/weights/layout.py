@@ -1,4 +1,4 @@
-"""What a layout is: the layer names of a library, and the padding and eps that its models compute with."""
+"""Definition of a layout: the layer names of a library, and the padding and eps that its models compute with."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Layout:
     """The EfficientNet or the reference models of a library.
 
     Attributes:
-        title: of the library, as messages name it.
+        title: the library's name in messages, in the possessive.
         sign: a tensor name that only this layout has.
         padding: of the convolutions.
         bn_eps: eps of BatchNorm, by the model's name.
@@ -78,12 +78,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a file and the computation they were trained in.
+    """The tensors of a file, and the settings that they were trained with.
 
     Attributes:
         path: of the file.
-        layout: whose names the tensors have.
-        tensors: by those names, without BatchNorm's batch counters.
+        layout: of the tensor names.
+        tensors: keyed by those names, without BatchNorm's batch counters.
         mean, std: normalisation of the training images, of each channel, for pixels scaled to 0..1.
         description: of the architecture; only in files of this project.
         classes: their names; only in files of this project.
@@ -110,6 +110,6 @@ class Weights:
 
 def listed(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
-    known = list(names)
-    rest = len(known) - _SHOWN
-    return ", ".join(known[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    all_names = list(names)
+    hidden = len(all_names) - _SHOWN
+    return ", ".join(all_names[:_SHOWN]) + (f" and {hidden} more" if hidden > 0 else "")

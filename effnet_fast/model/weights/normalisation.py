@@ -1,4 +1,4 @@
-"""Mean and std as files of weights state them."""
+"""Check the mean and std that a file of weights states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def checked_normalisation(file: Path, facts: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return `mean` and `std` where the facts have them.
+    """Return those of `mean` and `std` that `facts` contains.
 
     Raises:
         ValueError: they are not three finite numbers, or std is not positive.

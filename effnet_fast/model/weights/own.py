@@ -4,7 +4,7 @@ from effnet_fast.model.weights.layout import Layout
 
 
 def _bn_eps(model: str) -> float:
-    """As `create_model` builds them: reference models have torch's default."""
+    """The eps that `create_model` uses; reference models have torch's default."""
     return 1e-3 if model.startswith("efficientnet") else 1e-5
 
 

@@ -28,7 +28,7 @@ LAYOUTS: dict[str, Layout] = {
 _REFERENCE_LAYOUTS = (torchvision.RESNET, torchvision.DENSENET)
 _HALF = (0.5, 0.5, 0.5)
 
-# Keys under which trainers keep a state dict. A moving average comes first, as timm reads its own files.
+# Keys under which trainers keep a state dict. A moving average is preferred, as in timm.
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict")
 _WRAPPERS = (*_AVERAGES, "state_dict", "model", "model_state_dict", "net")
 _COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm, and of torch's AveragedModel
@@ -53,9 +53,9 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
 
     Args:
         path: a .safetensors file, or a .pth or .pt file, which is loaded with `weights_only=True`.
-        layout: whose names the file has; auto infers it from the tensor names. timm's two layouts have the same names:
-            the architecture in the file decides, else config.json beside it, else the name of the file, else that of
-            the nearest folder.
+        layout: of the file; auto infers it from the tensor names. timm's two layouts have the same tensor names; an
+            architecture name chooses between them. It is looked for in the file, in config.json beside it, in the
+            file's name, then in the names of its folders, the nearest first.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -84,7 +84,7 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors of a file and the metadata that `effnet-fast export` writes ({} in a file of other origin).
+    """Read the tensors of a file and the metadata that `effnet-fast export` writes ({} if it did not write the file).
 
     Raises:
         OSError: there is no such file, or it cannot be read.

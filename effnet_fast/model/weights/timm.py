@@ -50,14 +50,14 @@ LAYOUT = Layout(
 )
 TF_LAYOUT = replace(LAYOUT, title="timm's (tf_)", padding="same", bn_eps=lambda model: 1e-3)
 
-# AdvProp's weights, of timm and of EfficientNet-PyTorch, and those of timm's recipe ra4 saw pixels from -1 to 1.
+# Weights trained on pixels from -1 to 1: AdvProp's (timm, EfficientNet-PyTorch) and those of timm's recipe ra4.
 _HALF_NORMALISED = re.compile(
     r"tf_efficientnet_b\d[._]ap(?![a-z0-9])|adv-efficientnet-b\d|efficientnet_b\d[._]ra4(?![a-z0-9])"
 )
 
 
 def which_layout(path: Path, names: Sequence[str]) -> Layout:
-    """Choose between timm's layouts by the first of the names that names one of them.
+    """Choose between timm's layouts: the first name that contains a model of just one of them decides.
 
     Args:
         path: of the file, for the message.

@@ -8,7 +8,7 @@ from effnet_fast.model.weights.layout import Layout, Names
 
 
 def _numbered(first: int) -> dict[str, str]:
-    """The layers behind the expansion, which torchvision numbers from `first`."""
+    """The layers after the expansion, which torchvision numbers from `first`."""
     return {
         "depthwise.conv": f"{first}.0",
         "depthwise.norm": f"{first}.1",

@@ -17,10 +17,10 @@ from effnet_fast.model.weights.layout import Layout
 
 @dataclass(frozen=True)
 class Foreign:
-    """A model as another library has it.
+    """A model under another library's names.
 
     Attributes:
-        architecture: the library's name of it, such as efficientnet_b0.
+        architecture: the library's name for the model, such as efficientnet_b0.
         tensors: its state dict, float32, with BatchNorm's batch counters.
     """
 
@@ -35,7 +35,7 @@ def to_foreign(model: Network, library: str) -> Foreign:
     which leaves variance + eps, and so the logits, as they are.
 
     Args:
-        model: with its BatchNorm layers, not folded.
+        model: with BatchNorm layers that are not folded.
         library: torchvision or timm.
 
     Raises:
@@ -56,7 +56,7 @@ def to_foreign(model: Network, library: str) -> Foreign:
 
 def _layout(model: Network, library: str) -> Layout:
     if not isinstance(model, EfficientNet):
-        return torchvision.RESNET  # both libraries have our names of ResNet and DenseNet, and torch's eps
+        return torchvision.RESNET  # both libraries use our names for ResNet and DenseNet, and torch's eps
     same = model.architecture.padding == "same"
     if library == "timm":
         return timm.TF_LAYOUT if same else timm.LAYOUT
@@ -66,7 +66,7 @@ def _layout(model: Network, library: str) -> Layout:
 
 
 def _published_name(model: Network, library: str) -> str:
-    """Our name of the published model with these channels, repeats and strides."""
+    """Our name for the published model with these channels, repeats and strides."""
     architecture = model.architecture
     if architecture.output_stride != 32:
         raise ValueError(

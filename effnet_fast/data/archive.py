@@ -265,12 +265,12 @@ def _progress(title: str, total: int | None, done: int) -> Iterator[Callable[[in
             yield lambda size: bar.advance(task, size)
         return
     step = max(1, (total or 160 << 20) // 10)
-    whole = f" of {total / 1e6:.0f}" if total else ""
+    of_total = f" of {total / 1e6:.0f}" if total else ""
 
     def advance(size: int) -> None:
         nonlocal done
         if (done + size) // step > done // step:
-            print(f"{title}: {(done + size) / 1e6:.0f}{whole} MB", file=sys.stderr)
+            print(f"{title}: {(done + size) / 1e6:.0f}{of_total} MB", file=sys.stderr)
         done += size
 
     yield advance

@@ -92,15 +92,15 @@ class Augmentation:
         augment, size, device = self._spec.augment, self._spec.image_size, self._spec.device
         if augment is None:
             return None
-        key = self._spec.seed, epoch, indices, size
-        params = draw_params(augment, *key)
+        draw_key = self._spec.seed, epoch, indices, size
+        params = draw_params(augment, *draw_key)
         return AugmentTensors(
             crop=upload(np.stack([params.crop_y, params.crop_x], axis=1).astype(np.int64), device),
             flip=upload(params.flip[:, None, None, None], device) if augment.flip else None,
             warp=upload(_grid_matrices(params, size, augment.pad(size)), device) if augment.rotation else None,
             colour=upload(_colour_matrices(params), device) if augment.color_jitter else None,
             erase=upload(_corners(params.erase), device) if augment.random_erasing else None,
-            auto=None if augment.auto_augment == "none" else draw_auto_params(augment.auto_augment, *key),
+            auto=None if augment.auto_augment == "none" else draw_auto_params(augment.auto_augment, *draw_key),
         )
 
     def canvas(self, images: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Augmentation:
         return F.pad(images, (0, 0, pad, pad, pad, pad)) if pad else images
 
     def __call__(self, canvas: Tensor, index: Tensor, parameters: AugmentTensors | None) -> Tensor:
-        """The batch of images at `index` (int64 [B]) of the canvas: [B, 3, S, S], channels-last strides."""
+        """Augment the images at `index` (int64 [B]) of the canvas: [B, 3, S, S] with channels-last strides."""
         if parameters is None:
             return self._normalise(canvas[index]).permute(0, 3, 1, 2)
         if parameters.warp is not None:
@@ -126,7 +126,7 @@ class Augmentation:
         return images.permute(0, 3, 1, 2)
 
     def _crop_flip(self, canvas: Tensor, index: Tensor, parameters: AugmentTensors) -> Tensor:
-        """Every crop is a view into the canvas, so one indexed read gathers the crops of a batch."""
+        """Crop and flip. Every crop is a view into the canvas, so one indexed read gathers the crops of a batch."""
         n, side, _, channels = canvas.shape
         size = self._spec.image_size
         image, row, column, channel = canvas.stride()

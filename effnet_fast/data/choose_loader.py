@@ -92,7 +92,7 @@ def _dali_version() -> str | None:
 
 
 def make_loader(kind: LoaderName, split: Split, spec: LoaderSpec) -> Loader:
-    """Create the loader that `choose_loader` chooses.
+    """Create the loader that `choose_loader` names.
 
     Raises:
         ValueError: see `choose_loader`; or a training batch is larger than the split.

@@ -226,18 +226,18 @@ def _colour(images: Any, inputs: dict[str, Any]) -> Any:
 
 
 def _normalise(images: Any, inputs: dict[str, Any], spec: LoaderSpec) -> Any:
-    keep = spec.dtype == torch.uint8
+    is_uint8 = spec.dtype == torch.uint8
     mean, std = [255 * value for value in spec.mean], [255 * value for value in spec.std]
     images = fn.crop_mirror_normalize(
         images,
         mirror=inputs.get("mirror", 0),
-        mean=[0.0] if keep else mean,
-        std=[1.0] if keep else std,
+        mean=[0.0] if is_uint8 else mean,
+        std=[1.0] if is_uint8 else std,
         dtype=_DTYPES[spec.dtype],
         output_layout="HWC",
     )
     if "anchor" in inputs:
-        fill = [float(round(value)) for value in mean] if keep else 0.0
+        fill = [float(round(value)) for value in mean] if is_uint8 else 0.0
         images = fn.erase(images, anchor=inputs["anchor"], shape=inputs["shape"], axis_names="HW", fill_value=fill)
     return images
 

@@ -71,17 +71,17 @@ def resize_strips(strips: Iterable[NDArray[np.uint8]], side: int, size: int) -> 
         uint8 [size, size, 3]. Memory is that of a strip and of [size, side, 3] in float64.
     """
     weights = _weights(side, size)
-    columns = np.zeros((size, side * 3))
+    resized_rows = np.zeros((size, side * 3))
     top = 0
     for strip in strips:
         rows = strip.astype(np.float64).reshape(-1, side * 3)
-        share = weights[:, top : top + len(rows)]
-        touched = np.flatnonzero(share.any(axis=1))
+        strip_weights = weights[:, top : top + len(rows)]
+        touched = np.flatnonzero(strip_weights.any(axis=1))
         if len(touched):
             targets = slice(touched[0], touched[-1] + 1)
-            columns[targets] += share[targets] @ rows
+            resized_rows[targets] += strip_weights[targets] @ rows
         top += len(rows)
     # [side, size * 3] rather than [size, side, 3]: one large matrix product.
-    by_column = columns.reshape(size, side, 3).transpose(1, 0, 2).reshape(side, size * 3)
+    by_column = resized_rows.reshape(size, side, 3).transpose(1, 0, 2).reshape(side, size * 3)
     resized = (weights @ by_column).reshape(size, size, 3).transpose(1, 0, 2)
     return np.rint(resized + _NUDGE).astype(np.uint8)

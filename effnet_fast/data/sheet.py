@@ -29,10 +29,10 @@ def sample_sheet(dataset: Dataset, path: Path, rows: int = 4, columns: int = 10)
     rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, rows * (_CELL + _CAPTION + _GAP) + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for cell, k in enumerate(shown):
+    for cell, i in enumerate(shown):
         x, y = _GAP + cell % columns * (_CELL + _GAP), _GAP + cell // columns * (_CELL + _CAPTION + _GAP)
-        sheet.paste(_square(_picture(dataset.train, int(first[k]))), (x, y))
-        caption = dataset.classes[labels[k]]
+        sheet.paste(_square(_picture(dataset.train, int(first[i]))), (x, y))
+        caption = dataset.classes[labels[i]]
         while draw.textlength(caption, font) > _CELL:
             caption = caption[:-1]
         draw.text((x, y + _CELL + 1), caption, "black", font)

@@ -134,18 +134,18 @@ def _render(seed: int, purpose: int, indices: NDArray[np.int64], size: int) -> N
     dx, dy = (x - between(2, -0.2, 0.2)) / radius, (y - between(3, -0.2, 0.2)) / radius
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     distance = _by_kind(SHAPES, shape, cos * dx + sin * dy, cos * dy - sin * dx)
-    cover = np.clip(0.5 - distance * radius * (size / 2), 0, 1)
+    coverage = np.clip(0.5 - distance * radius * (size / 2), 0, 1)
 
     # The texture around it, from 0 to 1: moved and scaled.
     frequency = between(4, 1.6, 2.0)
-    weave = _by_kind(TEXTURES, texture, x * frequency + between(5, -0.5, 0.5), y * frequency + between(6, -0.5, 0.5))
-    weave = weave * 0.5 + 0.5
+    shade = _by_kind(TEXTURES, texture, x * frequency + between(5, -0.5, 0.5), y * frequency + between(6, -0.5, 0.5))
+    shade = shade * 0.5 + 0.5
 
     greys = _GREYS[(draws[:, 7] * len(_GREYS)).astype(np.int64)]
     colours = (greys[:, :, None] + (draws[:, 8:17].reshape(-1, 3, 3) - 0.5) * _TINT).astype(np.float32)
     figure, first, second = (colours[:, i, None, None, :] for i in range(3))
-    ground = first + (second - first) * weave[..., None]
-    image = ground + (figure - ground) * cover[..., None]
+    background = first + (second - first) * shade[..., None]
+    image = background + (figure - background) * coverage[..., None]
     noise = (uniforms(seed, stream(purpose, 1), indices, size * size) - 0.5).astype(np.float32) * _NOISE
     return (np.clip(image + noise.reshape(-1, size, size, 1), 0, 1) * 255 + 0.5).astype(np.uint8)
 

@@ -83,18 +83,18 @@ def complexity(model: Network, image_size: int) -> Complexity:
     Two copies are counted: a CPU copy that fvcore traces, and a copy on the meta device that gives the sizes of what
     autograd saves.
     """
-    shapes = copy.deepcopy(model).to("meta").train()
-    for norm in batch_norms(shapes):
+    meta_model = copy.deepcopy(model).to("meta").train()
+    for norm in batch_norms(meta_model):
         norm.synchronised = False  # so that one rank can count without the others
     counts = _layer_counts(model, image_size)
-    channels, height, width = shapes.forward_features(_images(2, image_size, "meta")).shape[1:]
+    channels, height, width = meta_model.forward_features(_images(2, image_size, "meta")).shape[1:]
     return Complexity(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=counts["macs"],
         activations=counts["activations"],
         inputs_read=counts["inputs_read"],
         # The difference leaves out what is saved once per batch: weights and BatchNorm statistics.
-        saved=_saved_numbers(shapes, 3, image_size) - _saved_numbers(shapes, 2, image_size),
+        saved=_saved_numbers(meta_model, 3, image_size) - _saved_numbers(meta_model, 2, image_size),
         final_map=(channels, height, width),
     )
 

@@ -62,8 +62,8 @@ class FeaturePyramid(nn.Module):
         indices = range(len(levels)) if out_indices is None else out_indices
         if not indices or not all(-len(levels) <= i < len(levels) for i in indices):
             raise ValueError(f"out_indices {list(indices)}: this model has the levels 0 to {len(levels) - 1}")
-        kept = sorted({i % len(levels) for i in indices})
-        self.feature_info = FeatureInfo(levels[i] for i in kept)
+        returned = sorted({i % len(levels) for i in indices})
+        self.feature_info = FeatureInfo(levels[i] for i in returned)
         last = int(self.feature_info[-1].module.removeprefix("stages."))
         self.stem = model.stem
         self.stages = model.stages[: last + 1]
@@ -81,8 +81,8 @@ class FeaturePyramid(nn.Module):
 def _levels(model: EfficientNet) -> list[Level]:
     """The last stage at each resolution; the stem's resolution is the first stage's."""
     layout = model.layout
-    reduction, last = layout.stem_stride, {}
+    reduction, last_stages = layout.stem_stride, {}
     for i, stage in enumerate(layout.stages):
         reduction *= stage.stride
-        last[reduction] = (stage.channels, f"stages.{i}")
-    return [Level(i, channels, size, module) for i, (size, (channels, module)) in enumerate(last.items())]
+        last_stages[reduction] = (stage.channels, f"stages.{i}")
+    return [Level(i, channels, size, module) for i, (size, (channels, module)) in enumerate(last_stages.items())]

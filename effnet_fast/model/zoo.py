@@ -74,8 +74,8 @@ def model_name(name: str) -> str:
     key = name.lower()
     key = key.replace("_", "-") if key.startswith("eff") else key.replace("-", "").replace("_", "")
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or known
-        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(near)}?")
+        nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or known
+        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(nearest)}?")
     return key
 
 

@@ -70,13 +70,13 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
     tensors = {_unwrapped(name): tensor for name, tensor in content.items() if not name.endswith(_COUNTERS)}
     tensors = _without_prefix(path, tensors)
     names = [*facts.get("architectures", ()), *reversed(path.absolute().parts)]
-    half = timm.is_half_normalised(names)
+    is_half = timm.is_half_normalised(names)
     return Weights(
         path,
         LAYOUTS[layout] if layout != "auto" else _infer_layout(path, tensors, names),
         {torchvision.undotted(name): tensor for name, tensor in tensors.items()},
-        mean=facts.get("mean", _HALF if half else IMAGENET_MEAN),
-        std=facts.get("std", _HALF if half else IMAGENET_STD),
+        mean=facts.get("mean", _HALF if is_half else IMAGENET_MEAN),
+        std=facts.get("std", _HALF if is_half else IMAGENET_STD),
         description=facts.get("description"),
         classes=tuple(facts.get("classes", ())),
         average=facts.get("average"),

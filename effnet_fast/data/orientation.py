@@ -1,4 +1,4 @@
-"""Read an image's orientation and turn the image upright; no other module does either.
+"""Read an image's orientation and turn the image upright; no other module reads the orientation.
 
 Orientation is Exif's tag 0x0112, a number from 1 (upright) to 8. Pillow finds it in JPEG, PNG (eXIf and raw profiles),
 WebP and TIFF, and in XMP where Exif has none. Decoders must not adjust the orientation themselves, because they

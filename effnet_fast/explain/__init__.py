@@ -1,4 +1,4 @@
-"""Class activation maps, their scores and their pictures. No module here may be called `cam`: it is a function."""
+"""Class activation maps, their scores and their pictures. Do not name a module `cam`: it is a function."""
 
 from effnet_fast.explain.maps import METHODS, cam
 

@@ -1,6 +1,6 @@
-"""The colormap `efficientnet`: blue to red like figure 7 of the EfficientNet paper (jet), but perceptually even.
+"""The colormap `efficientnet`: blue to red like jet in figure 7 of the EfficientNet paper, but perceptually uniform.
 
-Equal steps of a map are equal steps of colour: the path through the Oklab space (Ottosson 2020) has constant speed.
+The colours are equally spaced along a path through the Oklab space (Ottosson 2020).
 Importing this module registers the colormap with matplotlib.
 """
 
@@ -46,9 +46,9 @@ def _colors(count: int = 256) -> NDArray[np.float64]:
     hue = np.radians(degrees)
     anchors = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=1)
     path = PchipInterpolator(np.linspace(0, 1, len(anchors)), anchors)(np.linspace(0, 1, 16 * count))
-    length = np.concatenate([[0], np.linalg.norm(np.diff(path, axis=0), axis=1).cumsum()])
-    even = np.stack([np.interp(np.linspace(0, length[-1], count), length, axis) for axis in path.T], axis=1)
-    return _srgb_from_oklab(even)
+    distance = np.concatenate([[0], np.linalg.norm(np.diff(path, axis=0), axis=1).cumsum()])
+    samples = np.linspace(0, distance[-1], count)
+    return _srgb_from_oklab(np.stack([np.interp(samples, distance, axis) for axis in path.T], axis=1))
 
 
 def _srgb_from_oklab(colors: NDArray[np.float64]) -> NDArray[np.float64]:

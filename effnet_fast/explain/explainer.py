@@ -1,4 +1,4 @@
-"""A cam run: explain all images batch by batch, then write tables and gallery."""
+"""Explain all images batch by batch, then write the tables and the gallery."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from effnet_fast.precision import autocast
 
 
 class Explainer:
-    """Explain images with several models. One batch is in memory at a time; images finished earlier are not repeated.
+    """Explain images with several models.
+
+    One batch is in memory at a time. Images that an earlier run finished are skipped.
 
     Args:
-        config: of the run.
-        precision: bf16, fp16 or no.
+        config: the command's config.
+        precision: autocast type: bf16, fp16 or no.
         models: the models; all on one device.
         files: the images.
         output: the opened output folder.
 
     Attributes:
-        explained: files with a record so far, in order.
-        computed: how many of them this run computed.
-        skipped: how many files could not be explained; each is reported on stderr.
+        explained: files that have a record, in order.
+        computed: number of images explained by this run.
+        skipped: number of files that could not be explained; each is reported on stderr.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The gallery: one HTML page that contains its images, so it opens from the disk and loads nothing from the network."""
+"""Render the gallery: one self-contained HTML page with all images embedded."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from effnet_fast.explain.tables import Record, Table
 
 _PHOTO = 192  # pixels of a thumbnail's longer side
 _LOSSLESS = 64  # thumbnails up to this many pixels are PNG, larger ones JPEG
-_MAP = 96  # pixels of a map's side; the page enlarges it smoothly
+_MAP = 96  # side of a map in pixels; the browser enlarges it smoothly
 
-# Key of a score or fact -> its heading, and its tooltip.
+# Key in the record -> (column heading, tooltip).
 _COLUMNS = {
     "prediction": ("prediction", "the most probable class"),
     "confidence": ("confidence", "probability of the prediction"),
@@ -44,7 +44,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Card:
-    """An image with its record (see `tables.map_rows`) and each model's map [h, w] of its central square, 0 to 1."""
+    """An image, its record (see `records.explain_batch`) and each model's map [h, w], 0 to 1, of its central square."""
 
     record: Record
     maps: dict[str, NDArray[np.float32]]
@@ -57,12 +57,12 @@ def render_gallery(
     """Render the page.
 
     Args:
-        title: of the page.
-        cards: the images; read one at a time.
+        title: the page's title.
+        cards: the images; consumed one at a time to save memory.
         labels: model name -> heading.
         summary: see `tables.Summary`.
-        note: describes what the page shows.
-        colormap: of matplotlib.
+        note: text that describes what the page shows.
+        colormap: name of a matplotlib colormap.
     """
     palette = (colormaps[colormap](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8).tobytes()
     views = [_card_view(card, labels, palette) for card in cards]
@@ -79,7 +79,7 @@ def render_gallery(
 
 
 def _card_view(card: Card, labels: dict[str, str], palette: bytes) -> dict[str, Any]:
-    """The template's variables for one image."""
+    """Return the template's variables for one image."""
     record = card.record
     predictions = {facts["prediction"] for facts in record["models"].values()}
     photo = shrink(card.image, _PHOTO)
@@ -102,7 +102,7 @@ def _card_view(card: Card, labels: dict[str, str], palette: bytes) -> dict[str, 
 
 
 def _place(width: int, height: int) -> str:
-    """CSS that puts a map on the central square."""
+    """Return CSS that positions a map over the central square."""
     left, top, side = central_square(width, height)
     return (
         f"left: {100 * left / width:.3f}%; top: {100 * top / height:.3f}%; "
@@ -142,7 +142,7 @@ def _summary_view(summary: Table, labels: dict[str, str]) -> dict[str, Any]:
 
 
 def _map_uri(values: NDArray[np.float32], palette: bytes) -> str:
-    """A map as a PNG of 256 colours."""
+    """Encode a map as a data URI of a PNG with 256 colours."""
     square = resize_maps(torch.from_numpy(values)[None], _MAP, _MAP)[0].clamp(0, 1)
     picture = Image.fromarray((square * 255).round().byte().numpy()).convert("P")
     picture.putpalette(palette)

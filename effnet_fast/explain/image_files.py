@@ -1,4 +1,4 @@
-"""List the images to explain, with their true classes from folder names or from a CSV."""
+"""List the images to explain and their true classes, from folder names or a CSV."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ImageFile:
 
 
 def list_image_files(path: Path, labels: dict[str, str] | None, excluded: set[Path]) -> list[ImageFile]:
-    """List the visible files under a folder sorted by name (see `data.listing`), or the one file.
+    """List the visible files under a folder sorted by name (see `data.listing`), or return the single file.
 
     A file's true class is `labels[name]` or, without labels, the name of its folder.
 
@@ -63,7 +63,7 @@ def list_image_files(path: Path, labels: dict[str, str] | None, excluded: set[Pa
 
 
 def _printable(name: str) -> str:
-    """Replace bytes that are not UTF-8 by escapes, so that tables and pages can hold the name."""
+    """Replace bytes that are not UTF-8 by escapes, so that tables and pages can contain the name."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""Find the layer whose output becomes a map, and run a model so that its hooks fire."""
+"""Find the layer whose output becomes a map, and unwrap compiled models so that hooks fire."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_LISTED_DEPTH = 2  # levels of module names that the message about a wrong layer lists
+_LISTED_DEPTH = 2  # module names with fewer than this many dots are listed in the error for an unknown layer
 
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the module behind a compiled one in evaluation mode, and restore its mode afterwards.
+    """Yield the original module of a compiled model, in evaluation mode; restore the mode afterwards.
 
-    Hooks do not fire in compiled code.
+    The original is needed because hooks do not fire in compiled code.
     """
     module = getattr(model, "_orig_mod", model)
     training = module.training
@@ -42,7 +42,7 @@ def map_layers(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     def recorder(name: str) -> Callable[..., None]:
         def record(module: nn.Module, inputs: object, output: object) -> None:
             if isinstance(output, Tensor) and output.ndim == 4:
-                outputs.pop(name, None)  # a module that runs twice takes the place of its last run
+                outputs.pop(name, None)  # if a module runs twice, keep the position of the last run
                 outputs[name] = output
 
         return record
@@ -93,10 +93,10 @@ def find_layer(model: nn.Module, name: str | None, images: Tensor) -> nn.Module:
     if name in layers:
         return module.get_submodule(name)
     known = {known_name for known_name, _ in module.named_modules()}
-    fault = "gives no map, or its forward does not run" if name in known else "is not in the model"
-    near = difflib.get_close_matches(name, layers, n=3)
+    problem = "gives no map, or its forward does not run" if name in known else "is not in the model"
+    similar = difflib.get_close_matches(name, layers, n=3)
     outer = [choice for choice in sorted(layers) if choice.count(".") < _LISTED_DEPTH]
     raise ValueError(
-        f"layer {name!r} {fault}; {'did you mean ' + ', '.join(near) + '? ' if near else ''}"
+        f"layer {name!r} {problem}; {'did you mean ' + ', '.join(similar) + '? ' if similar else ''}"
         f"choices: {', '.join(outer)} and the modules inside them"
     )

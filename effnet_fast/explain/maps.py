@@ -10,10 +10,10 @@ of different methods can be compared. A is a layer's output [K, h, w] and g the 
 - `cam` (Zhou et al. 2016): ReLU(sum_k w_k A_k) with the classifier's weights w. It requires a classifier that is linear
   on the mean of A; there it equals Grad-CAM times the number of pixels.
 - `integrated-gradients` (Sundararajan et al. 2017): 50 steps from the zero image, summed over colours.
-- `occlusion` (Zeiler and Fergus 2014): how much the logit falls when a patch, a quarter of the side, is set to zero.
-- `guided-grad-cam` (Selvaraju et al. 2017, section 3.2): Grad-CAM times guided backpropagation. Captum only guides
-  nn.ReLU. On a model without ReLU, such as EfficientNet with Swish, the result would be the plain gradient, so the
-  method is refused.
+- `occlusion` (Zeiler and Fergus 2014): decrease of the logit when a patch, a quarter of the side, is set to zero.
+- `guided-grad-cam` (Selvaraju et al. 2017, section 3.2): Grad-CAM times guided backpropagation. Captum implements
+  it for nn.ReLU only. On a model without ReLU, such as EfficientNet with Swish, the result would be the plain gradient,
+  so the method raises ValueError.
 
 Inputs are normalised, so the zero image is the data set's mean colour.
 """
@@ -94,7 +94,7 @@ def resolve_targets(
 def evidence(
     model: nn.Module, images: Tensor, targets: Tensor, *, method: Method = "grad-cam", layer: str | None = None
 ) -> Tensor:
-    """Compute positive evidence for the classes `targets`, int64 [N], without scaling; otherwise as `cam`.
+    """Compute positive evidence for the classes `targets`, int64 [N]. Unlike `cam`, do not resize or normalise it.
 
     Returns:
         float32 [N, h, w]: the layer's size for methods that use a layer's output, else the images' size.

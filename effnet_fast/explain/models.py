@@ -1,4 +1,4 @@
-"""Load the models to explain: a study's, a run's, a checkpoint's or an export's."""
+"""Load the models to explain from a study, a run, a checkpoint or an export."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ExplainedModel:
     digest: str
 
     def class_index(self, class_name: str) -> int:
-        """Return the output that belongs to a class.
+        """Return the index of a class in the logits.
 
         Raises:
             ValueError: the model has no such class; the message suggests similar names.
@@ -58,7 +58,7 @@ class _ModelFile(NamedTuple):
 
 
 def load_models(config: CamConfig, device: torch.device) -> list[ExplainedModel]:
-    """Load the models that --checkpoints and --run name.
+    """Load the models given by --checkpoints and --run.
 
     Raises:
         FileNotFoundError: a checkpoint does not exist.
@@ -77,9 +77,9 @@ def load_models(config: CamConfig, device: torch.device) -> list[ExplainedModel]
 
 
 def newest_study(save_dir: Path) -> Path | None:
-    """Return the folder of the newest study below `save_dir` that is finished; None if there is none.
+    """Return the folder of the newest finished study below `save_dir`; None if there is none.
 
-    Studies that are not finished, or whose index is damaged, are reported.
+    Newer studies that are unfinished or have a damaged index are reported on stderr.
     """
     indices = sorted(save_dir.glob(f"*/{STUDY_INDEX}"), key=lambda index: index.stat().st_mtime, reverse=True)
     for index in indices:
@@ -100,19 +100,19 @@ def file_digest(path: Path) -> str:
 
 
 def _load(file: _ModelFile, weights: str, device: torch.device) -> ExplainedModel:
-    # A heading must not wrap inside "w = 1.82".
+    # Keep headings from wrapping inside "w = 1.82".
     label = file.label.replace(" = ", f"{_NO_BREAK}={_NO_BREAK}")
     model = trained.load(file.path, weights, device, kernels="torch")
     return ExplainedModel(file.name, label, model, file_digest(file.path))
 
 
 def _checkpoint_file(path: Path) -> Path:
-    """Return the last.pt of a run's folder; any other path is a checkpoint or an export itself."""
+    """Return last.pt if the path is a run's folder; otherwise the path itself, a checkpoint or an export."""
     return path / LAST if path.is_dir() else path
 
 
 def _model_files(path: Path, seed: int | None) -> list[_ModelFile]:
-    """List the models of a study, one seed of each; or the single run, checkpoint or export."""
+    """List the models of a study, one seed per model; or the single model of a run, checkpoint or export."""
     index = path / STUDY_INDEX
     if not index.is_file():
         file = _checkpoint_file(path)
@@ -137,7 +137,7 @@ def _with_checkpoint(folder: Path, models: list[dict[str, Any]]) -> list[dict[st
     """Return the models of a study that have a checkpoint; warn about the others.
 
     Raises:
-        FileNotFoundError: none has one.
+        FileNotFoundError: no model has a checkpoint.
     """
     existing = []
     for model in models:

@@ -1,4 +1,4 @@
-"""The output folder of a cam run, in which a later run resumes."""
+"""The output folder of `effnet-fast cam`, which a later run can resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OutputFolder:
     """OUTPUT_PATH: settings.json, records/, maps/, pictures/, grids/, the tables and the gallery.
 
     An image's record is written after its picture and its maps. The image is finished if the record exists and contains
-    the file's present size and time.
+    the file's current size and modification time.
 
     Args:
         folder: OUTPUT_PATH.
@@ -38,14 +38,14 @@ class OutputFolder:
         self._grid_members: dict[str, list[str]] = {}
 
     def open(self, settings: dict[str, Any], restart: bool) -> None:
-        """Create the folder, or resume in it.
+        """Create the folder, or resume an earlier run in it.
 
         Args:
-            settings: whatever decides what the maps look like.
-            restart: delete what an earlier run wrote.
+            settings: all settings that determine the maps.
+            restart: delete the output of an earlier run.
 
         Raises:
-            ValueError: the folder contains other files, or maps of other settings.
+            ValueError: the folder contains other files, or maps computed with other settings.
             OSError: the folder cannot be written.
         """
         path = self.folder / "settings.json"
@@ -76,7 +76,7 @@ class OutputFolder:
             (self.folder / name).unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file of the folder."""
+        """Write a file of the folder atomically; `name` may contain subfolders."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)

@@ -1,4 +1,4 @@
-"""Pictures of an image beside the maps of several models, like figure 7 of the EfficientNet paper."""
+"""Draw images beside the maps of several models, like figure 7 of the EfficientNet paper."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from effnet_fast.explain.maps import place
 from effnet_fast.explain.tables import Record
 from effnet_fast.report.fonts import drawable, text_style
 
-LARGEST_SIDE = 1024  # pixels; larger images are drawn smaller
+LARGEST_SIDE = 1024  # pixels; larger images are shrunk before drawing
 _CELL, _GAP, _CAPTION, _HEADING, _BAR = 1.75, 0.1, 0.5, 0.5, 0.95  # inches: an image's side and the space around it
 _NAME_LENGTH = 24  # characters that fit under an image
 _CORRECT, _WRONG, _UNKNOWN = "#1a7f37", "#b42318", "black"
@@ -95,9 +95,9 @@ def draw(rows: Sequence[Row], models: Sequence[str], colormap: str = NAME, opaci
 
     Args:
         rows: the images.
-        models: headings of the panels.
-        colormap: of matplotlib.
-        opacity: of the maps, 0 to 1.
+        models: headings of the models' columns.
+        colormap: name of a matplotlib colormap.
+        opacity: opacity of the maps, 0 to 1.
     """
     names = [name for row in rows for name in (row.name, row.label or "")]
     names += [name for row in rows for panel in row.panels for name in (panel.prediction, panel.target)]

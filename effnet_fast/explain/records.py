@@ -22,7 +22,7 @@ from effnet_fast.explain.maps import evidence, normalise, resize_maps
 from effnet_fast.explain.models import ExplainedModel
 from effnet_fast.explain.tables import Record, finite
 
-# Focus and agreement are measured at one size, so that they compare between models and images.
+# Focus and agreement are computed at one size, so that values of different models and images are comparable.
 COMMON_SIZE = 64
 
 Maps = dict[str, NDArray[np.float32]]
@@ -34,17 +34,17 @@ def explain_batch(
     """Explain N images with every model.
 
     Args:
-        models: the models.
-        images: RGB images of any size. An image's name seeds the noise of its scores. Every label is known if the
-            target is `true`.
-        config: method, layer, target and scores.
+        models: models on one device.
+        images: RGB images of any size. The file's name seeds the noise of the image's scores. If the target is `true`,
+            every file must have a label.
+        config: the command's config; gives method, layer, target and scores.
 
     Returns:
-        For each image its record, and its map by model name: float32 [h, w] from 0 to 1 of the central square, at the
-        size that the method gives.
+        For each image its record and its maps, model name -> float32 [h, w] from 0 to 1 of the central square. The
+        size depends on the method.
 
     Raises:
-        ValueError: a model does not have the method, layer or class.
+        ValueError: a model lacks the layer or class, or the method does not fit it.
     """
     records: list[Record] = [
         {"image": file.name, "label": file.label, "width": image.width, "height": image.height, "models": {}}
@@ -80,7 +80,7 @@ def _explain_by(
             "confidence": float(confidence[i]),
             "target": classes[targets[i]],
             "target_probability": float(probabilities[i, targets[i]]),
-            **{name: finite(of_images[i]) for name, of_images in values.items()},
+            **{name: finite(image_values[i]) for name, image_values in values.items()},
         }
         for i in range(len(inputs))
     ]
@@ -97,7 +97,7 @@ def _targets(model: ExplainedModel, predicted: Tensor, files: Sequence[ImageFile
 def _scores(
     model: ExplainedModel, inputs: Tensor, raw: Tensor, targets: Tensor, config: CamConfig
 ) -> dict[str, list[float]]:
-    """Focus and faithfulness of each map, by score."""
+    """Compute focus and faithfulness: score name -> one value per map."""
     common = resize_maps(normalise(raw), COMMON_SIZE, COMMON_SIZE)
     full = resize_maps(normalise(raw), *inputs.shape[-2:])
     deletion, insertion = scores.deletion_insertion(model.trained.model, inputs, full, targets, config.curve_steps)
@@ -117,25 +117,25 @@ def _captum_scores(
     files: Sequence[ImageFile],
     config: CamConfig,
 ) -> dict[str, list[float]]:
-    """Captum's scores that --infidelity and --sensitivity ask for, one image at a time."""
+    """Compute the scores enabled by --infidelity and --sensitivity with Captum, one image at a time."""
     values: dict[str, list[float]] = {}
     module = model.trained.model
     full = resize_maps(raw, *inputs.shape[-2:])
     # The seed comes from the name, so that an image's score does not depend on its batch.
-    each = [(inputs[i : i + 1], targets[i : i + 1], zlib.crc32(file.name.encode())) for i, file in enumerate(files)]
+    samples = [(inputs[i : i + 1], targets[i : i + 1], zlib.crc32(file.name.encode())) for i, file in enumerate(files)]
     if config.infidelity:
         values["infidelity"] = [
             scores.infidelity(module, image, full[i : i + 1], target, seed)
-            for i, (image, target, seed) in enumerate(each)
+            for i, (image, target, seed) in enumerate(samples)
         ]
     if config.sensitivity:
         explain = partial(evidence, module, method=config.method, layer=config.layer)
-        values["sensitivity"] = [scores.sensitivity(explain, image, target, seed) for image, target, seed in each]
+        values["sensitivity"] = [scores.sensitivity(explain, image, target, seed) for image, target, seed in samples]
     return values
 
 
 def _add_agreement(records: list[Record], maps: dict[str, Tensor]) -> None:
-    """Add Spearman's correlation of each pair of models, each model's mean over its pairs, the mean over all."""
+    """Add Spearman's correlation of each pair of models, its mean over each model's pairs and over all pairs."""
     common = {name: resize_maps(m, COMMON_SIZE, COMMON_SIZE) for name, m in maps.items()}
     pairs = [(a, b, scores.spearman(common[a], common[b]).tolist()) for a, b in itertools.combinations(common, 2)]
     for i, record in enumerate(records):

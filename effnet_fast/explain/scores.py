@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from effnet_fast.explain.layers import uncompiled
 
-# Standard deviation of the blur that insertion starts from, as a share of the side. The few pixels that Petsiuk et al.
-# use for 224 px would hide nothing of a 32 px image.
+# Standard deviation of insertion's initial blur as a share of the side. Petsiuk et al. use a fixed number of pixels for
+# 224 px images, which does not carry over to 32 px.
 _BLUR = 0.1
 _NOISE = 0.1  # standard deviation of infidelity's noise, in units of the normalised input
-_RADIUS = 0.02  # of sensitivity's uniform noise, in the same units; Captum's default
-_PERTURBATIONS = 10
+_RADIUS = 0.02  # radius of sensitivity's uniform noise, in the same units; Captum's default
+_PERTURBATIONS = 10  # noise samples of infidelity and sensitivity
 
 
 def energy_in_top(maps: Tensor, share: float = 0.1) -> Tensor:
-    """Return the share of each map's sum in its largest pixels: [N, H, W] -> [N], from `share` (flat map) to 1."""
+    """Return the share of each map's sum in its largest pixels: [N, H, W] -> [N], between `share` (flat map) and 1."""
     values = maps.flatten(1).double()
     count = max(1, round(share * values.shape[1]))
     return (values.topk(count).values.sum(1) / values.sum(1)).float()
@@ -38,9 +38,9 @@ def entropy(maps: Tensor) -> Tensor:
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's rank correlation of each pair of maps, by SciPy: two of [N, H, W] -> float32 [N], -1 to 1.
+    """Compute Spearman's rank correlation of each pair of maps: two of [N, H, W] -> float32 [N], -1 to 1.
 
-    Adebayo et al. (2018) compare maps this way. NaN where a map is constant.
+    NaN if a map is constant. Adebayo et al. (2018) compare maps with it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
@@ -63,7 +63,7 @@ def deletion_insertion(
         images: [N, 3, S, S], normalised.
         maps: [N, S, S].
         targets: int64 [N].
-        steps: shares of the pixels.
+        steps: number of equal shares of the pixels that change one after another.
 
     Returns:
         Deletion and insertion, float32 [N] each, 0 to 1.
@@ -75,24 +75,24 @@ def deletion_insertion(
     curves: tuple[list[Tensor], list[Tensor]] = ([], [])
     with uncompiled(model) as module, torch.no_grad():
         for step in range(steps + 1):
-            first = rank < round(step * height * width / steps)
-            changed = (torch.where(first, blank, images), torch.where(first, images, blurred))
-            for curve, inputs in zip(curves, changed, strict=True):
+            is_changed = rank < round(step * height * width / steps)
+            both_inputs = (torch.where(is_changed, blank, images), torch.where(is_changed, images, blurred))
+            for curve, inputs in zip(curves, both_inputs, strict=True):
                 curve.append(module(inputs).float().softmax(1).gather(1, targets[:, None])[:, 0])
     deletion, insertion = (torch.trapezoid(torch.stack(curve, 1), dx=1 / steps) for curve in curves)
-    empty = maps.amax((1, 2)) <= 0
-    return deletion.masked_fill(empty, torch.nan), insertion.masked_fill(empty, torch.nan)
+    lacks_evidence = maps.amax((1, 2)) <= 0
+    return deletion.masked_fill(lacks_evidence, torch.nan), insertion.masked_fill(lacks_evidence, torch.nan)
 
 
 def blur(images: Tensor) -> Tensor:
     """Blur [N, C, H, W] with a Gaussian whose standard deviation is a tenth of the shorter side."""
     sigma = _BLUR * min(images.shape[-2:])
-    reach = min(round(3 * sigma), min(images.shape[-2:]) - 1)
-    offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    radius = min(round(3 * sigma), min(images.shape[-2:]) - 1)
+    offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-(offsets**2) / (2 * max(sigma, 1e-3) ** 2))
     kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, -1)
-    padded = F.pad(images, (reach,) * 4, mode="reflect")
-    with torch.autocast(images.device.type, enabled=False):  # the CPU takes minutes for these kernels in bf16
+    padded = F.pad(images, (radius,) * 4, mode="reflect")
+    with torch.autocast(images.device.type, enabled=False):  # in bf16, a CPU takes minutes for these convolutions
         rows = F.conv2d(padded, kernel[:, :, None, :], groups=images.shape[1])
         return F.conv2d(rows, kernel[:, :, :, None], groups=images.shape[1])
 
@@ -105,7 +105,7 @@ def infidelity(model: nn.Module, image: Tensor, raw: Tensor, target: Tensor, see
         image: [1, 3, S, S].
         raw: the map [1, S, S]; divided equally among the colours.
         target: int64 [1].
-        seed: of the noise.
+        seed: seed of the noise.
     """
     from captum.metrics import infidelity as captum_infidelity
 
@@ -131,7 +131,7 @@ def sensitivity(explain: Callable[[Tensor, Tensor], Tensor], image: Tensor, targ
         explain: images [N, 3, S, S] and targets [N] -> maps [N, h, w].
         image: [1, 3, S, S].
         target: int64 [1]; the same class for every noisy image.
-        seed: of the noise, uniform within 0.02 of each normalised value.
+        seed: seed of the noise, which is uniform in [-0.02, 0.02] in normalised units.
     """
     from captum.metrics import sensitivity_max
 
@@ -142,6 +142,6 @@ def sensitivity(explain: Callable[[Tensor, Tensor], Tensor], image: Tensor, targ
 
     def explanation(inputs: tuple[Tensor, ...] | Tensor) -> tuple[Tensor]:
         values = inputs[0] if isinstance(inputs, tuple) else inputs
-        return (explain(values, target.expand(len(values))),)  # Captum splits a bare tensor into rows
+        return (explain(values, target.expand(len(values))),)  # a tuple: Captum splits a bare tensor into rows
 
     return float(sensitivity_max(explanation, image, perturb, perturb_radius=_RADIUS, n_perturb_samples=_PERTURBATIONS))

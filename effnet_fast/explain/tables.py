@@ -1,4 +1,4 @@
-"""The tables of a cam run: one row per map, one per pair of maps, and a summary with one row per model."""
+"""Tables with one row per map, one row per pair of maps, and a summary with one row per model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 SCORES = ("confidence", "energy_top10", "entropy", "deletion", "insertion")
-OPTIONAL_SCORES = ("infidelity", "sensitivity")  # by flag
+OPTIONAL_SCORES = ("infidelity", "sensitivity")  # computed with --infidelity and --sensitivity
 
 Record = dict[str, Any]
 Table = list[dict[str, Any]]
@@ -57,13 +57,13 @@ def map_rows(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def pair_rows(record: Record) -> Iterator[dict[str, Any]]:
-    """Yield a row for each pair of models that explained one image."""
+    """Yield a row for each pair of models: the correlation of their maps of one image."""
     for first, second, value in record["pairs"]:
         yield {"image": record["image"], "first": first, "second": second, "spearman": value}
 
 
 class CsvTable:
-    """CSV with a header; floats are rounded to six decimals and None is an empty cell."""
+    """CSV text with a header. Floats are rounded to six decimals; None becomes an empty cell."""
 
     def __init__(self) -> None:
         self._text = io.StringIO()
@@ -80,7 +80,7 @@ class CsvTable:
 
 
 class Summary:
-    """Mean and standard deviation over images, for each model."""
+    """Accumulate scores per model; return their mean and standard deviation over images."""
 
     def __init__(self) -> None:
         self._values: dict[str, dict[str, list[float]]] = {}

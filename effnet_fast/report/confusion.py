@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from effnet_fast.report import picture
 from effnet_fast.report.fonts import drawable, text_style
 
-MOST_NAMES = 120  # with more classes, their names beside the matrix would be too small to read
-LISTED = 20  # pairs and classes listed beside the matrix
+MOST_NAMES = 120  # with more classes, the axis has no class names: they would be too small to read
+LISTED = 20  # rows of each list beside the matrix
 
 
 def write_per_class(path: str | Path, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
@@ -83,11 +83,11 @@ def most_confused(confusion: NDArray[np.int64], count: int) -> list[tuple[int, i
 
     Pairs that never occur are omitted, so there may be fewer than `count`.
     """
-    wrong = _shares(confusion)
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:count]
-    truth, predicted = np.unravel_index(order, wrong.shape)
-    return [(int(t), int(p)) for t, p in zip(truth, predicted, strict=True) if wrong[t, p] > 0]
+    error_shares = _shares(confusion)
+    np.fill_diagonal(error_shares, 0)
+    order = np.argsort(-error_shares, axis=None, kind="stable")[:count]
+    truth, predicted = np.unravel_index(order, error_shares.shape)
+    return [(int(t), int(p)) for t, p in zip(truth, predicted, strict=True) if error_shares[t, p] > 0]
 
 
 def _check(classes: Sequence[str], confusion: NDArray[np.int64]) -> None:

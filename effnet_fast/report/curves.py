@@ -1,4 +1,4 @@
-"""Curves of one or several runs in one picture, read from their metrics.jsonl.
+"""Plot curves of one or several runs, read from their metrics.jsonl.
 
 Each run has a colour and a marker, each series a line style, so the picture also works in greyscale.
 """
@@ -23,8 +23,8 @@ from effnet_fast.report.fonts import drawable, text_style
 Row = dict[str, Any]
 Style = dict[str, Any]  # keyword arguments of matplotlib
 
-# Okabe and Ito's palette, which colour-blind readers can distinguish, dark and light in turn. With eight markers the
-# combinations repeat after 56 runs.
+# Okabe and Ito's palette, which colour-blind readers can distinguish, alternating dark and light. The combinations of
+# seven colours and eight markers repeat after 56 runs.
 COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MARKS_PER_LINE = 12
@@ -53,7 +53,7 @@ class Metrics:
 
     @property
     def split(self) -> str | None:
-        """The images of the evaluation: test or val; None before the first."""
+        """The split of the latest evaluation, test or val; None before the first evaluation."""
         return self.eval[-1].get("split") if self.eval else None
 
     def series(self, label: str, key: str) -> tuple[list[float], list[float]]:
@@ -65,7 +65,7 @@ class Metrics:
 def read_metrics(run_dir: str | Path) -> Metrics:
     """Read the metrics.jsonl of a run.
 
-    An incomplete last line, left by a killed run, is ignored. If a resumed run repeats a step, the later row counts.
+    An incomplete last line, left by a killed run, is ignored. If a resumed run repeats a step, the later row is used.
 
     Raises:
         FileNotFoundError: the folder does not exist or has no metrics.jsonl.
@@ -149,16 +149,16 @@ def _draw(axes: Axes, runs: Sequence[Metrics], keys: dict[str, str]) -> None:
     for number, run in enumerate(runs):
         for label, key in keys.items():
             epochs, values = run.series(label, key)
-            every = max(1, len(values) // MARKS_PER_LINE)
-            first = number * every // len(runs)  # coinciding curves keep visible markers of each run
-            axes.plot(epochs, values, **_run_style(number), **SERIES[label], markevery=(first, every))
+            interval = max(1, len(values) // MARKS_PER_LINE)
+            offset = number * interval // len(runs)  # keeps the markers of coinciding curves apart
+            axes.plot(epochs, values, **_run_style(number), **SERIES[label], markevery=(offset, interval))
     axes.set_xlabel("epoch")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
 
 
 def _labels(runs: Sequence[Metrics], run_dirs: Sequence[str | Path]) -> list[str]:
-    """Return the runs' names, or paths where two share a name, with the split they are evaluated on."""
+    """Return the runs' names, or their paths if two have the same name, with the split of their evaluation."""
     counts = Counter(run.name for run in runs)
     names = [run.name if counts[run.name] == 1 else str(run_dir) for run, run_dir in zip(runs, run_dirs, strict=True)]
     return [f"{name} (evaluated on {run.split})" if run.split else name for name, run in zip(names, runs, strict=True)]

@@ -1,4 +1,4 @@
-"""Draw names in any script: with installed fonts that have their characters, else transliterated to ASCII."""
+"""Draw names in any script: choose installed fonts with the necessary glyphs, or transliterate to ASCII."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from anyascii import anyascii
 from matplotlib import rc_context, rcParams
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
-_PLACEHOLDERS = "Last Resort"  # matplotlib's font of boxes, which has a glyph for every character
+_PLACEHOLDERS = "Last Resort"  # matplotlib's fallback font, which draws a box for every character
 
 
 def text_style(texts: Iterable[str]) -> AbstractContextManager[None]:
-    """Return a context in which matplotlib draws `texts` as plain text, with fonts that have their characters.
+    """Return a context in which matplotlib draws `texts` as plain text, with fonts that have all their glyphs.
 
-    Dollar signs do not start formulas.
+    A dollar sign does not start a formula.
     """
     return rc_context({"text.parse_math": False, "font.family": [*rcParams["font.family"], *fallback_families(texts)]})
 
@@ -28,7 +28,7 @@ def fallback_families(texts: Iterable[str]) -> list[str]:
 
 
 def drawable(text: str) -> str:
-    """Replace characters that no installed font has, so that matplotlib warns of no missing glyph."""
+    """Transliterate characters that no installed font has, so that matplotlib does not warn of missing glyphs."""
     return text if text.isascii() and text.isprintable() else "".join(map(_drawable_character, text))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a search and of a study: candidates, costs and accuracies. They also work in greyscale."""
+"""Plots of a search and a study: candidates, costs and accuracies, readable in greyscale too."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def feasible_set(candidates: Sequence[Row], dropped: Sequence[Row], chosen: str 
     """Plot candidates by beta and gamma, each labelled with its alpha.
 
     Args:
-        candidates: name, alpha, beta, gamma and same_as of each.
-        dropped: alpha, beta and gamma of scales that exceed a limit.
+        candidates: rows with name, alpha, beta, gamma and same_as.
+        dropped: rows with alpha, beta and gamma of the factors that exceed a limit.
         chosen: name of the best candidate, if known.
     """
     figure = Figure(figsize=(9, 6.5), dpi=120, layout="constrained")
@@ -72,16 +72,16 @@ def feasible_set(candidates: Sequence[Row], dropped: Sequence[Row], chosen: str 
 
 
 def _label_alphas(axes: Axes, rows: Sequence[Row]) -> None:
-    places: dict[tuple[float, float], set[float]] = {}
+    alphas_at: dict[tuple[float, float], set[float]] = {}
     for row in rows:
-        places.setdefault((row["beta"], row["gamma"]), set()).add(row["alpha"])
-    for place, alphas in places.items():
+        alphas_at.setdefault((row["beta"], row["gamma"]), set()).add(row["alpha"])
+    for point, alphas in alphas_at.items():
         text = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
-        axes.annotate(text, place, xytext=(8, 5), textcoords="offset points", fontsize=8)
+        axes.annotate(text, point, xytext=(8, 5), textcoords="offset points", fontsize=8)
 
 
 def _contours_of_alpha(axes: Axes) -> None:
-    """Draw lines where alpha must be 1, 1.1, ... for a product of 2."""
+    """Draw the lines alpha * beta^2 * gamma^2 = 2 for alpha = 1, 1.1, ..."""
     axes.margins(0.12)
     axes.autoscale_view()
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -97,7 +97,7 @@ def pareto_fronts(rows: Sequence[Row], chosen: str | None = None) -> Figure:
     """Plot validation accuracy against MACs, parameters and latency; a line joins the Pareto front.
 
     Args:
-        rows: of `search.collect`.
+        rows: the result of `search.collect`.
         chosen: name of the best candidate, if known.
     """
     figure = Figure(figsize=(15, 5), dpi=120, layout="constrained")
@@ -111,8 +111,8 @@ def pareto_fronts(rows: Sequence[Row], chosen: str | None = None) -> Figure:
         best = [row for row in known if row["name"] == chosen]
         axes.plot(*_points(best, cost), "*", color=COLORS[2], markersize=17, zorder=4, label="chosen")
         for row in front:
-            place = (row[cost], row["top1_mean"])
-            axes.annotate(row["name"], place, xytext=(6, -12), textcoords="offset points", fontsize=8)
+            point = (row[cost], row["top1_mean"])
+            axes.annotate(row["name"], point, xytext=(6, -12), textcoords="offset points", fontsize=8)
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.margins(x=0.3, y=0.15)
@@ -145,9 +145,9 @@ def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
     """Plot accuracy against MACs for each way to scale the baseline (figure 8 of the EfficientNet paper).
 
     Args:
-        rows: model, depth, macs, top1_mean and top1_std of the baseline, the scaled models and reference models, which
-            have no depth and are not joined to the baseline.
-        split: images of the evaluation, val or test.
+        rows: rows with model, depth, macs, top1_mean and top1_std. A line joins the baseline to the models of each way;
+            reference models (depth None) are single points.
+        split: split of the evaluation, val or test.
     """
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.subplots()

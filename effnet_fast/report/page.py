@@ -1,4 +1,4 @@
-"""One HTML file with a sortable table and pictures; it loads nothing from the network."""
+"""Render one self-contained HTML file with a sortable table and pictures."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def render_page(
     """Render the page.
 
     Args:
-        title: of the page.
-        rows: of the table; all have the columns of the first.
+        title: the page's title.
+        rows: rows of the table, all with the same keys.
         pictures: caption -> SVG file, which is embedded.
-        note: a line above the table.
-        marked: value of the first column whose row is highlighted; None for no row.
+        note: text above the table.
+        marked: highlight the row whose first column has this value; None for no row.
     """
     text = resources.files("effnet_fast.report").joinpath("page.html").read_text(encoding="utf-8")
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -46,7 +46,7 @@ def render_page(
 
 
 def _sort_key(value: Any) -> str:
-    """Return the text that a cell sorts by: numbers at full precision, and unknown values empty."""
+    """Return a cell's sort key: numbers at full precision, unknown values as an empty string."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Save figures, with a one-line error if that fails."""
+"""Save figures; raise a one-line error on failure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_suffix(path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the path's suffix, and create the folder if necessary.
+    """Write a figure in the format of the path's suffix, creating the folder if necessary.
 
     Raises:
         ValueError: the suffix is not .png, .svg or .pdf, or the path cannot be written.

@@ -1,4 +1,4 @@
-"""Progress of a search's workers: a live table on a terminal, plain lines elsewhere."""
+"""Show the progress of a search: a live table on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-MAX_ROWS = 24  # of the live table
+MAX_ROWS = 24  # rows of the live table
 
 
 class TrialState(Protocol):
@@ -34,17 +34,17 @@ class TrialState(Protocol):
 
 
 class Board:
-    """A context manager that shows the trials of all workers of a search.
+    """Context manager that shows the trials of all workers of a search.
 
     Args:
-        states: returns the trials; called repeatedly, also from another thread.
-        epochs: epochs of a complete trial.
+        states: function that returns the trials; called repeatedly, also from another thread.
+        epochs: number of epochs of a complete trial.
     """
 
     def __init__(self, states: Callable[[], Sequence[TrialState]], epochs: int) -> None:
         self.states = states
         self.epochs = epochs
-        # Bind the terminal now: sys.stdout is redirected to a log while a run trains.
+        # Bind the terminal now, because the worker redirects sys.stdout to a log file during training.
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         if self.console.is_terminal:
@@ -66,7 +66,7 @@ class Board:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Print a line with the summary, unless the live table shows it."""
+        """Print the text and the summary as a line; do nothing if there is a live table."""
         if self._live is None:
             self.console.print(f"{text}  ({summary(self.states(), self.epochs)})")
 
@@ -76,7 +76,7 @@ class Board:
 
 
 def trial_table(states: Sequence[TrialState], epochs: int) -> Table:
-    """Return a table of the running trials, then the others by accuracy, best first."""
+    """Return a table of running trials, followed by ended trials, each sorted by accuracy, best first."""
     table = Table("trial", "state", "epoch", "val top-1 %", "time", "")
     for column in table.columns[2:5]:
         column.justify = "right"
@@ -96,7 +96,7 @@ def trial_table(states: Sequence[TrialState], epochs: int) -> Table:
 def summary(states: Sequence[TrialState], epochs: int) -> str:
     """Return e.g. `3 of 12 done, 2 running, ETA 0:04:10`.
 
-    The ETA assumes the mean pace of the completed trials and the present number of workers.
+    The ETA assumes the mean pace of the completed trials and the current number of workers.
     """
     counts = Counter(state.state for state in states)
     done = len(states) - counts["WAITING"] - counts["RUNNING"]

@@ -1,4 +1,4 @@
-"""The pictures of a search and the page that embeds them."""
+"""Draw the plots of a search and write the HTML page that embeds them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Row = dict[str, Any]
 
 
 def draw_trials(folder: Path, output: Path | None = None) -> list[Path]:
-    """Draw the trials in a search's candidates.json: history, importances and slices.
+    """Draw the trials in a search's candidates.json: history, importances and slices. Return the written paths.
 
     Args:
-        folder: of the search.
+        folder: the search's folder.
         output: picture to write; None for trials.png and trials.svg in the folder.
 
     Raises:
@@ -44,12 +44,12 @@ def draw_search(
     """Write feasible.*, pareto.* (PNG and SVG) and search.html.
 
     Args:
-        folder: of the search.
-        name: of the search.
-        plan: `candidates` and `dropped` of plan.json.
-        rows: of candidates.csv.
-        chosen: name of the best candidate, which is marked; None before the choice.
-        confidence: the line about it.
+        folder: the search's folder.
+        name: the search's name.
+        plan: content of plan.json; only `candidates` and `dropped` are used.
+        rows: rows of candidates.csv.
+        chosen: name of the best candidate, which is highlighted; None before the stage `choose`.
+        confidence: sentence about how certain the choice is.
     """
     _, feasible = save_both(feasible_set(plan["candidates"], plan["dropped"], chosen), folder, "feasible")
     _, fronts = save_both(pareto_fronts(rows, chosen), folder, "pareto")

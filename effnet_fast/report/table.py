@@ -1,4 +1,4 @@
-"""Tables as CSV and as text for the terminal."""
+"""Format tables as CSV or as text for the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Return rows as CSV, columns in the order of the first row; None is empty, and lists are joined by spaces."""
+    """Format rows as CSV with the first row's columns; None becomes an empty cell, and lists are joined by spaces."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -20,21 +20,21 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """Return rows in aligned columns: text to the left, numbers to the right."""
+    """Format rows in aligned columns: text left-aligned, numbers right-aligned."""
     cells = [list(rows[0]), *([format_value(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [not isinstance(value, str) for value in rows[0].values()]
+    is_numeric = [not isinstance(value, str) for value in rows[0].values()]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
+            for cell, width, right in zip(line, widths, is_numeric, strict=True)
         ).rstrip()
         for line in cells
     )
 
 
 def format_value(value: Any) -> str:
-    """Format a value for people: floats with 4 digits, integers with thousands separators, None as a dash."""
+    """Format one value: floats with 4 significant digits, integers with thousands separators, None as a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool):

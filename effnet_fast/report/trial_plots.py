@@ -1,4 +1,4 @@
-"""The trials of a search as Optuna plots them: history, importances and slices."""
+"""Plot the trials of a search in the style of Optuna: history, importances and slices."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def plot_trials(trials: Sequence[Row], importances: Mapping[str, float]) -> Figu
     """Draw the history of the trials, the importances of the factors, and a slice for each factor.
 
     Args:
-        trials: number, alpha, beta, gamma, state (complete, pruned, ...) and top1 (percent or None) of each.
-        importances: of the factors, 0..1; may be empty.
+        trials: rows with number, alpha, beta, gamma, state (complete, pruned, ...) and top1 (percent or None).
+        importances: factor -> importance, 0 to 1; may be empty.
     """
     figure = Figure(figsize=(13, 8), dpi=120, layout="constrained")
     grid = figure.add_gridspec(2, 6)

@@ -1,4 +1,4 @@
-"""The verb cam: class activation maps of several models side by side, as pictures, tables and a gallery."""
+"""The command `cam`: class activation maps of several models side by side, as pictures, tables and a gallery."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from effnet_fast.report.table import as_text
 from effnet_fast.run.quick_study import find_or_train
 from effnet_fast.run.resolve import resolve_precision, set_backends
 
-LINE_EVERY = 80  # images between two progress lines where there is no terminal for a bar
+LINE_EVERY = 80  # images between two progress lines if there is no terminal for a progress bar
 SKIPPED = 1  # exit status if some files could not be explained
 
 
 def explain_images(config: CamConfig) -> int:
-    """Run `effnet-fast cam`; returns the exit status: 0, 1 if files were skipped, or 128 + a signal.
+    """Run `effnet-fast cam`; return the exit status: 0, 1 if files were skipped, or 128 + a signal number.
 
     Raises:
-        ValueError, OSError: a user's mistake or a full disk, in one line.
+        ValueError, OSError: the user's input is wrong or the disk is full; the message is one line.
     """
     check_colormap(config.colormap)
     labels = None if config.labels is None else read_labels(Path(config.labels))
@@ -71,7 +71,7 @@ def _explain(config: CamConfig, files: list[ImageFile]) -> int:
 
 
 def _settings(config: CamConfig, models: list[ExplainedModel]) -> dict[str, Any]:
-    """Everything that decides what the maps look like; an output folder holds maps of one such set."""
+    """Return the settings that determine the maps; an output folder contains maps of one combination only."""
     return {
         **identity(config),
         "models": {model.name: model.digest for model in models},

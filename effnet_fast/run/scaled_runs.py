@@ -1,4 +1,4 @@
-"""What the verbs search and study share: the family of models, the index of their folder, the time of their runs."""
+"""Functions that the commands `search` and `study` share: model family, index files, training times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Content = TypeVar("Content")
 
 
 def family_of(config: TrainConfig, dataset: Dataset) -> Family:
-    """The scaled models of a data set, at the image size and output stride of the config."""
+    """Return the scaled models for a data set, with the config's image size and output stride."""
     size = resolve_image_size(config.image_size, config.model, dataset.native_size)
     return Family(len(dataset.classes), size, config.output_stride or scaling.default_output_stride(size))
 
@@ -31,10 +31,10 @@ def read_index(
     """Read plan.json or study.json, and check that it belongs to this command.
 
     Args:
-        path: the file.
-        config: of the command.
-        fingerprint: of the data set.
-        parse: turns the JSON into the result.
+        path: the file to read.
+        config: the command's config.
+        fingerprint: hash of the data set.
+        parse: function that converts the JSON content to the result.
 
     Returns:
         The parsed content; None if there is no file.
@@ -58,7 +58,7 @@ def read_index(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, and create its folder.
+    """Write JSON atomically, creating the folder if necessary.
 
     Raises:
         OSError: the folder cannot be written.
@@ -71,5 +71,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def training_seconds(folder: Path) -> float:
-    """Seconds of a run's training steps, without evaluations and interruptions; rows of old versions count 0."""
+    """Return the seconds of a run's training steps, without evaluation and interruptions.
+
+    Rows without seconds, which old versions wrote, count as 0.
+    """
     return sum(row.get("seconds", 0.0) for row in read_metrics(folder).train)

@@ -1,4 +1,4 @@
-"""The verb search: plan, run, collect and choose, each through files in SAVE_DIR/RUN_NAME."""
+"""The command `search` with its stages plan, run, collect and choose, which share files in SAVE_DIR/RUN_NAME."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ RESULT_COLUMNS = ("name", "macs", "parameters", "latency_ms", "status", "seeds",
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What the stages of a search gave; what later stages give is empty or None.
+    """Result of a search. The fields of stages that have not run are empty or None.
 
     Attributes:
-        status: 0, or 128 + the signal that stopped the training.
-        folder: with all files and recipes.
-        plan: the candidates and what was dropped.
+        status: 0, or 128 + the signal number that stopped training.
+        folder: SAVE_DIR/RUN_NAME, which contains all output files.
+        plan: candidates and dropped factors.
         candidates: rows of candidates.csv.
         choice: the best candidate and its p-values.
         models: rows of family.csv: the best candidate scaled by each phi.
@@ -52,10 +52,10 @@ class SearchResult:
 
 
 def search(config: SearchConfig) -> int:
-    """Run `effnet-fast search [plan|run|collect|choose]`; returns 0, or 128 + the signal that stopped it.
+    """Run `effnet-fast search [plan|run|collect|choose]`; return 0, or 128 + the signal number that stopped it.
 
     Raises:
-        ValueError, OSError: a mistake that the user can correct, in one line.
+        ValueError, OSError: the user's input is wrong; the message is one line.
     """
     return run_search(config).status
 
@@ -64,9 +64,9 @@ def run_search(config: SearchConfig) -> SearchResult:
     """Run the stages of a search; `effnet_fast.search` is this function.
 
     Raises:
-        ValueError, OSError: a mistake that the user can correct, in one line.
+        ValueError, OSError: the user's input is wrong; the message is one line.
     """
-    world = distributed.alone(config.device)  # under torchrun too: workers share trials, not batches
+    world = distributed.alone(config.device)  # also under torchrun, because workers share trials, not batches
     dataset = load_dataset(config)
     setup = SearchSetup(
         config,
@@ -107,7 +107,7 @@ def _run_stages(setup: SearchSetup, train: Callable[[TrainConfig, OnEvaluation],
 
 
 def _plan(setup: SearchSetup) -> SearchPlan:
-    """Write plan.json and plan.csv, unless they exist."""
+    """Return the existing plan, or make one and write plan.json and plan.csv."""
     with setup.locked():
         plan = _read_plan(setup)
         if plan is None:
@@ -133,14 +133,14 @@ def _plan_text(plan: SearchPlan) -> str:
 
 
 def _run(setup: SearchSetup, plan: SearchPlan, train: Callable[[TrainConfig, OnEvaluation], Outcome]) -> int:
-    """Train all trials, together with other workers."""
+    """Train trials, shared with other workers, until all have ended; return the exit status."""
     trials = setup.open_trials(plan)
     with Board(trials.states, setup.config.search_epochs) as board:
         return Worker(setup, plan, trials, train, training_seconds, board.say).run()
 
 
 def _collect(setup: SearchSetup, plan: SearchPlan, rows: list[Row], trials: list[Row]) -> None:
-    """Write the tables of candidates and trials, the pictures and the page."""
+    """Write the tables of candidates and trials, the plots and the HTML page."""
     from effnet_fast.report.search_page import draw_search, draw_trials
 
     tables = {"candidates": rows, "trials": trials, "importances": importances(trials)}
@@ -155,7 +155,7 @@ def _collect(setup: SearchSetup, plan: SearchPlan, rows: list[Row], trials: list
 
 
 def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> tuple[Choice, list[Row]]:
-    """Write chosen.json, family.csv and a recipe for each scaled model that keeps the limits."""
+    """Write chosen.json, family.csv and a recipe for each scaled model within the limits."""
     from effnet_fast.report.search_page import draw_search
 
     choice = choose(rows)
@@ -164,7 +164,7 @@ def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> tuple[Choi
     with setup.locked():
         recipes = setup.folder / "recipes"
         recipes.mkdir(exist_ok=True)
-        for stale in recipes.glob("phi*.yaml"):  # of an earlier choice
+        for stale in recipes.glob("phi*.yaml"):  # from an earlier choice
             stale.unlink()
         for row in models:
             if row["fits"]:

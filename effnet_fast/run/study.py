@@ -1,4 +1,4 @@
-"""The verb study: train the baseline and four ways to scale it, all with the same recipe."""
+"""The command `study`: train the baseline and four ways to scale it, all with the same recipe."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a study gave.
+    """Result of a study.
 
     Attributes:
-        status: 0, or 128 + the signal that stopped it.
-        folder: with all files and runs.
-        models: a row a model: cost and accuracy; those of study.csv.
-        runs: every model with every seed, and its result.
+        status: 0, or 128 + the signal number that stopped it.
+        folder: SAVE_DIR/RUN_NAME, which contains all output files and runs.
+        models: rows of study.csv: one per model, with cost and accuracy.
+        runs: one run per model and seed, with its result.
     """
 
     status: int
@@ -40,10 +40,10 @@ class StudyResult:
 
 
 def study(config: StudyConfig) -> int:
-    """Run `effnet-fast study`; returns 0, or 128 + the signal that stopped it.
+    """Run `effnet-fast study`; return 0, or 128 + the signal number that stopped it.
 
     Raises:
-        ValueError, OSError: a mistake that the user can correct, in one line.
+        ValueError, OSError: the user's input is wrong; the message is one line.
     """
     return run_study(config).status
 
@@ -52,7 +52,7 @@ def run_study(config: StudyConfig) -> StudyResult:
     """Train the models of a study; `effnet_fast.study` is this function.
 
     Raises:
-        ValueError, OSError: a mistake that the user can correct, in one line.
+        ValueError, OSError: the user's input is wrong; the message is one line.
     """
     world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
     try:
@@ -80,7 +80,7 @@ def _study(config: StudyConfig, world: World) -> StudyResult:
 def _train_all(
     config: StudyConfig, world: World, family: Family, runs: list[StudyRun], folder: Path, fingerprint: str
 ) -> int:
-    """Train the runs one after the other and keep study.json up to date; returns 0 or the status of a stopped run."""
+    """Train the runs in order and update study.json after each; return 0, or the status of a stopped run."""
     heading = {"settings": identity(config), "fingerprint": fingerprint}
     _write_index(world, folder, heading, family, runs)
     for number, run in enumerate(runs, start=1):
@@ -93,12 +93,12 @@ def _train_all(
 
 
 def _train(config: StudyConfig, world: World, family: Family, run: StudyRun, folder: Path) -> int:
-    """Start or resume one run and fill in its result; a model that cannot be trained is recorded and skipped."""
+    """Start or resume one run and set its result; if the model cannot be trained, record the reason and return 0."""
     try:
         outcome = train_in(world, run.config(config, family, str(folder)))
     except (FloatingPointError, MemoryError, RuntimeError, ValueError) as error:
         reason = failure_reason(error)
-        if reason is None or world.size > 1:  # the other ranks would wait for this one
+        if reason is None or world.size > 1:  # skipping on one rank would leave the others waiting
             raise
         _say(world, f"failed: {reason}")
         run.result = {"failed": reason}
@@ -129,7 +129,7 @@ def _report(config: StudyConfig, rows: list[Row], runs: list[StudyRun], folder: 
 
 
 def _draw(config: StudyConfig, rows: list[Row], runs: list[StudyRun], folder: Path) -> None:
-    """Draw accuracy against MACs and the runs' curves, and the page that embeds both and the table."""
+    """Draw accuracy against MACs and the runs' curves, and write the page that embeds them and the table."""
     from effnet_fast.report.curves import plot_curves
     from effnet_fast.report.fronts import save_both, scaling_curves
     from effnet_fast.report.page import render_page

@@ -1,8 +1,8 @@
-"""Which scaled models to train, which worker trains which, and what follows from their accuracy."""
+"""Plan scaled models, assign them to workers, and choose the best by accuracy."""
 
 import sys
 
 from effnet_fast import CallableRoom
 
-# `effnet_fast.search(config)` runs the verb, although this room has its name.
+# Make this package callable: `effnet_fast.search(config)` runs the command of the same name.
 sys.modules[__name__].__class__ = CallableRoom

@@ -1,7 +1,7 @@
 """Parameters, MACs and activations of a scaled EfficientNet, computed from its layout without building it.
 
-fvcore on the built model (`model/complexity.py`) takes a second a model and fills the tables. A search over thousands
-of models uses these sums; a test checks that both give the same numbers.
+Reported costs come from fvcore on the built model (`model/complexity.py`), which takes about a second per model. A
+search over thousands of models uses this module instead; a test checks that both agree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SE_RATIO = 0.25  # squeeze-and-excitation channels over the block's input channe
 
 
 class Counts(NamedTuple):
-    """Of a model and one image: trainable parameters, multiply-accumulates, numbers written by its layers."""
+    """Trainable parameters, and multiply-accumulates and output elements of all layers for one image."""
 
     parameters: int
     macs: int
@@ -26,10 +26,10 @@ class _Layer(NamedTuple):
     """A convolution or linear layer.
 
     Attributes:
-        weights: elements of its weight.
-        others: parameters of its BatchNorm, or its bias.
+        weights: number of elements of the weight tensor.
+        others: number of BatchNorm parameters, or of bias elements.
         channels: output channels.
-        pixels: of the output map.
+        pixels: height times width of the output map.
     """
 
     weights: int
@@ -39,7 +39,7 @@ class _Layer(NamedTuple):
 
 
 def count(layout: Layout, image_size: int, num_classes: int) -> Counts:
-    """Sum over all layers of a model for an image [3, image_size, image_size]."""
+    """Count parameters, MACs and activations of a model for an image [3, image_size, image_size]."""
     layers = list(_layers(layout, image_size, num_classes))
     return Counts(
         parameters=sum(layer.weights + layer.others for layer in layers),
@@ -68,7 +68,7 @@ def _layers(layout: Layout, size: int, num_classes: int) -> Iterator[_Layer]:
 
 
 def _conv_norm(weights_per_channel: int, channels: int, size: int) -> _Layer:
-    """A convolution with `weights_per_channel` weights for each output channel, and BatchNorm."""
+    """A convolution with `weights_per_channel` weights per output channel, followed by BatchNorm."""
     return _Layer(weights_per_channel * channels, 2 * channels, channels, size**2)
 
 

@@ -1,4 +1,4 @@
-"""Stage 4, choose: the candidate with the best validation accuracy, and whether the seeds separate it from the rest."""
+"""Stage 4, choose: find the candidate with the best validation accuracy and test whether its lead is significant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
-LEVEL = 0.05  # of significance
+LEVEL = 0.05  # significance level
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Choice:
     """The best candidate and the evidence for it.
 
     Attributes:
-        name: of the candidate with the highest mean accuracy.
-        p_values: by the name of each other candidate: two-sided paired t-test over the seeds, with Holm's correction;
-            empty with one seed.
-        seeds: runs of each candidate.
+        name: the candidate with the highest mean accuracy.
+        p_values: name of each other candidate -> p-value of the two-sided paired t-test over the seeds, with Holm's
+            correction; empty with one seed.
+        seeds: number of runs per candidate.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Choice:
 
     @property
     def confidence(self) -> str:
-        """One line for people."""
+        """One line that states how certain the choice is."""
         if self.seeds == 1:
             return "not separable at n = 1: one seed gives no spread; raise --seeds"
         if not self.p_values:
@@ -49,10 +49,10 @@ class Choice:
 
 
 def choose(rows: Sequence[Row]) -> Choice:
-    """The best of the candidates that completed every seed; among equals, the one with the fewest MACs.
+    """Choose the most accurate candidate that completed every seed; ties go to the one with the fewest MACs.
 
     Args:
-        rows: from `collect`.
+        rows: the result of `collect`.
 
     Raises:
         ValueError: no candidate is complete.
@@ -63,25 +63,27 @@ def choose(rows: Sequence[Row]) -> Choice:
     best = max(complete, key=lambda row: (row["top1_mean"], -row["macs"]))
     scores = best["top1_by_seed"]
     others = {row["name"]: row["top1_by_seed"] for row in complete if row is not best}
-    raw = {name: paired_p(scores, theirs) for name, theirs in others.items()} if len(scores) > 1 else {}
-    return Choice(best["name"], holm(raw), len(scores))
+    has_spread = len(scores) > 1
+    p_values = {name: paired_p(scores, other) for name, other in others.items()} if has_spread else {}
+    return Choice(best["name"], holm(p_values), len(scores))
 
 
 def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p-value of the paired t-test of accuracies in percent.
+    """Return the two-sided p-value of the paired t-test of accuracies in percent.
 
-    Runs of one seed form a pair, because the seed selects the validation images. Equal differences give 1: with whole
-    numbers of images they happen by chance, and the test would call them certain.
+    Runs with the same seed form a pair, because the seed selects the validation images. If all differences are equal,
+    the result is 1: accuracies count whole images, so equal differences occur by chance, but the test, seeing no
+    variance, would return p = 0.
     """
     from scipy.stats import ttest_rel
 
-    if np.std(np.subtract(first, second)) < 1e-9:  # equal but for rounding
+    if np.std(np.subtract(first, second)) < 1e-9:  # equal up to rounding
         return 1.0
     return float(ttest_rel(first, second).pvalue)
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Holm's step-down correction (Holm 1979), in the order given."""
+    """Apply Holm's step-down correction (Holm 1979); keep the order of the names."""
     adjusted: dict[str, float] = {}
     largest = 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):

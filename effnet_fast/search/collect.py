@@ -1,4 +1,4 @@
-"""Stage 3, collect: one row a candidate with its cost, its accuracy and the Pareto fronts it is on."""
+"""Stage 3, collect: one row per candidate with its cost, accuracy and membership of Pareto fronts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ FRONTS = {"pareto_macs": "macs", "pareto_parameters": "parameters", "pareto_late
 
 
 def collect(candidates: Sequence[Candidate], states: Sequence[State], seeds: Sequence[int]) -> list[Row]:
-    """A row for every candidate, in the plan's order.
+    """Return one row per candidate, in the plan's order.
 
-    `top1_mean` and `top1_std` (sample standard deviation) are percent of the validation images over the completed
-    seeds. `status` is complete if all seeds are, else failed, pruned or open, the first that applies. Times, memory and
-    latency are means over the completed seeds.
+    `top1_mean` and `top1_std` are mean and sample standard deviation of validation accuracy (percent) over the
+    completed seeds. `status` is "complete" if every seed is; otherwise "failed" if any seed failed, "pruned" if any was
+    pruned, else "open". Times, memory and latency are means over the seeds that have them.
     """
     by_run = {state.run: state for state in states}
     rows = [_row(candidate, [by_run.get(f"{candidate.name}-s{seed}") for seed in seeds]) for candidate in candidates]
@@ -32,10 +32,10 @@ def collect(candidates: Sequence[Candidate], states: Sequence[State], seeds: Seq
 
 
 def check_any_complete(rows: Sequence[Row], states: Sequence[State], folder: Path) -> None:
-    """Refuse a table without a single accuracy.
+    """Check that at least one trial is complete.
 
     Raises:
-        ValueError: no trial is complete; the message gives the reason if all failed.
+        ValueError: none is; if all failed, the message gives the first reason.
     """
     if any(row["seeds"] for row in rows):
         return
@@ -53,10 +53,10 @@ def _row(candidate: Candidate, states: list[State | None]) -> Row:
     scores = [state.top1 for state in completed if state.top1 is not None]
     is_complete = len(completed) == len(states)
     status = "complete" if is_complete else "failed" if FAIL in kinds else "pruned" if PRUNED in kinds else "open"
-    facts = dataclasses.asdict(candidate)
-    del facts["same_as"], facts["next_phi_exceeds"]
+    columns = dataclasses.asdict(candidate)
+    del columns["same_as"], columns["next_phi_exceeds"]
     return {
-        **facts,
+        **columns,
         "status": status,
         "seeds": len(scores),
         "top1_mean": statistics.fmean(scores) if scores else None,
@@ -75,16 +75,16 @@ def _mean(states: list[State], name: str) -> float | None:
 
 
 def pareto(points: Sequence[tuple[float | None, float | None]]) -> set[int]:
-    """Indices of the points (cost, accuracy) on the Pareto front.
+    """Return the indices of the points (cost, accuracy) on the Pareto front.
 
-    A point is off the front if another is cheaper and as accurate, or as cheap and more accurate. Points with an
-    unknown cost or accuracy are off it.
+    A point is dominated if another is cheaper and at least as accurate, or as cheap and more accurate. Points with an
+    unknown cost or accuracy are never on the front.
     """
-    known = [(cost, -gain, i) for i, (cost, gain) in enumerate(points) if cost is not None and gain is not None]
+    known = [(cost, -top1, i) for i, (cost, top1) in enumerate(points) if cost is not None and top1 is not None]
     front: set[int] = set()
-    best, best_cost = float("inf"), float("inf")
+    best_loss, best_cost = float("inf"), float("inf")
     for cost, loss, i in sorted(known):
-        if loss < best or (loss == best and cost == best_cost):
+        if loss < best_loss or (loss == best_loss and cost == best_cost):
             front.add(i)
-            best, best_cost = loss, cost
+            best_loss, best_cost = loss, cost
     return front

@@ -34,10 +34,10 @@ class Family:
     """EfficientNet-B0 at every scale.
 
     Attributes:
-        num_classes: outputs.
-        base_size: pixels of the input at resolution 1.
-        output_stride: input pixels per pixel of the final map. It is fixed: by default it changes at 128 px, which
-            would be a fourth way to scale.
+        num_classes: number of classes.
+        base_size: side of the input image in pixels at resolution 1.
+        output_stride: input pixels per pixel of the final map. It is the same at every scale, because the default,
+            which changes at 128 px, would be a fourth scaling dimension.
     """
 
     num_classes: int
@@ -46,15 +46,15 @@ class Family:
     _costs: dict[tuple[Layout | str, int], Complexity] = field(default_factory=dict, repr=False, compare=False)
 
     def image_size(self, scale: Scale) -> int:
-        """Pixels of the input, rounded."""
+        """Return the side of the input image in pixels, rounded."""
         return scaling.scaled_size(self.base_size, scale.resolution)
 
     def shape(self, scale: Scale) -> tuple[Layout, int]:
-        """A scale after rounding: layout and pixels. Scales of equal shape are the same model."""
+        """Return the rounded layout and image size. Scales with the same shape give the same model."""
         return scaling.layout(scale.width, scale.depth, self.output_stride), self.image_size(scale)
 
     def counts(self, scale: Scale) -> Counts:
-        """Parameters, MACs and activations by arithmetic; equal to those of `cost`, and fast."""
+        """Compute parameters, MACs and activations from the layout: the same values as `cost`, without building."""
         layout, size = self.shape(scale)
         return count(layout, size, self.num_classes)
 
@@ -72,7 +72,7 @@ class Family:
 
     def _cached_cost(self, shape: tuple[Layout | str, int], build: Callable[[], Network]) -> Complexity:
         if shape not in self._costs:
-            with torch.device("meta"):  # skips the initialisation; the values of the weights do not matter
+            with torch.device("meta"):  # skips weight initialisation: the cost does not depend on the values
                 model = build()
             self._costs[shape] = complexity(model.to_empty(device="cpu"), shape[1])
         return self._costs[shape]

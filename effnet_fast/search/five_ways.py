@@ -1,4 +1,4 @@
-"""Five models of the scaling study: the baseline, and four ways to spend a larger budget (table 7 and figure 8).
+"""The five models of the scaling study: the baseline and four ways to scale it up (table 7 and figure 8).
 
 Source: Tan and Le, EfficientNet, ICML 2019 (arXiv 1905.11946), section 5.3.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from effnet_fast.model.scaling import PAPER_FACTORS
 from effnet_fast.search.family import Family, Scale
 
-MAX_RATIO = 256  # of a target to the baseline's MACs, as at phi = 8
-TOLERANCE = 1.05  # largest over smallest cost of four models that count as equal
+MAX_RATIO = 256  # largest target / the baseline's MACs: 2^8, as at phi = 8
+TOLERANCE = 1.05  # costs count as equal if the largest / the smallest is at most this
 DEEPER, WIDER, HIGHER, COMPOUND = "deeper", "wider", "higher-resolution", "compound"
 
 
@@ -23,8 +23,8 @@ class StudyModel:
 
     Attributes:
         name: baseline, deeper, wider, higher-resolution or compound; or the name of a reference model.
-        scale: its multipliers; None for a reference model.
-        target: MACs of one image that it was solved for; None for the baseline and the paper's factors.
+        scale: multipliers of the baseline; None for a reference model.
+        target: MACs per image that `solve` aimed at; None for the baseline, table 7 and reference models.
     """
 
     name: str
@@ -33,12 +33,12 @@ class StudyModel:
 
     @property
     def label(self) -> str:
-        """For people: `compound (d = 1.4, w = 1.2, r = 1.3)`."""
+        """Text for tables and plots, e.g. `compound (d = 1.4, w = 1.2, r = 1.3)`."""
         if self.scale is None:
             return self.name
         factors = {"d": self.scale.depth, "w": self.scale.width, "r": self.scale.resolution}
-        shown = ", ".join(f"{name} = {value:.4g}" for name, value in factors.items() if value != 1)
-        return f"{self.name} ({shown})" if shown else self.name
+        details = ", ".join(f"{name} = {value:.4g}" for name, value in factors.items() if value != 1)
+        return f"{self.name} ({details})" if details else self.name
 
 
 BASELINE = StudyModel("baseline", Scale())
@@ -52,10 +52,10 @@ TABLE_7 = (
 
 
 def solve(family: Family, target: float) -> tuple[StudyModel, ...]:
-    """The four ways to scale the baseline to `target` MACs of one image.
+    """Scale the baseline to `target` MACs per image in four ways.
 
-    Repeats, channels and pixels are whole numbers, so each way has a model just below and one just above the target.
-    Of these the four whose costs differ least are taken.
+    Repeats, channels and pixels are whole numbers, so each way offers a model just below and one just above the target.
+    The combination of four whose costs differ least is returned.
 
     Raises:
         ValueError: the target is below the baseline's cost or over 256 times it, or no four models are within 5 % of
@@ -86,7 +86,7 @@ def _most_alike(family: Family, pairs: dict[str, tuple[Scale, Scale]]) -> tuple[
 
 
 def _ways(family: Family) -> dict[str, Callable[[int], Scale]]:
-    """Each way as a function of steps 0, 1, 2, ..., fine enough to meet every model; step 0 is the baseline."""
+    """Map each way to a function of steps 0, 1, 2, ...; step 0 is the baseline; small steps skip no model."""
     alpha, beta, gamma = PAPER_FACTORS
     return {
         DEEPER: lambda step: Scale(depth=1 + step / 12),  # the stages repeat 1, 2, 3 or 4 times
@@ -97,7 +97,7 @@ def _ways(family: Family) -> dict[str, Callable[[int], Scale]]:
 
 
 def _neighbours(family: Family, way: Callable[[int], Scale], target: float) -> tuple[Scale, Scale]:
-    """The last step below the target and the first that reaches it; the baseline twice if it reaches it."""
+    """Return the last scale below the target and the first that reaches it; if the baseline does, return it twice."""
     below, above = 0, 1
     if family.counts(way(0)).macs >= target:
         return way(0), way(0)
@@ -110,13 +110,13 @@ def _neighbours(family: Family, way: Callable[[int], Scale], target: float) -> t
 
 
 def _spread(family: Family, scales: tuple[Scale, ...]) -> float:
-    """Largest over smallest cost."""
+    """Return the ratio of the largest to the smallest cost."""
     macs = [family.counts(scale).macs for scale in scales]
     return max(macs) / min(macs)
 
 
 def _explain_gap(family: Family, target: float, pairs: dict[str, tuple[Scale, Scale]]) -> str:
-    """Name the way with the widest gap around the target, and the nearest target without one."""
+    """Return the error message: the way with the widest gap around the target, and the nearest target that works."""
     name, neighbours = max(pairs.items(), key=lambda pair: _spread(family, pair[1]))
     low, high = (family.counts(scale).macs for scale in neighbours)
     nearest = _nearest_target(family, target)
@@ -132,7 +132,7 @@ def _explain_gap(family: Family, target: float, pairs: dict[str, tuple[Scale, Sc
 
 
 def _nearest_target(family: Family, target: float) -> float | None:
-    """The nearest cost that four models share, searched in steps of 2 % up to a factor of about 4."""
+    """Return the nearest target that four models reach; search in steps of 2 % up to a factor of about 4."""
     steps = [step for step in range(-70, 71) if target * 1.02**step > family.counts(Scale()).macs]
     for step in sorted(steps, key=abs):
         candidate = float(f"{target * 1.02**step:.4g}")

@@ -34,7 +34,7 @@ class Grid:
     product: Range
 
     def feasible(self) -> list[Factors]:
-        """All points whose product is in range.
+        """Return all points whose product is in range.
 
         Raises:
             ValueError: no point is in range, or the grid has over a million points. The message names the flag to
@@ -85,7 +85,7 @@ class Grid:
         )
 
     def _advise_alpha(self, largest: Factors) -> str:
-        """A higher bound of alpha if one is enough."""
+        """Advise a higher upper bound of alpha, or another range of products if that does not suffice."""
         needed = self.product[0] / (product(largest) / largest[0])
         alpha = next(value for value in itertools.count(largest[0], self.step) if value >= needed - 1e-9)
         bounds = self.alpha[0], _round_up(alpha, 1e-4)
@@ -94,19 +94,19 @@ class Grid:
         return self._advise_product(largest)
 
     def _advise_product(self, point: Factors) -> str:
-        """A range of products that includes `point`; it always gives a grid."""
+        """Advise a range of products that contains `point`, so that the grid is not empty."""
         low, high = min(self.product[0], product(point)), max(self.product[1], product(point))
         return f"use --product {math.floor(low * 1e4) / 1e4:g}..{math.ceil(high * 1e4) / 1e4:g}"
 
 
 def product(factors: Factors) -> float:
-    """alpha * beta^2 * gamma^2: about the factor by which MACs grow from one phi to the next."""
+    """Return alpha * beta^2 * gamma^2, the approximate growth of MACs from one phi to the next."""
     alpha, beta, gamma = factors
     return alpha * beta**2 * gamma**2
 
 
 def show(factors: Factors) -> str:
-    """`(1.2, 1.1, 1.15)`."""
+    """Format factors as `(1.2, 1.1, 1.15)`."""
     return "({:g}, {:g}, {:g})".format(*factors)
 
 
@@ -119,5 +119,5 @@ def _values(bounds: Range, step: float) -> list[float]:
 
 
 def _round_up(value: float, step: float) -> float:
-    """The next multiple of `step`; rounding errors of `value` do not count."""
+    """Round up to a multiple of `step`, tolerating floating-point error in `value`."""
     return round(math.ceil(value / step - 1e-6) * step, 6)

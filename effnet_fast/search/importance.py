@@ -1,4 +1,4 @@
-"""One row a trial, and how much each factor matters for the accuracy."""
+"""Rows of the trial table, and the importance of each factor for the accuracy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FACTORS = ("alpha", "beta", "gamma")
 
 
 def trial_rows(candidates: Sequence[Candidate], states: Sequence[State]) -> list[Row]:
-    """A row for every trial, in the order in which they were enqueued: its factors, its state and its accuracy."""
+    """Return one row per trial with its factors, state and accuracy, in the order in which trials were enqueued."""
     by_name = {candidate.name: candidate for candidate in candidates}
     rows = []
     for number, state in enumerate(states):
@@ -35,9 +35,9 @@ def trial_rows(candidates: Sequence[Candidate], states: Sequence[State]) -> list
 
 
 def importances(rows: Sequence[Row]) -> dict[str, float]:
-    """Importance of each factor among the completed trials, in 0..1 with sum 1, by Optuna's PED-ANOVA.
+    """Compute each factor's importance over the completed trials with Optuna's PED-ANOVA: 0 to 1, summing to 1.
 
-    Factors with a single value are left out; the result is empty for fewer than two trials. Source: Watanabe et al.,
+    Factors with a single value are omitted, so the result is empty for fewer than two trials. Source: Watanabe et al.,
     PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in Arbitrary Subspaces, IJCAI 2023.
     """
     import optuna
@@ -46,7 +46,7 @@ def importances(rows: Sequence[Row]) -> dict[str, float]:
 
     completed = [row for row in rows if row["state"] == COMPLETE.lower()]
     values = {factor: [row[factor] for row in completed] for factor in FACTORS}
-    # The search's own study has wider ranges, which would blur the importances.
+    # Use a new study: the shared one has wider ranges than the trials, which would distort the importances.
     ranges = {
         factor: FloatDistribution(min(column), max(column)) for factor, column in values.items() if len(set(column)) > 1
     }

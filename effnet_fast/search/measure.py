@@ -1,4 +1,4 @@
-"""Measured times of a model on this device."""
+"""Measure inference latency and training step time of a model on this device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LATENCY_REPEATS, STEP_REPEATS, WARMUP = 15, 5, 2
 
 
 def latency_ms(model: nn.Module, image_size: int, device: torch.device, precision: str) -> float:
-    """Milliseconds to classify one image: median of 15, evaluation mode, not compiled.
+    """Measure the latency of classifying one image in milliseconds: median of 15, evaluation mode, not compiled.
 
     Args:
         model: is moved to `device`.
-        image_size: pixels.
-        device: to measure on.
+        image_size: side of the image in pixels.
+        device: where to measure.
         precision: autocast type: bf16, fp16 or no.
     """
     model = model.to(device).eval()
@@ -30,7 +30,7 @@ def latency_ms(model: nn.Module, image_size: int, device: torch.device, precisio
 
 
 def step_ms(model: nn.Module, image_size: int, batch_size: int, device: torch.device, precision: str) -> float:
-    """Milliseconds of a forward and backward pass of `batch_size` images: median of 5, not compiled."""
+    """Measure a forward and backward pass of `batch_size` images in milliseconds: median of 5, not compiled."""
     model = model.to(device).train()
     images = torch.zeros(batch_size, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
 

@@ -1,4 +1,4 @@
-"""Stage 1, plan: the candidates of a search, their cost, and the largest phi at which each keeps the limits.
+"""Stage 1, plan: the candidates of a search, their costs, and the largest phi at which each is within the limits.
 
 Source: Tan and Le, EfficientNet, ICML 2019 (arXiv 1905.11946), equation 3.
 """
@@ -22,10 +22,10 @@ class Limits:
     """The most that a scaled model may cost; None is no limit.
 
     Attributes:
-        macs, activations: of one image.
-        parameters: trainable numbers.
-        latency_ms: milliseconds for one image, measured by `latency`.
-        latency: measures a scale's latency in milliseconds.
+        macs, activations: largest count per image.
+        parameters: largest number of trainable parameters.
+        latency_ms: largest latency of one image in milliseconds.
+        latency: function that measures a scaled model's latency in milliseconds.
     """
 
     macs: float | None = None
@@ -35,9 +35,9 @@ class Limits:
     latency: Callable[[Scale], float] | None = None
 
     def exceeded(self, family: Family, scale: Scale) -> dict[str, tuple[float, float]]:
-        """The limits that a model exceeds, by flag: its value and the limit.
+        """Return the limits that a model exceeds: flag -> (the model's value, the limit).
 
-        Latency is measured only if the model keeps all other limits.
+        Latency is measured only if the model is within all other limits.
         """
         counts = family.counts(scale)
         limits: dict[str, tuple[float, float | None]] = {
@@ -57,20 +57,21 @@ class Limits:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Factors to train, and the model they give at phi = 1.
+    """Scaling factors to try, and the model they give at phi = 1.
 
     Attributes:
         name: for example a1.2-b1.1-g1.15.
         alpha, beta, gamma: factors of depth, width and resolution.
-        channels, repeats: of the seven stages.
-        image_size: pixels.
+        channels, repeats: one value per stage, seven each.
+        image_size: side of the image in pixels.
         parameters, macs, activations: counted by fvcore on the built model.
-        cost_ratio: MACs over twice the baseline's; 2 is the rule's own growth, rounding changes it.
-        largest_phi: 1 to 7; up to it every scaled model keeps the limits.
-        estimated_step_ms: of a training step: the baseline's, measured, times the ratio of minimum bytes to move.
-        estimated_memory_mib: of training, on one device.
-        same_as: other factors of the grid that round to the same model at phi = 1.
-        next_phi_exceeds: the limits that the model of phi = largest_phi + 1 exceeds; empty if there are none.
+        cost_ratio: MACs / (2 * the baseline's MACs). The scaling rule doubles MACs per phi; rounding causes deviations
+            from 1.
+        largest_phi: 1 to 7; every phi up to it gives a model within the limits.
+        estimated_step_ms: training step time: the baseline's measured time times the ratio of minimum memory traffic.
+        estimated_memory_mib: training memory on one device.
+        same_as: other points of the grid that round to the same model at phi = 1.
+        next_phi_exceeds: text listing the limits exceeded at phi = largest_phi + 1; empty if there are none.
     """
 
     name: str
@@ -97,7 +98,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Factors that exceed a limit at phi = 1 already, and which."""
+    """Scaling factors that exceed a limit at phi = 1; `reason` lists the exceeded limits."""
 
     alpha: float
     beta: float
@@ -107,7 +108,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Workload:
-    """A training step: its images, the bytes of a number, and the milliseconds that the baseline takes for it."""
+    """A training step: images per batch, bytes per element, and the baseline's measured time in milliseconds."""
 
     batch_size: int
     element_bytes: int
@@ -123,10 +124,10 @@ class SearchPlan:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> SearchPlan:
-        """The plan of a plan.json.
+        """Build the plan from the content of plan.json.
 
         Raises:
-            KeyError, TypeError: it is not one.
+            KeyError, TypeError: the content is not a plan.
         """
         return cls([Candidate(**row) for row in content["candidates"]], [Dropped(**row) for row in content["dropped"]])
 
@@ -137,7 +138,7 @@ class SearchPlan:
         return {candidate.name: candidate for candidate in self.candidates}
 
     def notes(self) -> list[str]:
-        """What the plan left out, one line each."""
+        """List the counts, the dropped factors and the candidates with a limited phi, one line each."""
         merged = sum(len(candidate.same_as) for candidate in self.candidates)
         total = f"{len(self.candidates)} candidates; {merged} more round to one of them; {len(self.dropped)} dropped"
         dropped = [f"dropped {show((row.alpha, row.beta, row.gamma))}: {row.reason}" for row in self.dropped]
@@ -151,7 +152,7 @@ class SearchPlan:
 
 
 def plan_search(family: Family, points: Iterable[Factors], limits: Limits, workload: Workload) -> SearchPlan:
-    """Every distinct model among the factors that keeps the limits at phi = 1, and the factors that do not.
+    """Split the distinct models at phi = 1 into candidates, which are within the limits, and dropped factors.
 
     Raises:
         ValueError: the baseline exceeds a limit, or every candidate does. The message names the limit and the nearest
@@ -171,9 +172,9 @@ def plan_search(family: Family, points: Iterable[Factors], limits: Limits, workl
 
 
 def _group_by_model(family: Family, points: Iterable[Factors]) -> list[tuple[Factors, list[Factors]]]:
-    """Factors that give different models at phi = 1, each with the others that give the same one.
+    """Group factors that give the same model at phi = 1; return (representative, other members) per group.
 
-    The paper's factors represent their group; in other groups the factors whose product is nearest to 2 do.
+    The paper's factors represent their group. Other groups are represented by the factors with product nearest to 2.
     """
     groups: dict[object, list[Factors]] = {}
     for factors in points:
@@ -191,8 +192,8 @@ def _candidate(
     scale = Scale(*factors)
     cost, base = family.cost(scale), family.cost(Scale())
     layout, size = family.shape(scale)
-    load = (workload.batch_size, workload.element_bytes)
-    slowdown = cost.minimum_step_bytes(*load) / base.minimum_step_bytes(*load)
+    batch = (workload.batch_size, workload.element_bytes)
+    slowdown = cost.minimum_step_bytes(*batch) / base.minimum_step_bytes(*batch)
     memory = workload.batch_size * cost.training_bytes_per_image(workload.element_bytes) + cost.state_bytes
     alpha, beta, gamma = factors
     phi, exceeded = largest_phi(family, scale, limits)
@@ -217,8 +218,8 @@ def _candidate(
 
 
 def largest_phi(family: Family, scale: Scale, limits: Limits) -> tuple[int, dict[str, tuple[float, float]]]:
-    """The largest phi of 1 to 7 up to which every scaled model keeps the limits (0 if none does), and the limits that
-    the next one exceeds."""
+    """Return the largest phi, 0 to 7, up to which all scaled models are within the limits, and the limits that the next
+    phi exceeds."""
     for phi in range(1, MAX_PHI + 1):
         if exceeded := limits.exceeded(family, scale.to_the(phi)):
             return phi - 1, exceeded
@@ -242,7 +243,7 @@ def _check_baseline(family: Family, limits: Limits) -> None:
 
 
 def _explain_none_fits(family: Family, points: list[Factors], limits: Limits) -> str:
-    """The limits that the nearest candidate exceeds, and the values it needs."""
+    """Return the error message: the limits that the nearest candidate exceeds, and values that would admit it."""
 
     def excess(factors: Factors) -> float:
         return max(value / limit for value, limit in limits.exceeded(family, Scale(*factors)).values())

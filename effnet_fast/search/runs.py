@@ -10,7 +10,7 @@ import torch
 
 from effnet_fast.config import TrainConfig
 
-# Called after each evaluation with the epochs done and the row of metrics; what it raises ends the run.
+# Called after each evaluation with the number of finished epochs and the metrics row; an exception ends the run.
 OnEvaluation = Callable[[int, dict[str, Any]], None]
 
 
@@ -26,30 +26,30 @@ class Outcome(Protocol):
 
 
 def run_config(config: TrainConfig, model: dict[str, Any], **changes: Any) -> TrainConfig:
-    """The training config of one run.
+    """Return the training config of one run.
 
     Args:
-        config: of the search or the study, which has all fields of train.
-        model: the fields that select the model, see `Family.settings`.
-        changes: further fields.
+        config: a SearchConfig or StudyConfig, which has all fields of TrainConfig.
+        model: the fields that select the model; see `Family.settings`.
+        changes: other fields to replace.
     """
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     return TrainConfig(**(shared | model | changes))
 
 
 def final_top1(result: dict[str, Any]) -> float:
-    """Top-1 in percent of a row of evaluation; of the averaged weights if the run keeps an average."""
+    """Return top-1 in percent from an evaluation row: the EMA weights' if the run keeps an EMA."""
     return result.get("ema_top1", result["top1"])
 
 
 def failure_reason(error: BaseException) -> str | None:
-    """Why this model cannot be trained although others may; None if the error is not the model's."""
+    """Return why this model cannot be trained, or None if the error would also stop other models."""
     if isinstance(error, FloatingPointError):
         return f"not finite: {error}"
     out_of_memory = MemoryError, torch.OutOfMemoryError
-    # train raises a ValueError with advice from the OutOfMemoryError.
+    # Training wraps OutOfMemoryError in a ValueError that adds advice; look at its cause.
     if isinstance(error, out_of_memory) or isinstance(error.__cause__, out_of_memory):
         return "out of memory"
-    if isinstance(error, RuntimeError) and "not enough memory" in str(error):  # the CPU allocator's words
+    if isinstance(error, RuntimeError) and "not enough memory" in str(error):  # raised by the CPU allocator
         return "out of memory"
     return None

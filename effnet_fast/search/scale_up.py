@@ -1,4 +1,4 @@
-"""The chosen candidate scaled by phi: costs, and the recipes that train the scaled models."""
+"""Scale the chosen candidate by phi: costs of the models, and recipes to train them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def scaled_models(setup: SearchSetup, best: Candidate) -> list[Row]:
-    """A row for every phi of `--phi`: multipliers, cost, and whether the model keeps the limits."""
+    """Return one row per phi of `--phi`: multipliers, cost, and whether the model is within the limits."""
     return [_row(setup, best, phi) for phi in setup.config.phis]
 
 
@@ -37,7 +37,7 @@ def _row(setup: SearchSetup, best: Candidate, phi: int) -> Row:
 
 
 def recipe(setup: SearchSetup, best: Candidate, row: Row) -> str:
-    """YAML for `effnet-fast train --config`: the search's settings with all training images and `--num_epochs`."""
+    """Return YAML for `effnet-fast train --config`: the search's settings, all training images, `--num_epochs`."""
     phi = row["phi"]
     name = f"{setup.config.name}-phi{phi}"
     settings = run_config(
@@ -48,9 +48,9 @@ def recipe(setup: SearchSetup, best: Candidate, row: Row) -> str:
         limit_train=None,
         limit_eval=None,
     )
-    head = (
+    header = (
         f"# B0 scaled by phi = {phi} with alpha {best.alpha:g}, beta {best.beta:g}, gamma {best.gamma:g}: "
         f"{row['parameters']:,} parameters, {row['macs']:,} MACs at {row['image_size']} px.\n"
         f"# effnet-fast train --config phi{phi}.yaml --data_dir data\n"
     )
-    return head + yaml.safe_dump({**identity(settings), "run_name": name}, sort_keys=False)
+    return header + yaml.safe_dump({**identity(settings), "run_name": name}, sort_keys=False)

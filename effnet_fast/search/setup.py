@@ -1,4 +1,4 @@
-"""A search's settings and what all its stages derive from them."""
+"""Build the plan, the trials and the training configs of a search from its settings."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from effnet_fast.search.runs import run_config
 from effnet_fast.search.storage import explain_errors
 from effnet_fast.search.trials import Task, Trials
 
-CPU_BATCH = 16  # images of the step that a plan times on a CPU
+CPU_BATCH = 16  # largest batch of the timed training step on a CPU
 
 
 @dataclass(frozen=True)
 class SearchSetup:
-    """A search's settings and what all its stages derive from them.
+    """The settings that all stages of a search share.
 
     Attributes:
-        config: of the command.
+        config: the command's config.
         folder: SAVE_DIR/RUN_NAME.
         family: the scaled models for this data set.
-        fingerprint: of the data set.
-        device: of this worker.
-        precision: bf16, fp16 or no.
+        fingerprint: hash of the data set.
+        device: this worker's device.
+        precision: autocast type: bf16, fp16 or no.
     """
 
     config: SearchConfig
@@ -50,7 +50,7 @@ class SearchSetup:
         return range(self.config.seed, self.config.seed + self.config.seeds)
 
     def make_plan(self) -> SearchPlan:
-        """The candidates of the grid and their cost; times a training step of the baseline.
+        """List the candidates and their costs; this times a training step of the baseline.
 
         Raises:
             ValueError: see `Grid.feasible` and `plan_search`.
@@ -63,31 +63,31 @@ class SearchSetup:
             parameters=config.max_params,
             activations=config.max_activations,
             latency_ms=config.max_latency_ms,
-            latency=functools.cache(self.latency_ms),  # a noisy clock must not contradict itself within a plan
+            latency=functools.cache(self.latency_ms),  # timings are noisy: measure each scale once per plan
         )
         return plan_search(self.family, points, limits, self._workload())
 
     def latency_ms(self, scale: Scale) -> float:
-        """Milliseconds to classify one image on this device."""
+        """Measure the latency of one image on this device in milliseconds."""
         return measure.latency_ms(self.family.build(scale), self.family.image_size(scale), self.device, self.precision)
 
     def _workload(self) -> Workload:
-        """The baseline's training step on this device; a CPU times fewer images and scales the result up."""
+        """Time the baseline's training step on this device; on a CPU, time fewer images and scale the result up."""
         batch = self.config.batch_size
-        timed = batch if self.device.type == "cuda" else min(batch, CPU_BATCH)
+        timed_batch = batch if self.device.type == "cuda" else min(batch, CPU_BATCH)
         model = self.family.build(Scale())
-        milliseconds = measure.step_ms(model, self.family.base_size, timed, self.device, self.precision)
-        return Workload(batch, 4 if self.precision == "no" else 2, milliseconds * batch / timed)
+        milliseconds = measure.step_ms(model, self.family.base_size, timed_batch, self.device, self.precision)
+        return Workload(batch, 4 if self.precision == "no" else 2, milliseconds * batch / timed_batch)
 
     def tasks(self, plan: SearchPlan) -> list[Task]:
-        """Every candidate with every seed; all candidates with the first seed come first."""
+        """Return a task per candidate and seed, ordered by seed, then by candidate."""
         return [self.task(candidate, seed) for seed in self.seeds for candidate in plan.candidates]
 
     def task(self, candidate: Candidate, seed: int) -> Task:
         return Task(candidate.name, candidate.alpha, candidate.beta, candidate.gamma, seed)
 
     def trial_config(self, task: Task) -> TrainConfig:
-        """The training config of a trial."""
+        """Return the training config of a trial."""
         return run_config(
             self.config,
             self.family.settings(Scale(task.alpha, task.beta, task.gamma)),
@@ -98,7 +98,7 @@ class SearchSetup:
         )
 
     def open_trials(self, plan: SearchPlan) -> Trials:
-        """The trials that all workers of this plan share.
+        """Open the trials that all workers of this plan share.
 
         Raises:
             ValueError: see `Trials`.
@@ -118,7 +118,7 @@ class SearchSetup:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one worker at a time writes the files of a stage.
+        """Hold the lock of the folder, so that one worker at a time writes the files of a stage.
 
         Raises:
             OSError: the folder cannot be written.
@@ -131,5 +131,5 @@ class SearchSetup:
             yield
 
     def storage_errors(self):
-        """A context in which a failing database ends in one line; see `storage.explain_errors`."""
+        """Return a context that turns database errors into one line; see `storage.explain_errors`."""
         return explain_errors(self.config.storage, "check the database and run the same command again")

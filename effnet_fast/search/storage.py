@@ -1,4 +1,4 @@
-"""Where workers share an Optuna study: a journal file or a database."""
+"""Open the storage of the Optuna study that workers share: a journal file or a database."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 JOURNAL = "journal"
-RENEWALS = 4  # heartbeats in the time of a lease
+RENEWALS = 4  # heartbeats per lease_seconds
 
 
 def open_storage(folder: Path, storage: str, lease_seconds: float) -> BaseStorage:
     """Open the storage of `--storage`.
 
     Args:
-        folder: of the search; it holds the journal.
-        storage: `journal`, or a database URL of Optuna.
-        lease_seconds: a trial without a heartbeat for this long is abandoned.
+        folder: the search's folder, which contains the journal.
+        storage: `journal`, or a database URL that Optuna accepts.
+        lease_seconds: a trial without a heartbeat for this long counts as abandoned.
 
     Raises:
         ValueError: the URL is wrong, its driver is missing, or the database is unreachable. The message hides the
@@ -40,7 +40,7 @@ def open_storage(folder: Path, storage: str, lease_seconds: float) -> BaseStorag
         "installed)"
     )
     with warnings.catch_warnings(), explain_errors(storage, advice, ImportError, ValueError):
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are experimental
         return storages.RDBStorage(
             storage,
             heartbeat_interval=max(1, round(lease_seconds / RENEWALS)),
@@ -50,21 +50,21 @@ def open_storage(folder: Path, storage: str, lease_seconds: float) -> BaseStorag
 
 @contextmanager
 def explain_errors(storage: str, advice: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn a database's errors, and further `errors`, into one line without the URL's password.
+    """Replace database errors, and the types in `errors`, by a one-line ValueError without the URL's password.
 
     Raises:
-        ValueError: in their place.
+        ValueError: one of these errors occurred.
     """
     try:
         yield
     except (*_database_errors(storage), *errors) as error:
         text = " ".join(str(error).replace(storage, mask_credentials(storage)).split())
-        # `from None`: a traceback would show the password in the text of its cause.
+        # `from None`: the cause's text in a traceback would contain the password.
         raise ValueError(f"--storage {mask_credentials(storage)}: {mask_credentials(text)[:200]}; {advice}") from None
 
 
 def _database_errors(storage: str) -> tuple[type[Exception], ...]:
-    """What a storage raises when its database fails; a journal has no database."""
+    """Return the exceptions that a failing database raises; none for a journal."""
     if storage == JOURNAL:
         return ()
     from optuna.exceptions import StorageInternalError
@@ -74,15 +74,15 @@ def _database_errors(storage: str) -> tuple[type[Exception], ...]:
 
 
 def stale_trial_ids(storage: BaseStorage, study_name: str) -> list[int]:
-    """Identifiers of the running trials without a recent heartbeat, in a storage that has heartbeats.
+    """Return the ids of running trials without a recent heartbeat; the storage must have heartbeats.
 
     Raises:
-        ValueError: this version of Optuna has no such list.
+        ValueError: this version of Optuna cannot list them.
     """
-    # Optuna's public function for this, fail_stale_trials, also fails the trials.
-    find = getattr(storage, "_get_stale_trial_ids", None)
-    if find is None:
+    # Private API: the public fail_stale_trials would also mark these trials as failed.
+    list_stale = getattr(storage, "_get_stale_trial_ids", None)
+    if list_stale is None:
         import optuna
 
         raise ValueError(f"Optuna {optuna.__version__} does not list stale trials: pip install 'optuna>=4.2,<6'")
-    return find(storage.get_study_id_from_name(study_name))
+    return list_stale(storage.get_study_id_from_name(study_name))

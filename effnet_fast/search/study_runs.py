@@ -1,4 +1,4 @@
-"""The runs of a scaling study, and the rows of its tables."""
+"""The runs of a scaling study and the rows of its tables."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Row = dict[str, Any]
 
 @dataclass
 class StudyRun:
-    """A model with a seed.
+    """One model trained with one seed.
 
     Attributes:
-        name: of the run's folder below runs/.
-        result: split, top1 (percent), loss, seconds; or failed, the reason; empty before it has ended.
+        name: name of the run's folder below runs/.
+        result: split, top1 (percent), loss and seconds; or only `failed`, the reason; empty until the run has ended.
     """
 
     model: StudyModel
@@ -31,13 +31,13 @@ class StudyRun:
     result: Row = field(default_factory=dict)
 
     def config(self, study: StudyConfig, family: Family, save_dir: str) -> TrainConfig:
-        """The run's training config."""
+        """Return the run's training config."""
         settings = model_settings(family, self.model)
         return run_config(study, settings, seed=self.seed, save_dir=save_dir, run_name=self.name)
 
 
 def study_models(config: StudyConfig, family: Family) -> list[StudyModel]:
-    """The baseline, the scaled models of every target, and the reference models.
+    """Return the baseline, the scaled models of every target, and the reference models.
 
     Raises:
         ValueError: a reference model is unknown, or a target cannot be met; see `five_ways.solve`.
@@ -50,13 +50,13 @@ def study_models(config: StudyConfig, family: Family) -> list[StudyModel]:
 
 
 def study_runs(config: StudyConfig, models: list[StudyModel]) -> list[StudyRun]:
-    """Every model with every seed; all models with the first seed come first."""
-    several = len(config.targets) > 1
+    """Return a run per model and seed, ordered by seed, then by model."""
+    has_targets = len(config.targets) > 1  # then names need the target to be unique
     return [
         StudyRun(
             model,
             seed,
-            f"{model.name}-{model.target:.4g}-{seed}" if several and model.target else f"{model.name}-{seed}",
+            f"{model.name}-{model.target:.4g}-{seed}" if has_targets and model.target else f"{model.name}-{seed}",
         )
         for seed in range(config.seed, config.seed + config.seeds)
         for model in models
@@ -64,12 +64,12 @@ def study_runs(config: StudyConfig, models: list[StudyModel]) -> list[StudyRun]:
 
 
 def model_settings(family: Family, model: StudyModel) -> dict[str, Any]:
-    """The fields of a training config that select the model."""
+    """Return the fields of a training config that select the model."""
     return family.reference_settings(model.name) if model.scale is None else family.settings(model.scale)
 
 
 def cost_row(family: Family, model: StudyModel) -> Row:
-    """Multipliers, pixels and costs of a model, also relative to the baseline and the target."""
+    """Return a model's multipliers, image size and costs, absolute and relative to the baseline and the target."""
     settings = model_settings(family, model)
     cost = family.reference_cost(model.name) if model.scale is None else family.cost(model.scale)
     return {
@@ -86,7 +86,7 @@ def cost_row(family: Family, model: StudyModel) -> Row:
 
 
 def result_row(family: Family, model: StudyModel, runs: list[StudyRun]) -> Row:
-    """A model's cost, and its top-1 in percent over the seeds: mean and sample standard deviation."""
+    """Return a model's cost, and mean and sample standard deviation of its top-1 (percent) over the seeds."""
     scores = [run.result["top1"] for run in runs if "top1" in run.result]
     seconds = [run.result["seconds"] for run in runs if "seconds" in run.result]
     return {
@@ -100,7 +100,7 @@ def result_row(family: Family, model: StudyModel, runs: list[StudyRun]) -> Row:
 
 
 def index_row(family: Family, run: StudyRun) -> Row:
-    """A run's entry in study.json."""
+    """Return a run's entry in study.json."""
     return {
         "name": run.model.name,
         "label": run.model.label,

@@ -1,9 +1,9 @@
-"""Which worker trains what: an Optuna study whose trials are pairs (candidate, seed), shared by any number of workers.
+"""Distribute trials, pairs (candidate, seed) of an Optuna study, over any number of workers.
 
-Every trial is enqueued once and claimed by one worker. Both happen under a lock in the search's folder, which all
-workers must see, as they must see the checkpoints. A worker renews its claim while it trains: by Optuna's heartbeat in
-a database, by the time stamp of a lease file beside a journal, which has no heartbeat. A claim that has expired or was
-released is free: another worker resumes the trial from its checkpoint.
+Each trial is enqueued once and claimed by one worker at a time. A file lock in the search's folder, which all workers
+share, guards both. While a worker trains, it renews its claim: a database records Optuna's heartbeat; a journal has no
+heartbeat, so the worker touches a lease file. If a claim expires or is released, another worker can claim the trial and
+resume it from its checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 WAITING, RUNNING, COMPLETE, PRUNED, FAIL = "WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL"
-MAX_FACTOR, MAX_SEED = 10.0, 2**31  # Optuna needs a range although every value is enqueued
+MAX_FACTOR, MAX_SEED = 10.0, 2**31  # Optuna requires ranges, although no value is sampled
 
 
 class Pruned(Exception):
@@ -37,12 +37,12 @@ class Pruned(Exception):
 
 
 class Lost(Exception):
-    """Another worker claimed the trial, because this one did not renew its claim in time."""
+    """This worker did not renew its claim in time, and another worker claimed the trial."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A candidate to train with a seed; `run` names the folder of its run."""
+    """A candidate to train with one seed; `run` is the name of its run folder."""
 
     candidate: str
     alpha: float
@@ -61,15 +61,15 @@ class Task:
 
 @dataclass(frozen=True)
 class State:
-    """A trial as tables and pictures show it.
+    """A snapshot of a trial, for tables and plots.
 
     Attributes:
-        run: of its task.
+        run: name of its run folder.
         state: WAITING (also after a release), RUNNING, COMPLETE, PRUNED or FAIL.
-        epochs: evaluated so far.
-        top1: validation accuracy at the last of them, percent.
-        seconds: from its start to its end, or until now.
-        attrs: Optuna's user attributes: the task, what `finish` recorded, the reason of a failure.
+        epochs: number of the last evaluated epoch.
+        top1: validation accuracy after that epoch, percent.
+        seconds: time from its start to its end, or to now if it has not ended.
+        attrs: Optuna's user attributes: run, candidate, owner, and the `attrs` passed to `finish`.
     """
 
     run: str
@@ -84,13 +84,13 @@ class Trials:
     """The trials of a search, shared by its workers.
 
     Args:
-        folder: of the search.
-        storage: `journal`, a file in the folder, or a database URL.
-        name: of the Optuna study in the storage.
-        digest: of the plan.
+        folder: the search's folder.
+        storage: `journal` for a file in the folder, or a database URL.
+        name: name of the Optuna study in the storage.
+        digest: hash of the plan.
         pruner: median, hyperband or none.
-        epochs: of a whole trial.
-        lease_seconds: how long a claim holds without renewal.
+        epochs: length of a complete trial.
+        lease_seconds: a claim expires after this time without renewal.
 
     Raises:
         ValueError: the storage cannot be opened, or its study of that name belongs to another plan.
@@ -114,7 +114,7 @@ class Trials:
                 study_name=name,
                 direction="maximize",
                 load_if_exists=True,
-                sampler=optuna.samplers.RandomSampler(seed=0),  # never used: every trial is enqueued
+                sampler=optuna.samplers.RandomSampler(seed=0),  # not used, because every trial is enqueued
                 pruner=_pruner(pruner, epochs),
             )
             if self.study.user_attrs.setdefault("plan", digest) != digest:
@@ -132,11 +132,11 @@ class Trials:
                     self.study.enqueue_trial(task.params, user_attrs={"run": task.run, "candidate": task.candidate})
 
     def claim(self) -> Trial | None:
-        """A trial to train: an abandoned one first, else a waiting one; None if there is neither."""
+        """Claim an abandoned trial, else a waiting one; return None if there is neither."""
         with self.lock:
             trial = self._next_abandoned() or self._next_waiting()
             if trial is not None:
-                self._renew(trial)  # before the owner is set: a trial without an owner is free
+                self._renew(trial)  # first, because a trial with an owner but no lease counts as abandoned
                 trial.set_user_attr("owner", self.owner)
         return trial
 
@@ -168,7 +168,7 @@ class Trials:
 
     @contextmanager
     def renewing(self, trial: Trial) -> Iterator[threading.Event]:
-        """Renew the claim in a thread; the event is set once another worker has claimed the trial."""
+        """Renew the claim in a thread; set the event when another worker has claimed the trial or a renewal failed."""
         done, lost = threading.Event(), threading.Event()
 
         def renew() -> None:
@@ -177,7 +177,7 @@ class Trials:
                     if self._frozen(trial).user_attrs.get("owner") != self.owner:
                         return
                     self._renew(trial)
-            finally:  # also after an error: the claim is not renewed any more
+            finally:  # also after an error, because then renewal has stopped
                 if not done.is_set():
                     lost.set()
 
@@ -190,10 +190,10 @@ class Trials:
             thread.join()
 
     def report(self, trial: Trial, epoch: int, top1: float) -> None:
-        """Record an accuracy in percent after an epoch; a resumed trial may report an epoch twice.
+        """Record the accuracy (percent) after an epoch. If a resumed trial repeats an epoch, the first value stays.
 
         Raises:
-            Pruned: the pruner stops the trial; never after the last epoch, where it would save nothing.
+            Pruned: the pruner stops the trial; not after the last epoch, when pruning saves nothing.
         """
         if epoch not in self._frozen(trial).intermediate_values:
             trial.report(top1, epoch)
@@ -201,7 +201,7 @@ class Trials:
             raise Pruned
 
     def finish(self, trial: Trial, state: str, top1: float | None = None, **attrs: Any) -> None:
-        """End a trial as COMPLETE, PRUNED or FAIL, and record `attrs` with it."""
+        """End a trial as COMPLETE, PRUNED or FAIL, and store `attrs` as its user attributes."""
         from optuna.trial import TrialState
 
         for name, value in attrs.items():
@@ -210,7 +210,7 @@ class Trials:
         self._lease(trial).unlink(missing_ok=True)
 
     def release(self, trial: Trial) -> None:
-        """Free a claim at once, without waiting for it to expire."""
+        """Give up a claim, so that another worker need not wait for it to expire."""
         trial.set_user_attr("owner", None)
 
     def states(self) -> list[State]:
@@ -220,7 +220,7 @@ class Trials:
     # -- leases
 
     def _id(self, trial: Trial | FrozenTrial) -> int:
-        """The storage's identifier of a trial, which Optuna's trials do not make public."""
+        """Return the storage's id of a trial, which Optuna's trial objects do not expose."""
         study_id = self.storage.get_study_id_from_name(self.study.study_name)
         return self.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
 
@@ -247,11 +247,11 @@ class Trials:
         return not lease.exists() or self._now() - lease.stat().st_mtime > self.lease_seconds
 
     def _now(self) -> float:
-        """The time by the clock that stamps the leases: on a network file system it is the server's."""
-        clock = self.leases / f".{self.owner}"
-        clock.touch()
-        now = clock.stat().st_mtime
-        clock.unlink()
+        """Return the time of the clock that stamps the leases; on a network file system, it is the server's clock."""
+        probe = self.leases / f".{self.owner}"
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
         return now
 
 

@@ -1,4 +1,4 @@
-"""Stage 2, run: claim trials, train them and record how each ended, until none is left."""
+"""Stage 2, run: claim and train trials and record their results until none is left."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Worker:
     """A worker of a search.
 
     Attributes:
-        setup: the search.
-        plan: its candidates.
-        trials: shared by all workers.
-        train: trains one run.
-        training_seconds: reads from a run's folder how long its training took.
-        say: takes a line about the progress.
+        setup: settings of the search.
+        plan: the candidates.
+        trials: the trials that all workers share.
+        train: function that trains one run.
+        training_seconds: function that returns a run's training time, given its folder.
+        say: function that prints a line about the progress.
     """
 
     setup: SearchSetup
@@ -48,7 +48,7 @@ class Worker:
     say: Callable[[str], None]
 
     def run(self) -> int:
-        """Train until every trial has ended; returns 0, or 128 + the signal that stopped it."""
+        """Train until every trial has ended; return 0, or 128 + the signal number that stopped it."""
         candidates = self.plan.by_name()
         self.trials.enqueue(self.setup.tasks(self.plan))
         while True:
@@ -58,12 +58,12 @@ class Worker:
                 if status := self._train_trial(trial, task):
                     return status
             elif any(state.state == RUNNING for state in self.trials.states()):
-                time.sleep(POLL_SECONDS)  # another worker may still abandon its trial
+                time.sleep(POLL_SECONDS)  # if another worker stops, claim its trial
             else:
                 return 0
 
     def _train_trial(self, trial: Trial, task: Task) -> int:
-        """Start or resume a trial and record how it ended; returns 0, or 128 + the signal that stopped it."""
+        """Start or resume a trial and record its result; return 0, or 128 + the signal number that stopped it."""
         self.say(f"{task.run}: started")
         try:
             with self.trials.renewing(trial) as lost:
@@ -101,7 +101,7 @@ class Worker:
         return observe
 
     def _train_logged(self, task: Task, on_evaluation: OnEvaluation) -> Outcome:
-        """Train, with the console output in the run's log.txt."""
+        """Train, and append the console output to the run's log.txt."""
         folder = self._folder(task)
         folder.mkdir(parents=True, exist_ok=True)
         if self.setup.device.type == "cuda":

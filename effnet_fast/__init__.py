@@ -28,12 +28,12 @@ _HOMES = {
     "load": "effnet_fast.model.trained",
 }
 _ROOMS = {"explain", "search"}
-# Verbs that return a result: `effnet_fast.search(SearchConfig(...))`; module and function.
+# Verbs that Python can call, as module and function: `effnet_fast.search(SearchConfig(...))` returns a result.
 _VERBS = {"search": ("effnet_fast.run.search", "run_search"), "study": ("effnet_fast.run.study", "run_study")}
 
 
 class CallableRoom(ModuleType):
-    """A room with the name of a verb: calling the module runs the verb."""
+    """A subpackage with the same name as a verb; calling the module runs the verb."""
 
     def __call__(self, config: Any) -> Any:
         return _verb(self.__name__.rpartition(".")[2])(config)

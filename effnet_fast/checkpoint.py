@@ -1,4 +1,4 @@
-"""Checkpoints: their content, and files that are replaced atomically and read without running code."""
+"""Checkpoints: their schema, atomic writes, and reads that verify checksums and run no code from the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAST, BEST = "last.pt", "best.pt"
 
 Channels = tuple[float, float, float]
 
-# A file may lack these fields if it is only evaluated, exported or explained.
+# Fields that `read` requires only with `resumable=True`.
 _TRAINING = {"only_for_resuming": True}
 
 
@@ -75,7 +75,7 @@ class Checkpoint(StepState):
         fingerprint: of the data set.
         progress: fields of `train.loop.Progress`.
         result: row of the last evaluation; empty before the first.
-        ranks: per rank, BatchNorm statistics where ranks keep their own.
+        ranks: a dict per rank, with its BatchNorm statistics if ranks do not share them.
         images_per_pass: images of one forward pass on one rank; None in old files.
         launch: identifier of the torchrun or Slurm job that wrote the file; None without one.
         schedule_start: step at which the learning-rate schedule starts; above 0 in a run that adds epochs to another.
@@ -110,7 +110,7 @@ class Checkpoint(StepState):
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any], path: Path, resumable: bool = False) -> Self:
-        """The checkpoint from the content of the file at `path`; raises as `read`."""
+        """Build a checkpoint from `state`, the content of the file at `path`; raises the errors of `read`."""
         fields = {entry.name: entry for entry in dataclasses.fields(cls)}
         required = {
             name
@@ -132,12 +132,12 @@ def _channels(path: Path, name: str, values: Any) -> Channels:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint with `write_atomically`; raises as it does."""
+    """Serialise a checkpoint and write it with `write_atomically`; raises its errors."""
     write_atomically(path, serialise(state))
 
 
 def serialise(state: dict[str, Any]) -> memoryview:
-    """The bytes of a checkpoint: the zip file of torch.save, with a CRC-32 for each record."""
+    """Serialise a checkpoint into the zip file of torch.save, with a CRC-32 for each record."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     return buffer.getbuffer()
@@ -229,7 +229,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _verify_checksums(content: io.BytesIO) -> None:
-    """torch.load ignores the CRC-32 that torch.save writes for each record."""
+    """Verify the CRC-32 of each record, which torch.save writes and torch.load ignores."""
     with zipfile.ZipFile(content) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise ValueError("torch.save compresses nothing")

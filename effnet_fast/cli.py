@@ -22,7 +22,7 @@ from effnet_fast.streams import quiet_streams
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb: its config class, and the module and function of effnet_fast.run that implement it."""
+    """A subcommand: its config class, and the module and function of effnet_fast.run that implement it."""
 
     settings: type
     module: str
@@ -153,7 +153,7 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
 
 
 def _expand(value: Any) -> Any:
-    """Replace `~` and `$VARIABLE` in a path, in NAME=PATH, or in each of a list; a path that exists stays as it is."""
+    """Replace `~` and `$VARIABLE` in a path, in NAME=PATH, or in each item of a list; keep paths that exist."""
     if isinstance(value, list):
         return [_expand(item) for item in value]
     if not isinstance(value, str) or os.path.exists(value):
@@ -203,7 +203,7 @@ def _check_settings_file(path: str) -> None:
 
 
 def _explain(error: BaseException) -> str:
-    """jsonargparse's message in one line; for a value of the wrong type, in plain words."""
+    """Format jsonargparse's error as one line; reword it if text was expected and a number was given."""
     text = _one_line(error)
     key, value = re.search(r'Parser key "([\w.]+)"', text), re.search(r"Given value: (.+)$", text)
     types = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", text))

@@ -588,8 +588,8 @@ class DoctorConfig:
 
 
 def _precision(value: str | bool) -> str:
-    word = _YAML_BOOLEANS.get(value, value)
-    return "bf16" if word == "yes" else str(word)
+    name = _YAML_BOOLEANS.get(value, value)
+    return "bf16" if name == "yes" else str(name)
 
 
 def identity(config: TrainConfig | CamConfig) -> dict[str, Any]:

@@ -59,10 +59,10 @@ def _join(device: torch.device, timeout: timedelta | None) -> None:
 
 
 def alone(device: str = "auto") -> World:
-    """A world of one on the device of LOCAL_RANK (default 0): independent workers that share a machine but no group.
+    """A world of one on the device of LOCAL_RANK (default 0), for independent workers without a process group.
 
     Raises:
-        ValueError: as `init`.
+        ValueError: see `init`.
     """
     return World(0, 1, choose_device(device, int(os.environ.get("LOCAL_RANK", 0))))
 

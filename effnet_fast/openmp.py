@@ -1,12 +1,13 @@
-"""Share the CPU with other processes: how long OpenMP's threads spin, and how many there are.
+"""Share the CPU with other processes: limit how long OpenMP threads spin, and their number.
 
-In GNU's libgomp, a thread that waits for the others spins for some milliseconds before it sleeps. If another process
-computes too, it spins while the thread it waits for has no core: two trainings on two cores run at a third of the speed
-that they have with one thread each. A short spin avoids that, but costs a lone process a quarter of its speed. So the
-spin is short only while other processes need the cores. Unlike the number of threads, it does not change results.
+In GNU's libgomp, a thread that waits for the others spins for some milliseconds before it sleeps. If other
+processes need the cores too, a thread may spin while the thread it waits for has no core: two trainings on two cores
+then run at a third of the speed that they have with one thread each. A short spin avoids this, but costs a training
+that runs alone a quarter of its speed, so the spin is short only while other processes need the cores. Unlike the
+number of threads, the length of the spin does not change results.
 
-libgomp shortens the spin from 300,000 to 100 iterations while it has more threads than there are cores. `share_cores`
-uses that: while others need the cores, it keeps a team of idle threads.
+libgomp shortens the spin from 300,000 to 100 iterations while it has more threads than there are cores. While
+other processes need the cores, `share_cores` therefore keeps a team of idle threads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 POLL_SECONDS = 1.0
-# Cores in use by others, beyond those that this process leaves free, above which the cores count as contended.
+# The cores are contended if other processes use more than this many cores beyond those that this process leaves free.
 TOLERANCE = 0.25
 
 _SPIN_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -30,7 +31,7 @@ _SPIN_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 def limit_threads(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set OMP_NUM_THREADS to the CPU quota of the container, unless the user has set it.
 
-    OpenMP reads it when torch is imported, so this comes before, and does nothing after.
+    OpenMP reads the variable when torch is imported; call this before, since afterwards it does nothing.
     """
     quota = cpu_quota()
     if quota is not None and quota < _cores() and "torch" not in sys.modules:
@@ -50,7 +51,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 @contextlib.contextmanager
 def share_cores() -> Iterator[None]:
-    """Within the context, spin briefly while other processes need the cores, unless the user has set how to wait."""
+    """Within the context, spin briefly while other processes need the cores, unless the user has set _SPIN_SETTINGS."""
     if any(name in os.environ for name in _SPIN_SETTINGS):
         yield
         return
@@ -79,13 +80,13 @@ def _monitor(done: threading.Event) -> None:
 
 
 class Load:
-    """CPU time that other processes take from the cores of this one, between two calls."""
+    """Measures the CPU time that other processes use on this process's cores between two calls."""
 
     def __init__(self) -> None:
         self._last = self._sample()
 
     def is_contended(self, threads: int) -> bool:
-        """Whether the others and the `threads` of this process, if several, need more cores than there are."""
+        """Whether other processes and the `threads` of this one need more cores than exist; False for one thread."""
         last, self._last = self._last, self._sample()
         seconds, busy, mine = (now - before for now, before in zip(self._last, last, strict=True))
         if seconds <= 0 or threads <= 1:
@@ -99,7 +100,7 @@ class Load:
 
 
 def _busy_seconds() -> float:
-    """CPU time spent on the cores of this process since boot; 0 where /proc/stat does not exist."""
+    """CPU time that all processes have used on this one's cores since boot; 0 where /proc/stat does not exist."""
     with contextlib.suppress(OSError):
         available = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
@@ -110,7 +111,7 @@ def _busy_seconds() -> float:
 
 
 class IdleTeam:
-    """More threads of libgomp than there are cores, asleep, in a thread of their own. Their end frees them."""
+    """A sleeping libgomp team of more threads than cores, owned by a thread of its own; `stop` frees it."""
 
     def __init__(self, libgomp: ctypes.CDLL) -> None:
         self._libgomp = libgomp

@@ -1,4 +1,4 @@
-"""The storage types of `--mixed_precision`, and the autocast that computes in them."""
+"""Dtypes and autocast contexts of `--mixed_precision`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The autocast context of bf16 or fp16; for `no`, one that is switched off."""
+    """The autocast context of bf16 or fp16; a disabled one for `no`."""
     return torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision in PRECISIONS)
 
 
 def activation_bytes(precision: str) -> int:
-    """Bytes of one number of an activation."""
+    """Bytes per element of an activation."""
     return PRECISIONS.get(precision, torch.float32).itemsize

@@ -28,7 +28,7 @@ _SOURCES = {".py", ".cpp", ".h"}
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, commit, command and date as a JSON-ready dict; None where something is absent."""
+    """Machine, versions, commit, command and date as a JSON-ready dict; unknown values are None."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(),
@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the packages that decide what is computed and how fast."""
+    """Versions of the packages that affect results and speed."""
     # torch's own version includes the build tag, which the package metadata may omit.
     return {"torch": str(torch.__version__), **{name: version(name) for name in _PACKAGES}}
 
@@ -68,8 +68,8 @@ def _source_folders() -> list[Path]:
 def _command() -> str:
     """The command line, with the interpreter and script reduced to their file names."""
     program = 3 if sys.orig_argv[1:2] == ["-m"] else 2
-    words = [Path(word).name for word in sys.orig_argv[:program]] + sys.orig_argv[program:]
-    return shlex.join(map(mask_credentials, words))
+    arguments = [Path(part).name for part in sys.orig_argv[:program]] + sys.orig_argv[program:]
+    return shlex.join(map(mask_credentials, arguments))
 
 
 def version(package: str) -> str | None:
@@ -81,12 +81,12 @@ def version(package: str) -> str | None:
 
 
 def newer_than_tested() -> str | None:
-    """One line about packages that are newer than the tested versions; None if there are none. Patches do not count."""
+    """One line about packages newer than the tested versions, or None. Patch releases are ignored."""
     installed = {name: version(name) for name in TESTED}
     newer = [
-        f"{name} {found} (tested: {TESTED[name]})"
-        for name, found in installed.items()
-        if found is not None and _release(found) > _release(TESTED[name])
+        f"{name} {current} (tested: {TESTED[name]})"
+        for name, current in installed.items()
+        if current is not None and _release(current) > _release(TESTED[name])
     ]
     return f"newer than the tested versions: {', '.join(newer)}; constraints.txt has those" if newer else None
 

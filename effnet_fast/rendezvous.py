@@ -51,8 +51,8 @@ def _serve(host: str, port: int, timeout: timedelta) -> dist.TCPStore | None:
         SystemExit: the host name resolves to a loopback address, as on Debian; other machines cannot reach it.
     """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    named = not host.startswith("localhost") and host != address[0]
-    if named and ipaddress.ip_address(address[0]).is_loopback:
+    is_name = not host.startswith("localhost") and host != address[0]
+    if is_name and ipaddress.ip_address(address[0]).is_loopback:
         sys.exit(
             f"error: {host} resolves to {address[0]}, which other machines cannot reach: "
             "use its IP address in --rdzv-endpoint"

@@ -1,4 +1,4 @@
-"""Standard output and error that fall silent, instead of failing, once nothing reads them."""
+"""Make stdout and stderr discard output, rather than fail, once their reader is gone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-# A pipe without a reader, and a terminal that was closed.
+# EPIPE: the reader has closed the pipe; EIO: the terminal was closed.
 _NO_READER = (errno.EPIPE, errno.EIO)
 
 
 class QuietStream:
     """A text stream that escapes what it cannot encode, and drops what it cannot write because its reader is gone.
 
-    Once the reader is gone, the file descriptor is /dev/null, also for C code, other threads and child processes.
+    From then on the file descriptor points to /dev/null, also for C code, other threads and child processes.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -58,5 +58,5 @@ def quiet_streams() -> Iterator[None]:
         yield
     finally:
         for stream in quiet:
-            stream.flush()  # or Python would do so at its end, and fail
+            stream.flush()  # otherwise Python flushes them at exit, and fails
         sys.stdout, sys.stderr = streams

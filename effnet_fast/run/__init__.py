@@ -1,1 +1,1 @@
-"""The roof: from a config to a model, loaders and an optimizer, and to one verb. Only this room joins them."""
+"""One module per verb, and the steps of a training run. Only this package combines data, models and training."""

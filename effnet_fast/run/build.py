@@ -31,9 +31,9 @@ class Parts:
 
     Attributes:
         model: the plain module, in training mode.
-        step: trains it on a batch.
-        loader: of the training images, augmented.
-        eval_loader: of the images of `Plan.eval_split`.
+        step: trains the model on a batch.
+        loader: loads the training images, augmented.
+        eval_loader: loads the images of `Plan.eval_split`.
     """
 
     model: Network
@@ -48,7 +48,7 @@ class Parts:
 
 
 def build(plan: Plan) -> Parts:
-    """Build a run on the plan's device, in the state of its checkpoint if it resumes one; all ranks together.
+    """Build a run on the plan's device and load the checkpoint to resume, if any; all ranks must call this together.
 
     Raises:
         ValueError: impossible settings, a checkpoint of another version, or ranks whose models differ.
@@ -158,7 +158,7 @@ def _callable(plan: Plan, module: Network) -> nn.Module:
 
 
 def data_parallel(module: nn.Module, static_graph: bool) -> DistributedDataParallel:
-    """Wrap a module in DDP. Buffers are not broadcast: ranks share BatchNorm statistics in another way.
+    """Wrap a module in DDP. Buffers are not broadcast: ranks share or average BatchNorm statistics themselves.
 
     Args:
         module: on its device.
@@ -179,7 +179,7 @@ def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
     Such strides address the same memory, but DDP warns that they do not match its buckets.
     """
     pairs = zip(gradient.shape, gradient.stride(), strides, strict=True)
-    same_memory = all(mine == other for size, mine, other in pairs if size > 1)
+    same_memory = all(actual == wanted for size, actual, wanted in pairs if size > 1)
     return gradient.as_strided(gradient.shape, strides) if same_memory else gradient
 
 
@@ -210,7 +210,7 @@ def _restore(plan: Plan, parts: Parts) -> None:
     assert plan.resumed is not None
     checkpoint, world = plan.resumed.checkpoint, plan.world
     parts.step.load_state(checkpoint)
-    # With another number of ranks, no rank has a state of its own to take up.
-    mine = checkpoint.ranks[world.rank] if len(checkpoint.ranks) == world.size else {}
-    if mine.get("statistics") is not None:
-        parts.step.statistics.load(mine["statistics"].to(world.device))
+    # Statistics of single ranks only fit the same number of ranks.
+    rank_state = checkpoint.ranks[world.rank] if len(checkpoint.ranks) == world.size else {}
+    if rank_state.get("statistics") is not None:
+        parts.step.statistics.load(rank_state["statistics"].to(world.device))

@@ -58,8 +58,8 @@ def _load_split(config: EvalConfig, checkpoint: Checkpoint) -> Split:
     """Load the images to evaluate.
 
     Raises:
-        ValueError: the data set has other classes, or is not the run's where that decides the split; there is no such
-            split; a limit does not fit.
+        ValueError: the classes differ from the checkpoint's; the split does not exist, or cannot be drawn again because
+            the data differ; a limit is invalid.
         OSError: the data set cannot be read.
     """
     settings = config_of(checkpoint)
@@ -84,7 +84,7 @@ def _load_dataset(config: EvalConfig, settings: TrainConfig) -> Dataset:
             seed=settings.seed,
             val_fraction=0.0 if config.split == "test" else settings.val_fraction,
             on_bad_image=settings.on_bad_image,
-            download=config.data_dir is not None,  # the run had its data
+            download=config.data_dir is not None,  # the run's own folder had the data: do not download it again
         )
     except FileNotFoundError as error:
         if config.data_dir is not None:

@@ -29,7 +29,7 @@ _FORMATS: dict[str, tuple[str, Callable[[Network, Mapping[str, str]], bytes]]] =
 
 
 def export(config: ExportConfig) -> int:
-    """Run `effnet-fast export`: write the model and the metadata that its use needs.
+    """Run `effnet-fast export`: write the model and the metadata needed to use it.
 
     Raises:
         ValueError, OSError: a user's mistake, in one line.
@@ -81,7 +81,7 @@ def _export_hub(config: ExportConfig, path: Path) -> int:
 
 
 def _weights_and_config(config: ExportConfig, trained: TrainedModel) -> tuple[bytes, dict[str, Any]]:
-    """The content of the safetensors file in the asked layout, and of config.json."""
+    """The content of the safetensors file in the requested layout, and of config.json."""
     if config.layout == "effnet-fast":
         return to_safetensors(trained.model, _metadata(trained)), {"library_name": "effnet_fast", **_facts(trained)}
     if trained.folded:

@@ -16,16 +16,16 @@ from filelock import FileLock, Timeout
 from effnet_fast import checkpoint, distributed, provenance
 from effnet_fast.config import TrainConfig
 
-# Workers of a killed run hold its lock until they notice, which takes a few seconds.
+# Worker processes of a killed run hold its lock until they notice and exit, which takes a few seconds.
 PATIENCE = 10.0  # seconds
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create the run folder and keep other runs out of it. A folder in which nothing was written is removed again.
+    """Create and lock the run folder; on exit, remove it again if the run wrote nothing.
 
     Raises:
-        OSError: on all ranks: another run holds the lock, or the folder is not writable.
+        OSError: on all ranks, if another run holds the lock or the folder is not writable.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / ".lock")
@@ -65,21 +65,21 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.strerror is None:  # it has such a line already
+        if error.strerror is None:  # the error already has a one-line message
             raise
         raise OSError(f"cannot write to {folder} ({error.strerror}); choose another --save_dir") from error
 
 
 def prepare(folder: Path, config: TrainConfig, resumed: Path | None) -> None:
-    """Write config.yaml and environment.json; a run that starts over removes the files of the run before it.
+    """Write config.yaml and environment.json; remove the files of an earlier run unless this one resumes it.
 
     Args:
-        folder: of the run, locked.
-        config: of the run.
+        folder: the locked run folder.
+        config: the run's config.
         resumed: path of the checkpoint to resume, or None.
     """
     with writing(folder):
-        for path in folder.glob(".*.tmp"):  # a killed process was writing it
+        for path in folder.glob(".*.tmp"):  # left by a killed process
             path.unlink()
         if resumed is None:
             _remove_earlier_run(folder)
@@ -99,7 +99,7 @@ def _remove_earlier_run(folder: Path) -> None:
 
 
 def _rename_damaged(folder: Path, resumed: Path) -> None:
-    """Rename the checkpoints that are newer than the one resumed, which could not be read, to *.damaged."""
+    """Rename checkpoints newer than the resumed one to *.damaged; they could not be read."""
     newest_first = checkpoint.generations(folder / checkpoint.LAST)
     for path in newest_first[: newest_first.index(resumed)] if resumed in newest_first else []:
         os.replace(path, path.with_name(f"{path.name}.damaged"))

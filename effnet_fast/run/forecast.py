@@ -1,4 +1,4 @@
-"""What the user reads about a plan: the dry run, the first lines of a run, and advice when memory is full."""
+"""Describe a plan to the user: the dry run, the first lines of a run, and advice when memory is full."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def opening_lines(plan: Plan, parts: Parts) -> list[str]:
 
 
 def memory_advice(plan: Plan) -> str:
-    """What to do when a device's memory is full, in one line."""
+    """Advice, in one line, for when a device's memory is full."""
     from effnet_fast.model.complexity import complexity
 
     config, device = plan.config, plan.world.device
@@ -93,7 +93,7 @@ def memory_advice(plan: Plan) -> str:
         f"{batch_advice} (estimated for {total / 2**30:.0f} GiB)",
         f"more --grad_accumulation than {plan.accumulation}",
     ]
-    if plan.resumed is not None:  # it keeps its batch, and on as many ranks its accumulation
+    if plan.resumed is not None:  # a resumed run keeps its batch, and accumulation depends on the number of ranks
         remedies = ["more ranks"]
     if not config.activation_checkpointing:
         remedies.append("--activation_checkpointing")

@@ -21,9 +21,9 @@ def model_card(checkpoint: Checkpoint, trained: TrainedModel, weights: str, layo
     """Render a model card: results, use, recipe and classes.
 
     Args:
-        checkpoint: of the run.
+        checkpoint: the run's checkpoint.
         trained: the exported model.
-        weights: auto, ema or raw: which of the run's results belong to the exported weights.
+        weights: auto, ema or raw; the card shows the results of these weights.
         layout: effnet-fast, timm or torchvision.
 
     Raises:
@@ -70,7 +70,7 @@ def _front_matter(checkpoint: Checkpoint, config: TrainConfig, results: dict[str
 
 
 def _recipe(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide the result and differ from their defaults; model and data set always."""
+    """The settings that affect the result and differ from their defaults, and always model and data set."""
     defaults = identity(TrainConfig())
     changed = {name: value for name, value in identity(config).items() if value != defaults[name]}
     return {"model": config.model, "dataset": config.dataset, **changed}

@@ -10,8 +10,8 @@ def check_writable(folder: Path, flag: str, create: bool = False) -> None:
     """Check that files can be written to a folder.
 
     Args:
-        folder: of the output.
-        flag: that names another place for the output.
+        folder: folder of the output.
+        flag: option with which the user can choose another folder; the error names it.
         create: create the folder if it is missing.
 
     Raises:

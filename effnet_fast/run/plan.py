@@ -1,4 +1,4 @@
-"""Plan a training run: from its config, the ranks and the checkpoint to resume, decide every `auto`, once."""
+"""Plan a training run: decide every `auto` once, from the config, the ranks and the checkpoint to resume."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from effnet_fast.run.resume import Resumed, of_this_version
 from effnet_fast.train import optim
 from effnet_fast.train.loop import Progress
 
-# BatchNorm statistics are re-estimated before an evaluation if the run has fewer steps than this many of their time
-# constants, 1 / momentum.
+# Re-estimate BatchNorm statistics before each evaluation if the run is shorter than this many of their time constants
+# (1 / momentum steps).
 STALE_TIME_CONSTANTS = 20
 CALIBRATION_BATCHES = 50
 
@@ -36,7 +36,7 @@ MOST_SHARED_IMAGES = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """A training run with everything decided and nothing built on a device yet.
+    """All decisions about a training run. Nothing is built on a device yet.
 
     Attributes:
         resumed: the checkpoint to resume, or None.
@@ -47,11 +47,11 @@ class Plan:
         image_size: pixels.
         precision: bf16, fp16 or no.
         compile: whether torch.compile compiles the model.
-        graph: whether a CUDA graph holds the step.
+        graph: whether the step is captured in a CUDA graph.
         steps_per_epoch: optimizer steps.
         accumulation: forward and backward passes per step.
-        max_images_per_pass: limit of one pass on one rank; kept when the number of ranks changes.
-        augment: what training does to an image.
+        max_images_per_pass: most images per pass on one rank; kept when the number of ranks changes.
+        augment: augmentation of the training images.
         kernels: auto, triton, cpp or torch; torch where the Triton kernels fail their self-check.
         loader, loader_reason: kind of the loader, and why in one line.
     """
@@ -105,9 +105,9 @@ class Plan:
     @property
     def arithmetic(self) -> str:
         """Precision and step mode in words."""
-        words = ["fp32" if self.precision == "no" else self.precision]
-        words += ["compiled"] * self.compile + ["in one CUDA graph"] * self.graph
-        return ", ".join(words)
+        parts = ["fp32" if self.precision == "no" else self.precision]
+        parts += ["compiled"] * self.compile + ["in one CUDA graph"] * self.graph
+        return ", ".join(parts)
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -122,7 +122,7 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
         ValueError: settings that contradict each other, the data or the checkpoint.
         OSError: the data or the pretrained weights cannot be read.
     """
-    # What the config alone decides comes before data is downloaded.
+    # Check what depends on the config alone before downloading data.
     variant(config.model)
     if config.optimizer in optim.APEX:
         optim.apex_class(config.optimizer)
@@ -173,10 +173,10 @@ def accumulation_steps(config: TrainConfig, world_size: int, max_images: int | N
     """Forward and backward passes per optimizer step on each rank.
 
     Args:
-        config: of the run.
+        config: the run's config.
         world_size: number of ranks now.
-        max_images: images per pass of the run that is resumed, which takes as few passes as this allows. None for a
-            new run, which takes `--grad_accumulation`.
+        max_images: most images per pass in the run that is resumed; the result is the fewest passes within this limit.
+            None for a new run, which uses `--grad_accumulation`.
 
     Raises:
         ValueError: the batch does not divide evenly.
@@ -194,7 +194,7 @@ def accumulation_steps(config: TrainConfig, world_size: int, max_images: int | N
 
 
 def augmentation(config: TrainConfig) -> Augment:
-    """What training does to an image."""
+    """The augmentation of the training images."""
     return Augment(
         alternating_flip=config.alternating_flip,
         rotation=config.rotation,

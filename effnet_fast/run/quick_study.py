@@ -1,4 +1,4 @@
-"""The study that cam uses if no model is given: the newest one, else a small one that is trained on the spot."""
+"""The study that cam uses if no model is given: the newest one, else a small one that is trained first."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from effnet_fast.config import TrainConfig, identity
 from effnet_fast.data import Dataset
 from effnet_fast.model import Network
 
-# Settings that do not change the result, but decide which collective operations a rank takes part in.
+# Settings that do not affect the result, but determine which collective operations a rank calls.
 _COLLECTIVE_SETTINGS = (
     "run_name", "resume", "save_every_steps", "save_every_minutes", "log_every_steps", "time_budget", "hang_timeout",
     "dry_run",
@@ -27,11 +27,11 @@ def agree(facts: dict[str, Any]) -> None:
     Raises:
         ValueError: on all ranks, with the differences.
     """
-    everyone = distributed.gather_objects((socket.gethostname(), facts))
-    first_host, reference = everyone[0]
+    facts_of_ranks = distributed.gather_objects((socket.gethostname(), facts))
+    first_host, reference = facts_of_ranks[0]
     differences = [
         f"{name} is {value} on rank 0 ({first_host}) but {other.get(name)} on rank {rank} ({host})"
-        for rank, (host, other) in enumerate(everyone)
+        for rank, (host, other) in enumerate(facts_of_ranks)
         for name, value in reference.items()
         if other.get(name) != value
     ]

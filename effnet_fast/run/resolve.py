@@ -27,8 +27,8 @@ CPU_COMPILE_IMAGES = 200_000
 # #198333; in stochastic depth #196227). Reordering for memory would change the order of draws (#192635). A block draws
 # only N numbers, so this costs no speed.
 _SAME_DRAWS = {"fallback_random": True, "reorder_for_peak_memory": False}
-# Inductor decides about channels-last by the forward convolutions of a graph. A backward graph has none and would leave
-# channels-last (pytorch #189239, a fifth of MobileNet's speed).
+# Inductor uses channels-last only if a graph contains forward convolutions. A backward graph has none, so it would not
+# (pytorch #189239; this costs a fifth of MobileNet's speed).
 _CHANNELS_LAST = {"force_layout_optimization": True}
 
 
@@ -70,10 +70,10 @@ def resolve_step(config: TrainConfig, world: World, output_stride: int, images: 
     """Whether `--step` compiles the model, and whether it captures the step in a CUDA graph.
 
     Args:
-        config: of the run.
+        config: the run's config.
         world: number of ranks, and the device.
-        output_stride: of the model.
-        images: image visits of the whole run.
+        output_stride: the model's output stride.
+        images: training images times epochs.
 
     Raises:
         ValueError: `--step graph` without CUDA, with several ranks, or with apex's optimizers.
@@ -93,14 +93,14 @@ def _graph_works(config: TrainConfig, world: World) -> bool:
 
 
 def resolve_kernels(setting: Kernels, device: torch.device) -> Kernels:
-    """`auto` becomes torch on a GPU where the Triton kernels fail their self-check."""
+    """Replace `auto` by torch on a GPU where the Triton kernels fail their self-check."""
     if setting != "auto" or device.type != "cuda" or works("kernels", device, "--kernels auto is torch"):
         return setting
     return "torch"
 
 
 def resolve_loader(setting: LoaderName, split: data.Split, device: torch.device) -> tuple[LoaderName, str]:
-    """The loader and why; `auto` leaves DALI out on a GPU where it fails its self-check.
+    """The loader and the reason; `auto` does not choose DALI on a GPU where it fails its self-check.
 
     Raises:
         ValueError: see `choose_loader`.
@@ -108,10 +108,10 @@ def resolve_loader(setting: LoaderName, split: data.Split, device: torch.device)
     loader, reason = choose_loader(setting, split, device)
     if setting != "auto" or loader != "dali" or device.type != "cuda":
         return loader, reason
-    other: LoaderName = "resident" if isinstance(split, data.ArraySplit) else "torch"
-    if works("dali", device, f"--loader auto is {other}"):
+    fallback: LoaderName = "resident" if isinstance(split, data.ArraySplit) else "torch"
+    if works("dali", device, f"--loader auto is {fallback}"):
         return loader, reason
-    return other, "DALI fails its self-check"
+    return fallback, "DALI fails its self-check"
 
 
 def _check_graph(config: TrainConfig, world: World) -> None:

@@ -25,7 +25,7 @@ def config_of(checkpoint: Checkpoint) -> TrainConfig:
 
 
 def config_from(kind: type[Config], settings: dict[str, Any]) -> Config:
-    """A config from its saved fields. Removed settings are ignored, newer ones take their default."""
+    """Build a config from its saved fields. Removed settings are ignored, missing ones take their defaults."""
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in settings.items() if name in known})
 
@@ -33,7 +33,7 @@ def config_from(kind: type[Config], settings: dict[str, Any]) -> Config:
 def differences(
     before: TrainConfig, now: TrainConfig, images_before: str, images_now: str, ignored: Collection[str] = ()
 ) -> str:
-    """The settings that change the result and differ, and whether the data does: one line, empty if nothing differs.
+    """List the settings that affect the result and differ, and whether the data differ; empty if nothing does.
 
     Args:
         before, now: the two configs.

@@ -24,9 +24,9 @@ class Resumed:
     """The checkpoint that a run resumes.
 
     Attributes:
-        path: of its file.
+        path: the file.
         checkpoint: its content.
-        from_path: `--resume PATH` named it; otherwise it is the run's own.
+        from_path: whether it comes from `--resume PATH`; if not, it is the run's own.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class Resumed:
     from_path: bool
 
     def extends(self, config: TrainConfig) -> bool:
-        """Whether the run adds epochs to the checkpoint's, with a schedule over the epochs that are left.
+        """Whether the run changes the number of epochs, and so starts a new schedule over the remaining ones.
 
         Raises:
             ValueError: those epochs are done already.
@@ -57,25 +57,25 @@ class Resumed:
         """
         before, extends = config_of(self.checkpoint), self.extends(config)
         ignored = _SCHEDULE_SETTINGS if extends else set()
-        found = differences(before, config, self.checkpoint.fingerprint, fingerprint, ignored)
-        if not found:
+        changes = differences(before, config, self.checkpoint.fingerprint, fingerprint, ignored)
+        if not changes:
             return
         advice = "choose another --run_name, or --resume no to start over"
         changed_schedule = not differences(before, config, self.checkpoint.fingerprint, fingerprint, _SCHEDULE_SETTINGS)
         if changed_schedule and before.num_epochs != config.num_epochs:
             advice += f"; to train it for {config.num_epochs} epochs, --resume {self.path} with another --run_name"
-        raise ValueError(f"{self.path} is of a run with another config ({found}): {advice}")
+        raise ValueError(f"{self.path} is of a run with another config ({changes}): {advice}")
 
 
 def find_checkpoint(setting: str, folder: Path) -> Resumed | None:
     """The checkpoint to resume, or None to start over.
 
-    If last.pt is damaged, a warning names it and the one before it is taken. A run that torchrun or Slurm has
-    restarted resumes its own last.pt whatever `--resume` says.
+    If last.pt is damaged, print a warning and use the one before it. A run that torchrun or Slurm has restarted
+    resumes its own last.pt whatever `--resume` says.
 
     Args:
         setting: `--resume`: auto, no, or a path.
-        folder: of the run.
+        folder: the run folder.
 
     Raises:
         FileNotFoundError, ValueError: there is no checkpoint at the path, or none is readable.
@@ -88,7 +88,7 @@ def find_checkpoint(setting: str, folder: Path) -> Resumed | None:
 
 
 def _own(folder: Path) -> Resumed | None:
-    """The newest checkpoint if this very job, restarted by torchrun or Slurm, wrote it."""
+    """The newest checkpoint, if the same torchrun or Slurm job wrote it before a restart; else None."""
     if distributed.launch():
         with contextlib.suppress(ValueError):
             newest = _newest(folder)
@@ -116,7 +116,7 @@ def _newest(folder: Path) -> Resumed | None:
 
 @contextlib.contextmanager
 def of_this_version(path: Path | None) -> Iterator[None]:
-    """Turn the errors of a checkpoint with unexpected content into one line; `path` None is no checkpoint."""
+    """Turn errors from unexpected content of a checkpoint into one line; with `path` None they pass unchanged."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -112,7 +112,7 @@ def check_triton(device: torch.device) -> Answer:
 
 
 def check_dali(device: torch.device) -> Answer:
-    """One batch with crop, flip and colour by DALI and by the resident loader, in levels of 0 to 255."""
+    """Compare a cropped, flipped and colour-jittered batch of DALI with the resident loader's, in levels 0 to 255."""
     version = provenance.version("nvidia-dali-cuda120") or provenance.version("nvidia-dali-cuda130")
     if version is None:
         return "absent", "DALI is not installed: pip install nvidia-dali-cuda120"
@@ -143,7 +143,7 @@ def check_dali(device: torch.device) -> Answer:
 
 
 def check_kernels(device: torch.device) -> Answer:
-    """MBConv blocks of odd sizes in training mode, in float32, against PyTorch's operators in float64."""
+    """Compare MBConv blocks in training mode, on odd sizes in float32, with PyTorch's operators in float64."""
     kernels: Kernels = "triton" if device.type == "cuda" else "auto"
     worst = max(block_error(device, kernels, *block) for block in BLOCKS)
     if not worst <= TOLERANCE:
@@ -161,7 +161,7 @@ def block_error(
     exact.load_state_dict(block.state_dict())
     x = torch.randn(3, inputs, 9, 7, device=device).to(memory_format=torch.channels_last)
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32 keeps 10 bits
+    torch.set_float32_matmul_precision("highest")  # TF32 has only 10 mantissa bits
     try:
         pairs = zip(_results(block, x), _results(exact, x.double()), strict=True)
         return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
@@ -179,7 +179,7 @@ def _results(block: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def check_graph(device: torch.device) -> Answer:
-    """Three optimizer steps captured in a CUDA graph against the same steps in eager mode."""
+    """Compare three optimizer steps captured in a CUDA graph with the same steps in eager mode."""
     if device.type != "cuda":
         return "absent", "CUDA graphs need a GPU"
     eager, graph = (_train_three_steps(device, graph=graph) for graph in (False, True))
@@ -204,7 +204,7 @@ def _train_three_steps(device: torch.device, graph: bool) -> Tensor:
 
 
 def check_ranks(device: torch.device) -> Answer:
-    """A world of one rank on the real backend."""
+    """Create a process group of one rank on the real backend and reduce a tensor."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized():
         return "ok", f"{backend}: this process is a rank already"
@@ -220,7 +220,7 @@ def check_ranks(device: torch.device) -> Answer:
 
 
 def check_speed(device: torch.device) -> Answer:
-    """Copy bandwidth and the cost of issuing one operator; no verdict depends on them."""
+    """Measure copy bandwidth and the cost of issuing one operator, for information only."""
     size = 2**28 if device.type == "cuda" else 2**25
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

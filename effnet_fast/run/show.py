@@ -12,7 +12,7 @@ from effnet_fast.run.resolve import resolve_image_size
 
 
 def plot(config: PlotConfig) -> int:
-    """Run `effnet-fast plot`: draw the curves of runs over each other, or the trials of a search.
+    """Run `effnet-fast plot`: draw the curves of runs in one figure, or the trials of a search.
 
     Raises:
         ValueError, OSError: a user's mistake, in one line.
@@ -35,7 +35,7 @@ def plot(config: PlotConfig) -> int:
 
 
 def info(config: InfoConfig) -> int:
-    """Run `effnet-fast info`: print what a model costs.
+    """Run `effnet-fast info`: print the cost of a model.
 
     Raises:
         ValueError: an unknown model, or an impossible value.

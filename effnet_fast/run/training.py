@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> int:
         ValueError, OSError: mistakes of the user and faults of the machine, in one line each.
         FloatingPointError: the loss or the gradient is not finite.
     """
-    # The process group waits longer than the watchdog, whose message says more.
+    # A longer timeout than the watchdog's, so that the watchdog reports first: its message is clearer.
     world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
     try:
         rank_check.agree(rank_check.about_start(config))
@@ -69,10 +69,10 @@ def train(config: TrainConfig) -> int:
 
 
 def train_in(world: World, config: TrainConfig, on_evaluation: OnEvaluation | None = None) -> Outcome:
-    """Train in an existing process group; a process can do so several times.
+    """Train in an existing process group; may be called several times in a process.
 
     Raises:
-        As `train`, and whatever `on_evaluation` raises.
+        The errors of `train`, and those of `on_evaluation`.
     """
     with watchdog(world, config.hang_timeout) as watch, folder.locked(run_folder(config)):
         plan = _plan(config, world)
@@ -113,7 +113,7 @@ class _Training:
     def run(self) -> Outcome:
         plan, config = self.plan, self.plan.config
         resumed_path = None if plan.resumed is None else plan.resumed.path
-        # Only here, where nothing can be refused any more, are files of an earlier run removed.
+        # All checks have passed, so files of an earlier run may be removed now.
         distributed.on_main(lambda: folder.prepare(plan.folder, config, resumed_path))
         self.recorder = Recorder(
             plan.folder,
@@ -155,10 +155,10 @@ class _Training:
 
     def _save(self) -> None:
         plan, config = self.plan, self.plan.config
-        # Ranks have statistics of their own unless BatchNorm is synchronised.
-        differs = plan.world.size > 1 and not plan.sync_batchnorm
-        mine = {"statistics": self.step.statistics.copy().cpu() if differs else None}
-        ranks = distributed.gather_objects(mine)
+        # Each rank has its own BatchNorm statistics unless they are synchronised.
+        is_per_rank = plan.world.size > 1 and not plan.sync_batchnorm
+        rank_state = {"statistics": self.step.statistics.copy().cpu() if is_per_rank else None}
+        ranks = distributed.gather_objects(rank_state)
         state = self.step.state().to_dict()
         if not plan.world.is_main:
             return

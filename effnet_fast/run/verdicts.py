@@ -1,4 +1,4 @@
-"""Results of the self-checks on which `auto` relies. Each check runs once per GPU, driver, versions and code."""
+"""Cached results of the self-checks on which `auto` relies, keyed by GPU, driver, package versions and code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cache_folder() -> Path:
 
 
 def works(name: str, device: torch.device, otherwise: str) -> bool:
-    """Whether a self-check passes on this device. If it does not, rank 0 warns, and says what is used `otherwise`."""
+    """Whether a self-check passes on this device. If not, rank 0 warns; `otherwise` says what is used instead."""
     check = verdict(name, device)
     if check.status != "ok" and distributed.is_main():
         print(f"warning: {check.detail}; {otherwise} (effnet-fast doctor checks again)", file=sys.stderr)
@@ -34,7 +34,7 @@ def works(name: str, device: torch.device, otherwise: str) -> bool:
 
 
 def verdict(name: str, device: torch.device) -> Check:
-    """The cached result of a check on this device, or a new one that rank 0 takes; the same on all ranks."""
+    """The result of a check on this device, equal on all ranks: rank 0 reads the cache or runs the check."""
     row = dataclasses.asdict(_local_verdict(name, device)) if distributed.is_main() else {}
     return Check(**distributed.gather_objects(row)[0])
 
@@ -42,7 +42,7 @@ def verdict(name: str, device: torch.device) -> Check:
 @cache
 def _local_verdict(name: str, device: torch.device) -> Check:
     path = cache_folder() / f"check-{_key(device)}-{name}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # absent, torn, or of another program
+    with contextlib.suppress(OSError, ValueError, TypeError):  # missing, incomplete, or written by another program
         return Check(**json.loads(path.read_text()))
     check = run_check(name, device)
     with contextlib.suppress(OSError):  # a read-only home folder
@@ -59,7 +59,7 @@ def forget(device: torch.device) -> None:
 
 
 def _key(device: torch.device) -> str:
-    """What a result depends on, as 16 hexadecimal digits."""
+    """A digest of everything that a result depends on, 16 hexadecimal digits."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
     facts = (gpu, provenance.driver(), *provenance.versions().items(), provenance.source_digest())
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

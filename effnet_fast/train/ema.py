@@ -15,7 +15,7 @@ class Ema:
     The decay warms up as min(decay, (1 + t) / (10 + t)) at update t, which reduces the weight of the random start.
 
     Args:
-        model: its floating-point parameters and buffers are averaged; they must stay the same tensors.
+        model: its floating-point parameters and buffers are averaged; they must not be replaced by other tensors.
         decay: per step.
     """
 
@@ -27,7 +27,7 @@ class Ema:
         self.average: list[Tensor] = [t.clone() for t in self.live]
 
     def share(self, step: int) -> float:
-        """The share of the weights after optimizer step `step`: 1 - decay."""
+        """The factor of the weights, 1 - decay, in the update after optimizer step `step`."""
         return 1 - min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
@@ -38,7 +38,7 @@ class Ema:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Swap the average into the model within the context; changes made there go to the average."""
+        """Swap the average into the model within the context; in-place changes within it apply to the average."""
         self._swap()
         try:
             yield

@@ -42,11 +42,11 @@ def evaluate(model: nn.Module, batches: Batches, *, num_classes: int, precision:
     """Evaluate on this rank's batches and sum over all ranks.
 
     Args:
-        model: in any mode, which is restored.
+        model: in training or evaluation mode; the mode is restored.
         batches: images [N, 3, H, W] and labels int64 [N]; images with label -1 are padding and not counted.
         num_classes: K.
-        precision: of autocast: bf16, fp16 or no.
-        device: of the model and the batches.
+        precision: autocast precision: bf16, fp16 or no.
+        device: device of the model and the batches.
 
     Raises:
         ValueError: there are no images.
@@ -58,20 +58,20 @@ def evaluate(model: nn.Module, batches: Batches, *, num_classes: int, precision:
             with autocast(precision, device):
                 logits = model(images).float()
             losses = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-            best = logits.topk(min(5, num_classes), dim=1).indices
-            hits = (best == labels[:, None]).any(1).sum()
-            sums += torch.stack([losses, hits])
-            # Padding is added to row 0 with weight 0.
-            real = labels >= 0
-            confusion.index_add_(0, (labels * num_classes + best[:, 0]).clamp(min=0), real.long())
+            predicted = logits.topk(min(5, num_classes), dim=1).indices
+            top5_hits = (predicted == labels[:, None]).any(1).sum()
+            sums += torch.stack([losses, top5_hits])
+            # Padding adds 0 to row 0.
+            is_image = labels >= 0
+            confusion.index_add_(0, (labels * num_classes + predicted[:, 0]).clamp(min=0), is_image.long())
     distributed.all_reduce_(sums)
     distributed.all_reduce_(confusion)
     table = confusion.view(num_classes, num_classes).cpu()
     count = int(table.sum())
     if count == 0:
         raise ValueError("there are no images to evaluate on")
-    loss, hits = sums.tolist()
-    return Result(loss / count, 100 * int(table.trace()) / count, 100 * hits / count, table)
+    loss, top5_hits = sums.tolist()
+    return Result(loss / count, 100 * int(table.trace()) / count, 100 * top5_hits / count, table)
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def recalibrate(model: nn.Module, batches: Batches, count: int, *, precision: st
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before is restored on exit."""
+    """Evaluation mode without gradients; the previous mode is restored on exit."""
     was_training = model.training
     model.eval()
     try:

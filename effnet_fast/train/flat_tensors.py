@@ -26,7 +26,7 @@ class FlatTensors:
         return torch.cat([t.flatten() for t in self.tensors])
 
     def restore(self, saved: Tensor, bad: Tensor) -> None:
-        """Write `saved`, a result of `copy`, back if `bad`, a 0-dim bool tensor on the device, is true."""
+        """Write back `saved`, a result of `copy`, if `bad` is true: a 0-dim bool tensor on the device."""
         self._set(torch.where(bad, saved, self.copy()).split(self.sizes))
 
     def average_over_ranks(self) -> None:

@@ -1,4 +1,4 @@
-"""Run a function of tensors as one CUDA graph: three copies and one launch per step on the host.
+"""Run a function of tensors as one CUDA graph: per call the host issues a copy for each argument, and one launch.
 
 The graph holds the whole step. torch.compile(mode="reduce-overhead") would capture only the model, leave out loss,
 clipping, optimizer and moving average, and skip graphs whose buffers change in place, as BatchNorm's do (pytorch
@@ -30,7 +30,7 @@ class Captured:
     Args:
         body: changes tensors in place and returns nothing.
         state: returns all tensors that `body` changes. They must exist before the first call and keep their addresses.
-        record: turns a function without arguments into one that replays it; tests replace `cuda_graph`.
+        record: captures a function without arguments and returns one that replays it; default `cuda_graph`.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Captured:
         """Replay the body with arguments of the same shapes, dtypes and strides as in the first call."""
         if self._replay is None:
             self._inputs = [torch.empty_like(argument) for argument in arguments]
-        for fixed, argument in zip(self._inputs, arguments, strict=True):
-            assert fixed.shape == argument.shape, f"captured for {tuple(fixed.shape)}, not {tuple(argument.shape)}"
-            fixed.copy_(argument, non_blocking=True)
+        for static, argument in zip(self._inputs, arguments, strict=True):
+            assert static.shape == argument.shape, f"captured for {tuple(static.shape)}, not {tuple(argument.shape)}"
+            static.copy_(argument, non_blocking=True)
         if self._replay is None:
             self._warm_up()
             self._replay = self._record(lambda: self._body(*self._inputs))
@@ -64,8 +64,8 @@ class Captured:
 def cuda_graph(body: Body) -> Body:
     """Capture a call of `body` without executing it, and return the function that replays it."""
     graph = torch.cuda.CUDAGraph()
-    gc.collect()  # steps of earlier runs are reference cycles that own graph memory; freeing it would end the capture
-    # thread_local: allocations in threads of DALI or a DataLoader do not end the capture.
+    gc.collect()  # steps of earlier runs are reference cycles that own graph memory; freeing it would abort the capture
+    # thread_local: allocations in threads of DALI or a DataLoader do not abort the capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         body()
     return graph.replay
@@ -73,7 +73,7 @@ def cuda_graph(body: Body) -> Body:
 
 @contextmanager
 def unchanged(state: Callable[[], list[Tensor]]) -> Iterator[None]:
-    """Restore the tensors, in place, and the random generators on exit."""
+    """On exit, restore the tensors in place, and the random generators."""
     tensors = state()
     copies = [tensor.clone() for tensor in tensors]
     with torch.random.fork_rng({t.device.index or 0 for t in tensors if t.is_cuda}):

@@ -32,13 +32,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls, and when.
+    """Callbacks of the loop, and their intervals.
 
     Attributes:
         log_every_steps: optimizer steps between two reports; the end of an epoch always reports.
         eval_every_epochs: epochs between two evaluations; the last epoch is always evaluated.
         save_due: whether to save after this many steps; the end of an epoch always saves.
-        report: read the meters and write a row; the only wait for the device between evaluations.
+        report: read the meters and write a row; the host waits for the device.
         save: write a checkpoint.
         evaluate: evaluate the model.
     """
@@ -64,12 +64,12 @@ def fit(
 
     Args:
         step: takes images [N, 3, H, W], labels int64 [N] and the number of the step, from 0.
-        loader: of the training images.
-        watch: passes batches through and times them.
+        loader: yields the training batches.
+        watch: wraps the batches to time them.
         progress: updated in place.
-        num_epochs: of the whole run.
-        hooks: what to call.
-        stop: signals and the time budget.
+        num_epochs: epochs of the whole run.
+        hooks: callbacks and their intervals.
+        stop: handles signals and the time budget.
     """
     for epoch in range(progress.epoch, num_epochs):
         for images, labels in watch(loader.epoch(epoch, progress.batch)):
@@ -77,10 +77,10 @@ def fit(
             step(images, labels, progress.step)
             progress.step += 1
             progress.batch += 1
-            # Report; the host waits for the device here.
+            # Report.
             if progress.step % hooks.log_every_steps == 0:
                 hooks.report()
-            # Stop on a signal, or evaluated when the time is up.
+            # Stop on a signal, or when the time is up; in that case evaluate first.
             if stop.requested(progress.step):
                 if stop.out_of_time:
                     hooks.evaluate()

@@ -59,7 +59,7 @@ class Meters:
         self.sums[_BAD_STEP] = torch.where(bad & self.healthy, step, self.sums[_BAD_STEP])
 
     def read(self) -> Reading:
-        """Read the means and reset the sums, except the bad step; all ranks together."""
+        """Read the means and reset the sums, except the bad step; all ranks must call this together."""
         bad = self.sums[_BAD_STEP].clone()
         totals = distributed.all_reduce_(self.sums.clone())
         totals[_BAD_STEP] = bad
@@ -82,7 +82,7 @@ class Meters:
         return sums
 
     def restore(self, sums: Tensor, rank: int) -> None:
-        """Load a result of `collect`. Rank 0 takes the sums over images, so that their total is right."""
+        """Load a result of `collect`. Only rank 0 takes the sums over images, so that they are counted once."""
         self.sums.copy_(sums)
         if rank > 0:
             self.sums[: _COUNT + 1] = 0

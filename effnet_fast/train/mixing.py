@@ -17,7 +17,7 @@ class Mixing:
     Args:
         mixup, cutmix: alpha of the Beta distribution; 0 is off. With both on, each batch uses either with equal
             probability.
-        seed, rank: key of the draws.
+        seed, rank: determine the random numbers, together with the step.
     """
 
     def __init__(self, mixup: float, cutmix: float, *, seed: int, rank: int) -> None:

@@ -24,14 +24,14 @@ class Muon(torch.optim.AdamW):
     B = lerp(B, g, 1 - momentum); U = orthogonalize(lerp(g, B, momentum));
     W = W - lr * (weight_decay * W + 0.2 * sqrt(max(rows, columns)) * U).
 
-    The contract is that of `train.optim`: gradients are divided by `grad_scale`; nothing changes if `found_inf` is 1.
+    As described in `train.optim`, gradients are divided by `grad_scale`, and nothing changes if `found_inf` is 1.
 
     Args:
         groups: parameter groups with the keys lr (a tensor), weight_decay and muon. Weights of Muon are [rows, columns]
             or [rows, columns, 1, 1].
         lr: the default learning rate.
-        momentum: of Muon's part; AdamW keeps its betas of 0.9 and 0.999.
-        dtype: that orthogonalisation computes in; None for bfloat16 on CUDA and float32 elsewhere.
+        momentum: Muon's momentum; AdamW uses betas of 0.9 and 0.999.
+        dtype: dtype of the orthogonalisation; None means bfloat16 on CUDA and float32 elsewhere.
     """
 
     grad_scale: Tensor
@@ -63,7 +63,7 @@ class Muon(torch.optim.AdamW):
 
     def _update(self, params: list[Tensor], lr: Tensor, weight_decay: float) -> None:
         """Update matrices of one shape; all arithmetic stays on the device."""
-        keep = 1 - self.found_inf
+        keep = 1 - self.found_inf  # 0 skips the step
         grads = torch.stack([p.grad.flatten(1) for p in params if p.grad is not None]) / self.grad_scale
         # A bad gradient is cleared rather than multiplied by 0, which would leave NaN.
         grads = torch.where(keep > 0, grads, 0.0)
@@ -84,7 +84,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         matrices: [N, rows, columns].
-        dtype: to compute in.
+        dtype: dtype of the computation.
 
     Returns:
         [N, rows, columns] of type `dtype`.
@@ -102,7 +102,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def split_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Split parameter groups into those of Muon, weights of 1x1 convolutions, and the others; sets the key `muon`."""
+    """Split each parameter group into weights of 1x1 convolutions, with the key `muon` true, and the rest."""
     split = []
     for group in groups:
         for muon in (True, False):

@@ -4,7 +4,7 @@ They follow the interface of torch's fused optimizers and GradScaler: an optimiz
 `found_inf` (float32 tensors of one element) divides gradients by `grad_scale`, and changes nothing if `found_inf` is 1.
 Clipping and the fp16 scale therefore need no pass of their own over the gradients.
 
-All state exists from the start, so that a warm-up can be undone and the first step can be skipped.
+All state is created with the optimizer, so that a warm-up can be undone and the first step can be skipped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RMSprop(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        keep = 1 - self.found_inf
+        keep = 1 - self.found_inf  # 0 skips the step
         for group in self.param_groups:
             self._update([p for p in group["params"] if p.grad is not None], group, keep)
 
@@ -52,13 +52,13 @@ class RMSprop(torch.optim.Optimizer):
         squares = [self.state[p]["mean_square"] for p in params]
         momenta = [self.state[p]["momentum"] for p in params]
         torch._foreach_add_(grads, params, alpha=group["weight_decay"])
-        gap = torch._foreach_mul(grads, grads)
-        torch._foreach_sub_(gap, squares)
-        torch._foreach_mul_(gap, keep * (1 - group["decay"]))
-        torch._foreach_add_(squares, gap)
-        step = torch._foreach_add(squares, group["eps"])
-        torch._foreach_sqrt_(step)
-        torch._foreach_div_(grads, step)
+        change = torch._foreach_mul(grads, grads)
+        torch._foreach_sub_(change, squares)
+        torch._foreach_mul_(change, keep * (1 - group["decay"]))
+        torch._foreach_add_(squares, change)
+        root = torch._foreach_add(squares, group["eps"])
+        torch._foreach_sqrt_(root)
+        torch._foreach_div_(grads, root)
         torch._foreach_mul_(grads, keep * group["lr"])
         torch._foreach_mul_(momenta, 1 - keep * (1 - group["momentum"]))
         torch._foreach_add_(momenta, grads)
@@ -75,8 +75,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     groups = []
     for scale, parameters in _scaled(model, layer_decay):
         params = [p for p in parameters if p.requires_grad]
-        for decay, chosen in ((weight_decay, lambda p: p.ndim > 1), (0.0, lambda p: p.ndim <= 1)):
-            group = {"params": [p for p in params if chosen(p)], "weight_decay": decay, "lr_scale": scale}
+        for decay, belongs in ((weight_decay, lambda p: p.ndim > 1), (0.0, lambda p: p.ndim <= 1)):
+            group = {"params": [p for p in params if belongs(p)], "weight_decay": decay, "lr_scale": scale}
             if group["params"]:
                 groups.append(group)
     return groups
@@ -98,8 +98,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Build an optimizer for a model's trainable parameters.
 
-    `set_rate` sets the learning rates at each step. They are float32 tensors on the device, one per `lr_scale`; apex's
-    are Python numbers.
+    Learning rates are float32 tensors on the device, one per `lr_scale`; apex's are Python numbers. They are 0 until
+    `set_rate` sets them, before each step.
 
     Args:
         name: sgd (Nesterov), adamw, rmsprop (see `RMSprop`), muon (see `Muon`), apex-sgd or apex-lamb (NVIDIA apex).
@@ -143,7 +143,7 @@ def make_optimizer(
 class _Skipping:
     """Mixin that gives an apex optimizer the interface of this module.
 
-    apex has no public way to skip a step, so the step is always taken and undone if it was bad. FusedLAMB counts steps
+    apex has no public way to skip a step, so each step is taken, and undone if it was bad. FusedLAMB counts steps
     on the host, including bad ones, so its bias correction is one step ahead after each fp16 overflow.
     """
 
@@ -163,7 +163,7 @@ class _Skipping:
 
 
 def _make_apex(name: str, groups: list[dict[str, Any]], momentum: float) -> torch.optim.Optimizer:
-    optimizer_class, kept = apex_class(name), APEX[name][1]
+    optimizer_class, state_names = apex_class(name), APEX[name][1]
     options: dict[str, Any] = {"lr": 0.0}
     if name == "apex-sgd":
         options |= {"momentum": momentum, "nesterov": momentum > 0}
@@ -171,7 +171,7 @@ def _make_apex(name: str, groups: list[dict[str, Any]], momentum: float) -> torc
         options["max_grad_norm"] = float("inf")  # turns off its own clipping
     optimizer = type(f"Skipping{optimizer_class.__name__}", (_Skipping, optimizer_class), {})(groups, **options)
     for p in (p for group in groups for p in group["params"]):
-        optimizer.state[p] = {key: torch.zeros_like(p) for key in kept}
+        optimizer.state[p] = {key: torch.zeros_like(p) for key in state_names}
     return optimizer
 
 

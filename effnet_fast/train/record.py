@@ -27,8 +27,8 @@ Moment = Any  # seconds, or a CUDA event
 class Clock:
     """Time stamps of the device's work.
 
-    On CUDA the host runs ahead of the device, so the host's clock would count time as waiting for data in which it only
-    waits for the device. Events in the stream of the steps measure the device's own time.
+    On CUDA the host runs ahead of the device, so the host's clock would count waits for the device as waits for data.
+    CUDA events on the training stream measure the device's own time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,11 +42,11 @@ class Clock:
         return event
 
     def seconds(self, start: Moment, end: Moment) -> float:
-        """Seconds between two time stamps that the device has passed."""
+        """Seconds between two time stamps; the device must have passed both."""
         return start.elapsed_time(end) / 1000 if self.on_gpu else end - start
 
 
-# Below this many free bytes, no TensorBoard events are written: a full disk ends TensorBoard's thread.
+# Below this many free bytes, write no TensorBoard events: a full disk kills TensorBoard's thread.
 _MIN_FREE_BYTES = 1 << 20
 
 
@@ -87,11 +87,11 @@ class Recorder:
     """Writes the rows of a run. Ranks other than the main one only measure time.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         main: whether this rank writes.
-        device: of the steps.
-        step: optimizer steps done before. Later rows, written by a run that was killed, are deleted.
-        total_steps: of the whole run.
+        device: device of the training steps.
+        step: optimizer steps done so far. Rows of later steps, left by a killed run, are deleted.
+        total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps per epoch.
     """
 

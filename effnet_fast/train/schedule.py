@@ -18,8 +18,8 @@ def make_schedule(name: str, steps: int, steps_per_epoch: int, warmup_epochs: fl
 
     Args:
         name: cosine (Loshchilov and Hutter 2017), one-cycle (Smith and Topin 2018), step, exponential (0.97 every
-            2.4 epochs, as the EfficientNet paper) or constant. All but one-cycle start with a linear warm-up.
-        steps: of the whole run.
+            2.4 epochs, as in the EfficientNet paper) or constant. All but one-cycle start with a linear warm-up.
+        steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps per epoch.
         warmup_epochs: length of the linear warm-up, capped at a quarter of the run.
 

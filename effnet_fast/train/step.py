@@ -61,14 +61,14 @@ class StepOptions:
     """Settings of a training step; the defaults are those of `effnet-fast train`.
 
     Attributes:
-        learning_rate: the peak, which the schedule multiplies.
+        learning_rate: peak learning rate, which the schedule multiplies.
         precision: bf16, fp16 or no.
         clip_grad: largest norm of the gradient; 0 is off.
         accumulation: forward and backward passes per step, each on an equal part of the batch.
         label_smoothing: share of the target spread over all classes.
         mixup, cutmix: see `Mixing`.
         ema_decay: see `Ema`; 0 keeps no average.
-        seed: of mixing, dropout and stochastic depth.
+        seed: seed of mixing, dropout and stochastic depth.
         graph: capture the step in a CUDA graph at the first call and replay it from then on. Requires CUDA, one rank,
             an optimizer whose state and learning rate are on the device, and batches of one shape.
     """
@@ -89,8 +89,8 @@ class Step:
     """The training step.
 
     Args:
-        model: the callable: the plain module, its DDP wrapper, or a compiled one.
-        module: the plain module inside.
+        model: computes the logits: the plain module, its DDP wrapper, or a compiled one.
+        module: the plain module inside `model`.
         optimizer: from `make_optimizer`.
         schedule: multiple of the learning rate at each step.
         options: settings.
@@ -119,7 +119,7 @@ class Step:
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         live = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
         self.buffers = FlatTensors(live.values())
-        # What differs between ranks that do not share BatchNorm statistics: these, and their averages.
+        # BatchNorm statistics and their moving averages: they differ between ranks that do not share them.
         averages = self.ema.state_dict() if self.ema is not None else {}
         self.statistics = FlatTensors(
             [*live.values(), *(average for name, average in averages.items() if name in live)]
@@ -148,16 +148,16 @@ class Step:
         return Captured(self._body, self.tensors)
 
     def _numbers(self, step: int, size: int) -> Tensor:
-        """What changes from step to step besides the batch: float64 [2] on the device, or [8] with mixing.
+        """Values that change every step, besides the batch: float64 [2] on the device, or [8] with mixing.
 
-        The step's number, the weights' share in the moving average, and the six numbers of `Mixing.draw`.
+        They are the step number, `Ema.share`, and the six numbers of `Mixing.draw`.
         """
         share = 0.0 if self.ema is None else self.ema.share(step)
         mix = self.mixing.draw(step, size) if self.mixing.active else []
         return upload(np.array([step, share, *mix]), self.world.device)
 
     def _body(self, images: Tensor, labels: Tensor, numbers: Tensor) -> None:
-        """The device's part of a step; reads nothing from the host that changes, so a CUDA graph can capture it."""
+        """The device's part of a step; reads only constants from the host, so a CUDA graph can capture it."""
         saved = self.buffers.copy()
         self._gradients(images, labels, numbers[2:].float())
         self._update(saved, numbers[0], numbers[1].float())
@@ -168,13 +168,13 @@ class Step:
         if self.mixing.active:
             images, partners, target = mix_images(images, mix), labels.flip(0), mix[1]
         parts = [t.chunk(self.options.accumulation) for t in (images, labels, partners)]
-        for i, (x, a, b) in enumerate(zip(*parts, strict=True)):
+        for i, (x, y, partner) in enumerate(zip(*parts, strict=True)):
             with self._reduction(last=i == self.options.accumulation - 1):
                 with autocast(self.options.precision, x.device):
                     logits = self.model(x)
-                loss = self._loss(logits.float(), a, b, target)
+                loss = self._loss(logits.float(), y, partner, target)
                 (loss * (self.scale.scale / self.options.accumulation)).backward()
-            self._count(loss.detach(), logits.detach(), torch.where(target >= 0.5, a, b))
+            self._count(loss.detach(), logits.detach(), torch.where(target >= 0.5, y, partner))
 
     def _loss(self, logits: Tensor, labels: Tensor, partners: Tensor, target: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
@@ -197,7 +197,7 @@ class Step:
         # The norm of the reduced gradient is equal on all ranks, and not finite if any rank's loss was not.
         norm = torch.nn.utils.get_total_norm(p.grad for p in self.params if p.grad is not None) / self.scale.scale
         overflow = ~torch.isfinite(norm)
-        # fp16 overflows now and then by design. A gradient that overflows at a scale of 1 is not finite itself.
+        # fp16 overflows are expected: the scale grows until one occurs. At scale 1 the gradient itself is not finite.
         bad = overflow & (self.scale.scale <= 1)
         skip = (overflow | ~self.meters.healthy).float()
         excess = (norm / self.options.clip_grad).clamp(min=1) if self.options.clip_grad > 0 else torch.ones_like(norm)
@@ -218,7 +218,7 @@ class Step:
         return [*self.module.parameters(), *self.module.buffers(), *optimizer, *average, *counters]
 
     def state(self) -> StepState:
-        """The state that a checkpoint saves, not copied; all ranks must call this together."""
+        """The state that a checkpoint saves, without copying tensors; all ranks must call this together."""
         return StepState(
             model=self.module.state_dict(),
             ema=self.ema.state_dict() if self.ema is not None else None,
@@ -235,7 +235,7 @@ class Step:
         optim.load_state(self.optimizer, state.optimizer)
         self.scale.load_state_dict(state.scaler)
         self.meters.restore(state.meters, self.world.rank)
-        self._call = self._make_call()  # a captured graph holds the optimizer's tensors from before
+        self._call = self._make_call()  # the captured graph still uses the optimizer's previous tensors
 
 
 def _step_seed(seed: int, rank: int, step: int) -> int:

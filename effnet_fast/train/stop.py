@@ -1,4 +1,4 @@
-"""When to save within an epoch, and when to stop: intervals, signals, time budgets. All ranks decide alike."""
+"""When to save within an epoch, and when to stop: intervals, signals, time budget. All ranks decide the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from effnet_fast import distributed
 from effnet_fast.distributed import World
 
-# With several ranks, agreeing on clocks and signals waits for the device, so it happens only every so many steps.
+# Several ranks compare clocks and signals only every this many steps, since a collective waits for the device.
 POLL_STEPS = 10
 
 
@@ -17,7 +17,7 @@ class SaveDue:
     """Whether a checkpoint is due within an epoch.
 
     Args:
-        world: of the run.
+        world: rank, size and device.
         steps: interval in optimizer steps; 0 is off.
         minutes: interval in minutes since the last checkpoint; 0 is off.
     """
@@ -39,12 +39,12 @@ class SaveDue:
 class Stop:
     """Whether to stop, and why: a signal, or the time budget.
 
-    A context manager that handles SIGNALS. SIGHUP comes from a terminal that closes; under nohup, which ignores it, it
-    stays ignored. Slurm can send SIGUSR1 before the time limit. A second Ctrl-C raises KeyboardInterrupt, except under
+    A context manager that handles SIGNALS. A terminal that closes sends SIGHUP; it stays ignored under nohup.
+    Slurm can send SIGUSR1 before the time limit. A second Ctrl-C raises KeyboardInterrupt, except under
     torchrun, which sends each one twice.
 
     Args:
-        world: of the run.
+        world: rank, size and device.
         seconds: time budget from now; 0 is no limit.
     """
 

@@ -23,13 +23,13 @@ from effnet_fast.distributed import World
 T = TypeVar("T")
 
 EXIT_STATUS = 70  # EX_SOFTWARE of sysexits.h
-_POLLS = 8  # within the time limit
+_POLLS = 8  # polls within the time limit
 _LONGEST_POLL = 5.0  # seconds
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Published by each rank for the others.
+    """What each rank publishes for the others.
 
     Attributes:
         count: number of heartbeats so far; if it stops rising, the process is stopped, disconnected or dead.
@@ -49,7 +49,7 @@ class Watchdog:
     rank also lists the ranks without a heartbeat. Then the process exits, so that torchrun restarts the ranks.
 
     Args:
-        world: of the run.
+        world: rank, size and device.
         seconds: limit; 0 turns the watchdog off.
         store: key-value store shared by all ranks and used for nothing else; None with one rank.
         exit_process: called with EXIT_STATUS.
@@ -64,12 +64,12 @@ class Watchdog:
     ) -> None:
         self._world, self._seconds, self._store, self._exit_process = world, seconds, store, exit_process
         self._name = f"rank {world.rank} (host {socket.gethostname()}, process {os.getpid()})"
-        self._thread_id = threading.get_ident()  # of training
+        self._thread_id = threading.get_ident()  # the training thread
         self._activity, self._since = "starting", time.monotonic()
         self._store_answered = time.monotonic()  # when the store last answered
         self._heartbeats: dict[int, tuple[Heartbeat, float]] = {}  # rank -> newest heartbeat, time it was first seen
         self._done = threading.Event()
-        # Two threads, since a call of the store blocks for ever if the network is down.
+        # Two threads, since a call to the store blocks forever if the network is down.
         work = (self._watch, self._exchange) if store is not None else (self._watch,)
         self._threads = [threading.Thread(target=target, name="watchdog", daemon=True) for target in work]
 
@@ -133,7 +133,7 @@ class Watchdog:
                     if self._store.check([_key(rank)]):
                         self._receive(rank, Heartbeat(**json.loads(self._store.get(_key(rank)))))
                 self._store_answered = time.monotonic()
-            except RuntimeError:  # the base class of torch.distributed's errors; known heartbeats grow old
+            except RuntimeError:  # the base class of torch.distributed's errors; the last heartbeats stay as they are
                 pass
             if self._done.wait(self._pause):
                 return
@@ -175,5 +175,5 @@ def _key(rank: int) -> str:
 
 
 def watchdog(world: World, seconds: float) -> Watchdog:
-    """The watchdog of this rank, on the ranks' key-value store."""
+    """Create this rank's watchdog, which exchanges heartbeats through the ranks' key-value store."""
     return Watchdog(world, seconds, distributed.key_value_store() if seconds > 0 else None)

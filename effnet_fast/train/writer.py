@@ -23,7 +23,7 @@ class Writer:
     A context manager, which waits on exit until everything is written.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         keep: number of last.pt generations, see `checkpoint.write_atomically`.
         warn: prints a line about a failed write; called from the thread.
     """

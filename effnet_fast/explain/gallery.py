@@ -81,7 +81,7 @@ def render_gallery(
 def _card_view(card: Card, labels: dict[str, str], palette: bytes) -> dict[str, Any]:
     """Return the template's variables for one image."""
     record = card.record
-    predictions = {facts["prediction"] for facts in record["models"].values()}
+    predictions = {result["prediction"] for result in record["models"].values()}
     photo = shrink(card.image, _PHOTO)
     lossless = max(photo.size) <= _LOSSLESS
     return {
@@ -94,8 +94,8 @@ def _card_view(card: Card, labels: dict[str, str], palette: bytes) -> dict[str, 
         "lossless": lossless,
         "place": _place(record["width"], record["height"]),
         "maps": [
-            {"label": labels[name], "source": _map_uri(card.maps[name], palette), **facts}
-            for name, facts in record["models"].items()
+            {"label": labels[name], "source": _map_uri(card.maps[name], palette), **result}
+            for name, result in record["models"].items()
         ],
         "table": _table_view(record, labels),
     }
@@ -112,8 +112,8 @@ def _place(width: int, height: int) -> str:
 
 def _table_view(record: Record, labels: dict[str, str]) -> dict[str, Any]:
     rows = {
-        model: facts | {"agreement": record["agreement_with_others"].get(model)}
-        for model, facts in record["models"].items()
+        model: result | {"agreement": record["agreement_with_others"].get(model)}
+        for model, result in record["models"].items()
     }
     names = [name for name in _COLUMNS if any(name in row for row in rows.values())]
     return {

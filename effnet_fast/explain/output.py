@@ -112,7 +112,7 @@ class OutputFolder:
     # -- grids
 
     def has_grid(self, number: int, members: list[str]) -> bool:
-        """Whether grid `number` exists and shows exactly these images."""
+        """Return whether grid `number` exists and shows exactly these images."""
         path = self._grid(number)
         return path.is_file() and self._grid_members.get(path.name) == members
 

@@ -74,9 +74,9 @@ def make_row(record: Record, image: Image.Image, maps: dict[str, NDArray[np.floa
     panels = [
         Panel(
             _over_image(maps[model], small),
-            *(facts[key] for key in ("prediction", "confidence", "target", "target_probability")),
+            *(result[key] for key in ("prediction", "confidence", "target", "target_probability")),
         )
-        for model, facts in record["models"].items()
+        for model, result in record["models"].items()
     ]
     return Row(record["image"], np.asarray(small), record["label"], panels)
 

@@ -44,14 +44,14 @@ class Tables:
 
 def map_rows(record: Record) -> Iterator[dict[str, Any]]:
     """Yield a row for each model's map of one image."""
-    for model, facts in record["models"].items():
+    for model, result in record["models"].items():
         yield {
             "image": record["image"],
             "class": record["label"],
             "width": record["width"],
             "height": record["height"],
             "model": model,
-            **facts,
+            **result,
             "agreement": record["agreement_with_others"].get(model),
         }
 

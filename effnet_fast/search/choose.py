@@ -29,7 +29,7 @@ class Choice:
 
     @property
     def inseparable(self) -> list[str]:
-        """The candidates that do not differ from the best at the 5 % level."""
+        """Names of the candidates that do not differ significantly from the best at the 5 % level."""
         return [name for name, p in self.p_values.items() if p >= LEVEL]
 
     @property

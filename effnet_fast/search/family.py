@@ -59,11 +59,11 @@ class Family:
         return count(layout, size, self.num_classes)
 
     def cost(self, scale: Scale) -> Complexity:
-        """The model's cost, counted by fvcore on the built model and cached by shape."""
+        """Build the model and count its cost with fvcore; cached by shape."""
         return self._cached_cost(self.shape(scale), lambda: self.build(scale))
 
     def reference_cost(self, name: str) -> Complexity:
-        """The cost of another architecture at the baseline's image size.
+        """Count the cost of another architecture at the baseline's image size.
 
         Raises:
             ValueError: the name is unknown.
@@ -78,7 +78,7 @@ class Family:
         return self._costs[shape]
 
     def build(self, scale: Scale) -> Network:
-        """The model, with new weights."""
+        """Build the scaled model with newly initialised weights."""
         return create_model(
             BASELINE,
             self.num_classes,
@@ -89,7 +89,7 @@ class Family:
         )
 
     def settings(self, scale: Scale) -> dict[str, Any]:
-        """The fields of a training config that select the scaled model."""
+        """Return the fields of a training config that select the scaled model."""
         return {
             "model": BASELINE,
             "width": scale.width,
@@ -99,7 +99,7 @@ class Family:
         }
 
     def reference_settings(self, name: str) -> dict[str, Any]:
-        """The same fields for another architecture, which keeps its own strides and stochastic depth."""
+        """Return the same fields for another architecture, which keeps its own strides and stochastic depth."""
         return dict.fromkeys(("width", "depth", "output_stride", "drop_path")) | {
             "model": name,
             "image_size": self.base_size,

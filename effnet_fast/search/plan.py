@@ -19,7 +19,7 @@ MAX_PHI = 7
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a scaled model may cost; None is no limit.
+    """Upper limits of a scaled model's cost; None for no limit.
 
     Attributes:
         macs, activations: largest count per image.

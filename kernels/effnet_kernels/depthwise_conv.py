@@ -379,7 +379,7 @@ def _forward_kernel(
             hi = step * STRIDE + q - top
             row_ok = ok & ((hi >= 0) & (hi < below))
             rows = rows + _load_row(x_at + hi * W * C, row_ok, wo * STRIDE, C, -LEFT, COLUMNS, LAST * STRIDE, W)
-        # Add the rows of x to the sums of the rows of y they contribute to.
+        # Add the rows of x to the sums of those rows of y to which they contribute.
         for q in tl.static_range(STRIDE):
             hi = step * STRIDE + q - top
             if (hi >= 0) & (hi < below):
@@ -476,9 +476,9 @@ def _backward_kernel(
 ):
     STRIPS: tl.constexpr = (W + STRIP - 1) // STRIP
     LAST: tl.constexpr = (STRIPS - 1) * STRIP
-    BEGIN: tl.constexpr = -((K - 1 - LEFT) // STRIDE)  # first column of g that a strip meets, from its own
+    BEGIN: tl.constexpr = -((K - 1 - LEFT) // STRIDE)  # first column of g that a strip needs, relative to its own first
     COLUMNS: tl.constexpr = (STRIP - 1 + LEFT) // STRIDE - BEGIN + 1
-    KEPT: tl.constexpr = (K - STRIDE) * STRIP  # tiles of the rows that the next row of g meets as well
+    KEPT: tl.constexpr = (K - STRIDE) * STRIP  # tiles of the rows to which the next row of g contributes too
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
     norm = ()
@@ -519,7 +519,7 @@ def _backward_kernel(
                 for q in tl.static_range(STRIDE):
                     row_ok = ok & ((first_out + q >= begin) & (first_out + q < end))
                     rows_out = rows_out + _load_row(x_at + (first_out + q) * W * C, row_ok, wi, C, 0, STRIP, LAST, W)
-            # STRIDE rows of x enter.
+            # Shift in STRIDE rows of x.
             for q in tl.static_range(STRIDE):
                 entering = _zeros(STRIP, BLOCK_P, BLOCK_C)
                 if (first_in + q >= begin) & (first_in + q < end):
@@ -530,7 +530,7 @@ def _backward_kernel(
             if (ho >= 0) & (ho < HO):
                 g = _activate_row(g_row, g_ok, wi // STRIDE, (), BEGIN, COLUMNS, LAST // STRIDE, WO)
                 grads, dw = _add_row_of_g(grads, dw, g, acts, taps, BEGIN, STRIP, LAST // STRIDE, WO, LEFT, K, STRIDE)
-            # The first STRIDE rows of da are complete and leave.
+            # The first STRIDE rows of da are complete: store them and shift them out.
             for q in tl.static_range(STRIDE):
                 if (first_out + q >= begin) & (first_out + q < end):
                     for i in tl.static_range(STRIP):

@@ -117,7 +117,7 @@ def _mbconv_backward(
     stats1, stats2, pool, gate, hidden = saved
     bn2 = (weight2, bias2)
     norm1, taps = _norm(stats1, weight1, bias1), depthwise.taps_first(weight)
-    if ops := cpp_ops(x):  # dd is made on the way, and never written
+    if ops := cpp_ops(x):  # computes dd without writing it
         sums = five_sums(dy, d, stats2, bn2)
         dpool, sums2, se_grads = gate_backward(sums, gate, pool, hidden, SqueezeExcite(*se), d.shape[2] * d.shape[3])
         gradient = (dy, d, stats2, *bn2, gate, dpool, sum_over_ranks(sums2, sync))

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter where there is no GPU, and the harness of this folder can be imported by name."""
+"""Fixtures of the op tests; puts this folder on sys.path, so that tests can import its harness (`op_cases`, ...)."""
 
 import dataclasses
 import sys
@@ -23,8 +23,8 @@ if not (launch.INTERPRETED or torch.cuda.is_available()):
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations():
-    """torch.empty gives NaN, so that a kernel which reads or leaves what it did not write is seen."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # references in full float32
+    """Fill torch.empty with NaN: a kernel that reads, or returns, memory it did not write then fails its test."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # full float32 references
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -33,7 +33,7 @@ def poisoned_allocations():
 
 @pytest.fixture(scope="session", autouse=True)
 def faithful_interpreter():
-    """Round bfloat16 to nearest even as the chip does (the interpreter cuts off), and skip its slow overflow checks."""
+    """Round to bfloat16 as a GPU does, to nearest even (the interpreter truncates); skip its slow overflow checks."""
     convert = interpreter._convert_float
 
     def rounded(values, source, target, mode):

@@ -1,9 +1,10 @@
-"""Prints the launches of the code that Inductor generates for one training step on an H100, on a machine without one.
+"""Print the kernel launches in the code that Inductor generates for a training step on an H100. Needs no GPU.
 
-torch.compile traces the step on CPU tensors, the ops on their Triton path but launching nothing. The two graphs it ends
-with are moved to fake CUDA tensors, and Inductor writes the CUDA code of these, which nobody runs. One JSON object:
-forward and backward, each with `inductor`, a list of [kernel, elements of its largest side], and `extern`, a count of
-each library call and op.
+torch.compile traces the step on CPU tensors; the ops take their Triton path but launch nothing. The forward and
+backward graphs are then moved to fake CUDA tensors, and Inductor generates CUDA code for them, which never runs.
+
+Prints one JSON object with the keys `forward` and `backward`. Each holds `inductor`, a list of [kernel, number of
+elements], and `extern`, the number of calls of each library function and op.
 """
 
 import collections
@@ -53,7 +54,7 @@ H100 = types.SimpleNamespace(
 
 
 def pretend() -> None:
-    """Stand in for all that Inductor asks of a CUDA device while it generates code."""
+    """Replace every query that Inductor makes of a CUDA device while it generates code."""
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(types.SimpleNamespace(get_current_target=lambda: target))
     answers = {
@@ -79,17 +80,17 @@ def pretend() -> None:
         },
         CudaInterface.Worker: {"get_device_properties": H100, "current_device": 0},
         scheduler: {"has_triton": True},
-        # cuDNN's answer for channels-last input, which the build without CUDA cannot give
+        # cuDNN's answer for channels-last input; a CPU build of PyTorch has none
         torch._C: {"_conv_determine_backend_memory_format": torch.channels_last},
     }
-    for place, named in answers.items():
-        for name, answer in named.items():
-            setattr(place, name, lambda *_, _answer=answer, **__: _answer)
+    for owner, functions in answers.items():
+        for name, answer in functions.items():
+            setattr(owner, name, lambda *_, _answer=answer, **__: _answer)
     FakeTensor.__getitem__ = lambda self, i: torch.ops.aten.slice.Tensor(self, 0, i.start, i.stop)
 
 
 def trace(name: str, image_size: int, output_stride: int) -> dict[str, tuple]:
-    """The forward and backward graph of a training step in bf16 on 8 images, with their inputs."""
+    """{"forward", "backward"} -> (graph, inputs) of a bf16 training step on 8 images."""
     graphs = {}
 
     def keep(name):
@@ -105,7 +106,7 @@ def trace(name: str, image_size: int, output_stride: int) -> dict[str, tuple]:
             compile_fx._recursive_joint_graph_passes(graph)
         return min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
 
-    # Without dropout and stochastic depth, whose seeds fake CUDA tensors cannot be indexed for.
+    # No dropout or stochastic depth: they index a tensor of seeds, which fails on fake CUDA tensors.
     options = {"image_size": image_size, "output_stride": output_stride, "dropout": 0.0, "drop_path": 0.0}
     model = effnet_fast.create_model(name, kernels="triton", **options).to(memory_format=torch.channels_last)
     backend = aot_autograd(
@@ -124,7 +125,7 @@ def trace(name: str, image_size: int, output_stride: int) -> dict[str, tuple]:
 
 
 def generate(graph: torch.fx.GraphModule, inputs: list, mode: FakeTensorMode, *, backward: bool) -> str:
-    """Inductor's code for `graph` on CUDA."""
+    """The code that Inductor generates for `graph` on CUDA."""
 
     def to_cuda(value):
         return torch.device("cuda", 0) if isinstance(value, torch.device) else value
@@ -148,12 +149,13 @@ CODE: list[str] = []
 
 
 def keep_code(self: GraphLowering) -> types.SimpleNamespace:
-    """In place of `GraphLowering.compile_to_module`, which would load the code."""
+    """Replaces `GraphLowering.compile_to_module`, which would load the code."""
     CODE.append(self.codegen()[0].value)
     return types.SimpleNamespace(call=list, __file__="")
 
 
 def launches(code: str) -> dict:
+    """Count the calls in generated code. A launch's elements are the product of the integers among its arguments."""
     runs = re.findall(r"(triton_\w+?)(?:_\d+)?\.run\((.*), stream=", code)
     calls = re.findall(r"\b(extern_kernels\.\w+|torch\.ops\.\w+\.\w+)(?:\.default)?\(", code)
     elements = [[name, _product(re.findall(r"\b\d+\b", arguments))] for name, arguments in runs]
@@ -173,8 +175,8 @@ def main() -> None:
     GraphLowering.compile_to_module = keep_code
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     torch._inductor.config.force_disable_caches = True
-    found = {name: launches(generate(*graphs[name], mode, backward=name == "backward")) for name in graphs}
-    print(json.dumps(found))
+    counts = {name: launches(generate(*graphs[name], mode, backward=name == "backward")) for name in graphs}
+    print(json.dumps(counts))
 
 
 main()

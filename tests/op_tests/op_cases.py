@@ -1,4 +1,4 @@
-"""The harness of the op tests: one table of shapes, one of tolerances, one of ops, and the comparison."""
+"""Harness of the op tests: tables of shapes (`CASES`), tolerances and ops (`OPS`), and `compare`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from effnet_kernels.statistics import BatchNorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Relative RMS against float64, for an op that rounds once (its result).
+# Limits of the relative RMS error against float64, for an op that rounds only its result to the storage type.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A depthwise layer: x is [n, c, h, w]; `same` pads as TensorFlow does, odd pixel at the bottom and right."""
+    """A depthwise layer on x [n, c, h, w]. `same` pads as TensorFlow does: an odd pixel goes bottom and right."""
 
     n: int
     c: int
@@ -55,12 +55,12 @@ class Case:
 
     @property
     def r(self) -> int:
-        """Hidden channels of the gate, as in an expansion by 6."""
+        """Hidden channels of the gate, as in a block that expands by 6."""
         return max(self.c // 24, 4)
 
 
 # Every distinct depthwise layer (channels, kernel, stride) of B0 at 224 px, and at 32 px with output stride 8 or 32;
-# the maps are cut to at most 14 x 14.
+# maps are cropped to at most 14 x 14.
 B0_CASES = [
     Case(2, 32, 14, 14, 3, 1),
     Case(2, 96, 14, 14, 3, 2),
@@ -91,15 +91,19 @@ ODD_CASES = [
     Case(1, 8, 41, 18, 5, 1, note="bands-and-strips"),
 ]
 CASES = B0_CASES + ODD_CASES
-# The subset of `make test`: both kernel sizes, strides and paddings, vector widths 8, 4 and 1, batch 1, rows in bands.
+# Run by `make test`: both kernel sizes, strides and paddings, vector widths 8, 4 and 1, batch 1, rows in bands.
 QUICK_CASES = ODD_CASES[:3] + ODD_CASES[5:7] + ODD_CASES[8:9]
 
 
 @dataclass(frozen=True)
 class Op:
-    """`run(x, parameters, buffers, case, kernels)` with parameters of `shapes`, and buffers for `norms` BatchNorms.
+    """An op under test.
 
-    `slack` multiplies the tolerance of an op that rounds more than its result to the storage type.
+    Attributes:
+        shapes: shapes of the parameters for a case.
+        run: `run(x, parameters, buffers, case, kernels)` returns y.
+        norms: number of BatchNorms; each has two buffers.
+        slack: factor on the tolerance, above 1 if the op rounds more than its result to the storage type.
     """
 
     name: str
@@ -114,7 +118,7 @@ def _bn(p: list[Tensor], b: list[Tensor], i: int = 0, j: int = 0) -> BatchNorm:
 
 
 def _scale(x: Tensor) -> Tensor:
-    """Stochastic depth: every third image dropped."""
+    """Factors [N] of stochastic depth that drop every third image, starting with the second."""
     return (torch.arange(x.shape[0], device=x.device) % 3 != 1).to(x.dtype) * 1.25
 
 
@@ -139,7 +143,7 @@ OPS = {
                 x, _bn(p, b), residual=x.sin(), sample_scale=_scale(x), kernels=kernels
             ),
             norms=1,
-            slack=1.5,  # the residual
+            slack=1.5,  # also rounds the residual
         ),
         Op(
             "depthwise_conv",
@@ -165,7 +169,7 @@ OPS = {
                 *(x, _bn(p, b), p[2], c.stride, c.padding, _bn(p, b, 3, 1), SqueezeExcite(*p[5:])), kernels=kernels
             ),
             norms=2,
-            slack=2.0,  # d, and backward dd and dz
+            slack=2.0,  # also rounds d and, backward, dd and dz
         ),
         Op(
             "mbconv_unexpanded",
@@ -174,7 +178,7 @@ OPS = {
                 *(x, None, p[0], c.stride, c.padding, _bn(p, b, 1), SqueezeExcite(*p[3:])), kernels=kernels
             ),
             norms=1,
-            slack=1.5,  # d, and backward dd
+            slack=1.5,  # also rounds d and, backward, dd
         ),
     )
 }
@@ -182,7 +186,7 @@ OPS = {
 
 @dataclass
 class Inputs:
-    """x in the storage type, parameters and buffers in float32; `double` gives the same values in float64."""
+    """x in the storage type, parameters and buffers in float32. `double` copies to float64, `fresh` as they are."""
 
     x: Tensor
     parameters: list[Tensor]
@@ -200,7 +204,7 @@ def _each(value, function):
 
 
 def make_inputs(op: Op, case: Case, dtype: torch.dtype, mean: float = 0.0, seed: int = 0) -> Inputs:
-    """Normal values; scales of BatchNorm around 1, convolution weights of variance 1 / fan-in."""
+    """Normally distributed inputs; BatchNorm scales are near 1, convolution weights have variance 1 / fan-in."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -212,14 +216,14 @@ def make_inputs(op: Op, case: Case, dtype: torch.dtype, mean: float = 0.0, seed:
         fan_in = max(shape[1] * shape[2] * shape[3], 1) if len(shape) == 4 else 1
         parameters.append((normal(*shape) / fan_in**0.5).float())
     for i, shape in enumerate(op.shapes(case)[:-1]):
-        if len(shape) == 1 and op.shapes(case)[i + 1] == shape:  # gamma, which its beta follows
+        if len(shape) == 1 and op.shapes(case)[i + 1] == shape:  # a gamma: the next shape is its beta's
             parameters[i] = 1 + 0.2 * parameters[i].tanh()
     buffers = [f(case.c) for _ in range(op.norms) for f in (torch.zeros, torch.ones)]
     return Inputs(*(_each(v, lambda t: t.to(DEVICE)) for v in (x, parameters, buffers)))
 
 
 def run(op: Op, case: Case, inputs: Inputs, kernels: str, dy: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
-    """Output, every gradient and every buffer after one training step of the op, by name; and the dy it was given."""
+    """Run one training step of the op. Returns {name: output, gradient or buffer}, and the gradient dy that it used."""
     leaves = [inputs.x, *inputs.parameters]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -240,13 +244,13 @@ def relative_rms(a: Tensor, b: Tensor) -> float:
 
 
 def compare(op: Op, case: Case, dtype: torch.dtype, kernels: str = "triton") -> None:
-    """One training step on Triton against the reference in float64, by relative RMS.
+    """Compare one training step with the float64 reference by relative RMS error.
 
-    Where an op that stores several maps on the way has gradients in which they cancel, PyTorch's own operators in the
-    same storage type set the limit.
+    An op that stores intermediate maps (slack > 1) may exceed its tolerance where terms of a gradient cancel. It must
+    then be at least as accurate as PyTorch's operators in the same storage type.
     """
     inputs = make_inputs(op, case, dtype)
-    exact, plain = inputs.double(), inputs.fresh()
+    exact, baseline_inputs = inputs.double(), inputs.fresh()
     got, dy = run(op, case, inputs, kernels)
     want, _ = run(op, case, exact, "torch", dy)
     limit = TOLERANCE[dtype] * op.slack
@@ -254,7 +258,7 @@ def compare(op: Op, case: Case, dtype: torch.dtype, kernels: str = "triton") -> 
     assert all(value.isfinite().all() for value in got.values())
     errors = {name: relative_rms(got[name], value) for name, value in want.items()}
     if op.slack > 1 and max(errors.values()) > limit:
-        theirs, _ = run(op, case, plain, "torch", dy)
-        errors = {name: e for name, e in errors.items() if e > relative_rms(theirs[name], want[name])}
+        baseline, _ = run(op, case, baseline_inputs, "torch", dy)
+        errors = {name: e for name, e in errors.items() if e > relative_rms(baseline[name], want[name])}
     for name, error in errors.items():
         assert error <= limit, f"{name}: relative RMS {error:.2e} above {limit:.0e}"

@@ -1,8 +1,8 @@
-"""Compile, without a GPU, exactly what the launch heuristics choose: `python op_launches.py ARCH DTYPE [MODEL...]`.
+"""Compile the launches that the heuristics choose, without a GPU: `python op_launches.py ARCH DTYPE [MODEL...]`.
 
-Meta tensors of a model's real shapes pass through the launchers, whose one door to the device is replaced by a
-recorder; each distinct launch is compiled for the architecture and its resources are printed, a JSON object a line.
-Run apart from the tests, since there Triton interprets.
+Meta tensors with a model's shapes go through the launchers, while `launch.launches_go_to` records the launches instead
+of starting them. Each distinct launch is compiled for the architecture, and its resources are printed as one JSON
+object per line. The tests run this script in a process without TRITON_INTERPRET: the interpreter compiles nothing.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def blocks(model: int, size: int | None = None, output_stride: int = 32) -> list[tuple[int, ...]]:
-    """Distinct MBConv blocks of B0..B7 as (inputs, outputs, pixels, kernel, stride, expansion), at their own size."""
+    """Distinct MBConv blocks of a B0..B7 as (input channels, output channels, map size, kernel, stride, expansion).
+
+    `size` is the image size; default the model's own.
+    """
     variant = scaling.VARIANTS[f"efficientnet-b{model}"]
     layout = scaling.layout(variant.width, variant.depth, output_stride)
     size = -(-(size or scaling.scaled_size(scaling.BASE_RESOLUTION, variant.resolution)) // layout.stem_stride)
-    inputs, found = layout.stem_channels, []
+    inputs, result = layout.stem_channels, []
     for stage in layout.stages:
         for stride in [stage.stride] + [1] * (stage.repeats - 1):
-            found.append((inputs, stage.channels, size, stage.kernel, stride, stage.expand))
+            result.append((inputs, stage.channels, size, stage.kernel, stride, stage.expand))
             inputs, size = stage.channels, -(-size // stride)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(result))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -46,7 +49,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def block_step(n: int, block: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Every launch of one training step of a block: mbconv, and the projection's BatchNorm with its residual."""
+    """Launch all kernels of one training step of a block: mbconv, and the projection's BatchNorm with its residual."""
     inputs, outputs, size, k, stride, expansion = block
     c, r, pad = inputs * expansion, max(1, inputs // 4), [k // 2] * 4
     x, w = meta(n, c, size, size, dtype=dtype), meta(c, 1, k, k)
@@ -61,7 +64,7 @@ def block_step(n: int, block: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def ends_step(n: int, model: int, size: int, dtype: torch.dtype) -> None:
-    """The stem's BatchNorm with Swish, the head's with the spatial mean, and Swish alone."""
+    """Launch all kernels outside the blocks: the stem's BatchNorm with Swish, the head's with the mean, Swish alone."""
     variant = scaling.VARIANTS[f"efficientnet-b{model}"]
     stem, head = (scaling.round_channels(base, variant.width) for base in (32, scaling.HEAD_CHANNELS))
     x, affine = meta(n, stem, size // 2, size // 2, dtype=dtype), (meta(stem), meta(stem))
@@ -82,7 +85,7 @@ def record(function, *args) -> list[tuple]:
 
 
 def source(kernel, args, constants) -> tuple[ASTSource, dict]:
-    """What Triton's runtime would make of a launch: types, constants, divisibility by 16, and integers that are 1."""
+    """Specialise a launch as Triton's runtime does: types, constants, divisibility by 16, integers equal to 1."""
     constants = dict(constants)
     options = {"num_warps": constants.pop("num_warps")}
     signature, values, hints = {}, {}, {}
@@ -104,27 +107,30 @@ def source(kernel, args, constants) -> tuple[ASTSource, dict]:
 
 
 def innermost_loops(listing: str) -> list[list[str]]:
-    """Instructions of each loop that contains no other, in the text that nvdisasm prints."""
-    places, jumps, instructions = {}, [], []
+    """Instructions of each loop without an inner loop, from nvdisasm's output."""
+    labels, jumps, instructions = {}, [], []
     for line in listing.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
-            places[label[1]] = len(instructions)
+            labels[label[1]] = len(instructions)
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s*(.*)", line):
             if jump := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line):
                 jumps.append((len(instructions), jump[1]))
             instructions.append(instruction[1])
-    loops = {(places[target], at) for at, target in jumps if places.get(target, len(instructions)) < at}
+    loops = {(labels[target], end) for end, target in jumps if labels.get(target, len(instructions)) < end}
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return [instructions[begin : end + 1] for begin, end in sorted(inner)]
+    return [instructions[start : end + 1] for start, end in sorted(inner)]
 
 
 def longest_loop(listing: str) -> int:
-    """Instructions of the longest innermost loop; 0 without a loop."""
+    """Number of instructions in the longest innermost loop; 0 without a loop."""
     return max(map(len, innermost_loops(listing)), default=0)
 
 
 def late_loads(listing: str) -> int:
-    """Global loads that come after a global store in an innermost loop: they wait for the turn's computation."""
+    """Number of global loads after a global store in an innermost loop.
+
+    A load cannot move above a store that it may alias, so it waits for the computation of the whole iteration.
+    """
     late = 0
     for loop in innermost_loops(listing):
         stores = [i for i, line in enumerate(loop) if re.search(r"\bSTG\b", line)]
@@ -133,14 +139,14 @@ def late_loads(listing: str) -> int:
 
 
 def values_a_turn(constants: dict) -> float:
-    """Values of the map that a thread goes through in one turn of a kernel's loop; of y for the depthwise forward."""
+    """Values of the map that a thread processes in one loop iteration: of y in the depthwise forward kernel."""
     rows = constants.get("BLOCK_M", constants.get("BLOCK_P", 0))
     columns = constants.get("STRIP", 1) * (1 if "MOMENTS" in constants else constants.get("STRIDE", 1))
     return rows * constants.get("BLOCK_C", 0) / (32 * constants["num_warps"]) * columns
 
 
 def resources(kernel, args, constants, arch: int) -> dict:
-    """Registers, spilled bytes, shared memory, instructions in all and in the longest loop, bytes a global access."""
+    """Compile a launch; return registers, spilled and shared bytes, instruction counts, access widths in bytes."""
     src, options = source(kernel, args, constants)
     compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -150,13 +156,13 @@ def resources(kernel, args, constants, arch: int) -> dict:
             subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
             for tool, flags in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
         )
-    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     accesses = re.findall(r"\b(ld|st)\.global(?:\.[a-z]\w*(?:::\w+)?)*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     widths = Counter(f"{op}{int(vector or 1) * int(bits) // 8}" for op, vector, bits in accesses)
     instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", listing, re.MULTILINE))
     return {
-        "registers": used["REG"],
-        "spilled": used["STACK"] + used["LOCAL"],
+        "registers": sizes["REG"],
+        "spilled": sizes["STACK"] + sizes["LOCAL"],
         "shared": compiled.metadata.shared,
         "instructions": instructions,
         "loop": longest_loop(listing),
@@ -166,7 +172,10 @@ def resources(kernel, args, constants, arch: int) -> dict:
 
 
 def main(arch: int, dtype: torch.dtype, models: list[int]) -> None:
-    """Print what each distinct launch of the models needs, at their own sizes and at 32 px; of two blocks if none."""
+    """Print the resources of each distinct launch of the models, at their own image sizes and at 32 px.
+
+    Without models: of two blocks of B0 at 32 px.
+    """
     if not models:
         launches = [call for block in blocks(0, 32, 8)[2:5:2] for call in record(block_step, 512, block, dtype)]
     else:
@@ -176,15 +185,15 @@ def main(arch: int, dtype: torch.dtype, models: list[int]) -> None:
             launches += record(block_step, 128, block, dtype)
         for block in blocks(model, 32, 8):
             launches += record(block_step, 512, block, dtype)
-    done = set()
+    compiled = set()
     for kernel, _, args, constants in launches:
         src, options = source(kernel, args, constants)
-        if (key := src.hash() + str(options)) in done:
+        if (key := src.hash() + str(options)) in compiled:
             continue
-        done.add(key)
+        compiled.add(key)
         types = [str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)]
-        about = {"kernel": kernel.__name__, "arch": arch, "type": types[0], "constants": constants}
-        print(json.dumps(about | resources(kernel, args, constants, arch)), flush=True)
+        header = {"kernel": kernel.__name__, "arch": arch, "type": types[0], "constants": constants}
+        print(json.dumps(header | resources(kernel, args, constants, arch)), flush=True)
 
 
 if __name__ == "__main__":

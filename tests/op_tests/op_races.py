@@ -1,7 +1,7 @@
 """Find races: run a launch's programs in random order in Triton's interpreter and compare the addresses they touch.
 
-A GPU runs the programs of a launch in any order, the interpreter in a fixed one, which hides a dependence among them.
-Two programs race where both store to one address, or where one loads what the other stores.
+A GPU runs the programs of a launch in any order. The interpreter's fixed order would hide a dependence between them.
+Two programs race if both store to one address, or if one loads an address that the other stores to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 @dataclass
 class _Accesses:
-    """Addresses of one launch, and the program that touched each."""
+    """Addresses that one launch loads or stores, with the program of each access."""
 
     addresses: list[np.ndarray] = field(default_factory=list)
     programs: list[np.ndarray] = field(default_factory=list)
@@ -36,23 +36,23 @@ class _Accesses:
 
 
 def _races(loads: _Accesses, stores: _Accesses) -> list[str]:
-    """What went wrong in a launch, in words; empty without a race."""
-    stored, by = stores.sorted()
+    """Describe the races of a launch; an empty list if there are none."""
+    stored, writer = stores.sorted()
     races = []
-    if ((stored[1:] == stored[:-1]) & (by[1:] != by[:-1])).any():
+    if ((stored[1:] == stored[:-1]) & (writer[1:] != writer[:-1])).any():
         races.append("two programs store to one address")
     if stored.size:
         loaded, reader = loads.sorted()
         first = np.minimum(np.searchsorted(stored, loaded), stored.size - 1)
         last = np.maximum(np.searchsorted(stored, loaded, side="right") - 1, 0)
-        if ((stored[first] == loaded) & ((by[first] != reader) | (by[last] != reader))).any():
+        if ((stored[first] == loaded) & ((writer[first] != reader) | (writer[last] != reader))).any():
             races.append("a program loads what another one stores")
     return races
 
 
 @contextmanager
 def shuffled_programs(seed: int) -> Iterator[list[str]]:
-    """Inside the block, launches run their programs in random order; the list fills with the races found."""
+    """Run the programs of every launch inside the block in random order; yields a list that collects their races."""
     random, races = np.random.default_rng(seed), []
     loads, stores = _Accesses(), _Accesses()
     order, grid, program = np.empty(0, int), (0, 0, 0), 0

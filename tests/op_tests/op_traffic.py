@@ -1,10 +1,10 @@
 """Count the bytes that a training step of an MBConv block moves: `python op_traffic.py` prints the tables.
 
-Triton's interpreter makes each load and store in one place, where they are recorded. A program's accesses count as
-distinct 32-byte sectors, since the chip moves whole sectors and a program's second touch comes from cache. Sectors
-that several programs touch (the halo of a convolution, a layer's vectors) count once as traffic and, apart, as
-re-reads, which the second-level cache mostly serves. What PyTorch itself does between the kernels is counted by its
-tensors' sizes. The 1x1 convolutions around the op belong to the library: each reads and writes its operands once.
+Records every load and store in Triton's interpreter. A program's accesses count as distinct 32-byte sectors: a GPU
+moves whole sectors, and a repeated access by the same program hits the cache. A sector that several programs access
+(the halo of a convolution, a layer's vectors) counts once as traffic; the further accesses are listed separately, since
+the L2 cache serves most of them. PyTorch operators between the kernels count by the sizes of their tensors. The 1x1
+convolutions around the op are library calls and count as each operand read or written once.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from triton.runtime.interpreter import InterpreterBuilder
 from effnet_kernels import batch_norm, launch, mbconv
 
 SECTOR = 32
-BATCH = 512  # whose share of work per program the audit keeps at its own small batch
+BATCH = 512  # small batches run on fewer processors, so that a program does as much work as at this batch size
 
 
 @dataclass
 class Traffic:
-    """Bytes by kernel: `once`, every sector once a launch; `again`, what further programs touch of the same."""
+    """Bytes by kernel. `once` counts each sector once per launch; `again` counts accesses by further programs."""
 
     once: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     again: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -41,7 +41,7 @@ class Traffic:
 
 
 class _TorchOps(TorchDispatchMode):
-    """Counts inputs and outputs of what is no view and no allocation."""
+    """Counts the inputs and outputs of PyTorch operators, except views and allocations."""
 
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _TorchOps(TorchDispatchMode):
 
 @contextmanager
 def recorded(batch: int):
-    """Traffic of the launches inside, each program with the share of work that it has at batch 512."""
+    """Yield the `Traffic` of the launches inside the block; a program does as much work as at batch size `BATCH`."""
     traffic = Traffic()
     sectors: dict[str, list[np.ndarray]] = {"load": [], "store": []}
     programs: list[tuple] = []
@@ -67,16 +67,16 @@ def recorded(batch: int):
         n: getattr(InterpreterBuilder, n) for n in ("create_masked_load", "create_masked_store", "set_grid_idx")
     }
 
-    def note(kind, ptrs, mask):
+    def record(kind, ptrs, mask):
         addresses = np.asarray(ptrs.data)[np.asarray(mask.data, dtype=bool)]
         sectors[kind].append(np.unique(addresses // SECTOR))
 
     def load(self, ptrs, mask, *rest):
-        note("load", ptrs, mask)
+        record("load", ptrs, mask)
         return originals["create_masked_load"](self, ptrs, mask, *rest)
 
     def store(self, ptrs, value, mask, *rest):
-        note("store", ptrs, mask)
+        record("store", ptrs, mask)
         return originals["create_masked_store"](self, ptrs, value, mask, *rest)
 
     def close_program():
@@ -85,7 +85,7 @@ def recorded(batch: int):
                 programs.append((kind, np.unique(np.concatenate(touched))))
                 touched.clear()
 
-    def begin(self, *index):
+    def start_program(self, *index):
         close_program()
         return originals["set_grid_idx"](self, *index)
 
@@ -105,7 +105,7 @@ def recorded(batch: int):
     torch_ops = _TorchOps(traffic)
     processors = launch.PROCESSORS
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
-    InterpreterBuilder.set_grid_idx = begin
+    InterpreterBuilder.set_grid_idx = start_program
     launch.PROCESSORS = max(processors * batch // BATCH, 1)
     try:
         with launch.launches_go_to(counted_launch), torch_ops:
@@ -118,7 +118,14 @@ def recorded(batch: int):
 
 @dataclass(frozen=True)
 class BlockTraffic:
-    """Bytes of one training step of a block. e, d: one pass before and after the depthwise convolution."""
+    """Bytes of one training step of a block.
+
+    Attributes:
+        e, d: one pass over the map before and after the depthwise convolution.
+        narrow: all passes over the block's input and output, including the 1x1 convolutions'.
+        kernels: what the Triton kernels and the PyTorch operators between them move.
+        library: what the two 1x1 convolutions move.
+    """
 
     e: int
     d: int
@@ -131,12 +138,12 @@ class BlockTraffic:
         return self.kernels.total + self.library
 
     def plan(self, e_passes: int, d_passes: int) -> int:
-        """A plan in passes over E and D, with the same passes over the block's narrow input and output."""
+        """Bytes of so many passes over E and D, plus the block's passes over its input and output."""
         return e_passes * self.e + d_passes * self.d + self.narrow
 
 
 def block_traffic(batch: int, block: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> BlockTraffic:
-    """Run mbconv and the projection's BatchNorm, forward and backward, on a block as `op_launches.blocks` lists it."""
+    """Run mbconv and the projection's BatchNorm, forward and backward, on a block from `op_launches.blocks`."""
     inputs, outputs, size, k, stride, expansion = block
     assert expansion > 1
     c, r, pad = inputs * expansion, max(1, inputs // 4), [k // 2] * 4
@@ -169,7 +176,7 @@ def block_traffic(batch: int, block: tuple[int, ...], dtype: torch.dtype = torch
 
 
 def report(batch: int, block: tuple[int, ...]) -> str:
-    """A Markdown table: bytes of each kernel, in passes over D, and the whole block beside the three plans."""
+    """A Markdown table: MB of each kernel, and of the whole block beside three plans."""
     t = block_traffic(batch, block)
     lines = ["| kernel | MB | touched again, MB |", "|---|---|---|"]
     for name in t.kernels.once:
@@ -185,6 +192,6 @@ def report(batch: int, block: tuple[int, ...]) -> str:
 if __name__ == "__main__":
     from op_launches import blocks
 
-    for chosen in (blocks(0, 32, 8)[i] for i in (2, 3, 4, 6)):
-        batch = 2 * max(256 // chosen[2] ** 2, 1)  # so that the weights, read once a step, do not outweigh the maps
-        print(f"\nB0 at 32 px, output stride 8, block {chosen}, batch {batch}\n\n{report(batch, chosen)}")
+    for block in (blocks(0, 32, 8)[i] for i in (2, 3, 4, 6)):
+        batch = 2 * max(256 // block[2] ** 2, 1)  # large enough that the maps outweigh the weights
+        print(f"\nB0 at 32 px, output stride 8, block {block}, batch {batch}\n\n{report(batch, block)}")

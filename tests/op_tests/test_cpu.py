@@ -1,4 +1,4 @@
-"""The C++ ops on the CPU against the references in float64; threads, evaluation, autocast, compiling, ranks."""
+"""Compares the C++ ops with the float64 references; threads, evaluation, autocast, torch.compile, ranks, builds."""
 
 import os
 import subprocess
@@ -37,13 +37,14 @@ BLOCKS = [
 
 @pytest.fixture(autouse=True)
 def cpp(monkeypatch):
-    """CPU tensors go to C++ rather than to Triton's interpreter."""
+    """Run CPU tensors on the C++ ops instead of Triton's interpreter."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
     if build.library() is None:
         pytest.skip("there is no C++ compiler")
 
 
 def has_two_values(op, case):
+    """False if the op starts with a BatchNorm over one value per channel, which training refuses."""
     one = op.shapes(case)[:1] == op.shapes(case)[1:2] and case.n * case.h * case.w < 2
     return not one
 
@@ -79,22 +80,22 @@ def block_step(settings, kernels, dtype=torch.float32, threads=1, drop_path=0.0)
 
 @pytest.mark.parametrize("settings", BLOCKS, ids=str)
 def test_block_against_float64(settings):
-    ours, theirs = (block_step(settings, kernels) for kernels in ("cpp", "torch"))
+    actual, baseline = (block_step(settings, kernels) for kernels in ("cpp", "torch"))
     exact = block_step(settings, "torch", torch.float64)
     for name, value in exact.items():
-        if value.abs().max() < 1e-7:  # what a BatchNorm takes out again: only rounding is left
+        if value.abs().max() < 1e-7:  # truly 0, as a BatchNorm cancels it: only rounding is left
             continue
-        # Where sums cancel, PyTorch's own operators set the limit.
-        limit = max(2e-5, 3 * relative_rms(theirs[name], value))
-        assert relative_rms(ours[name], value) <= limit, (name, relative_rms(ours[name], value))
+        # PyTorch's operators set the limit where terms of a sum cancel.
+        limit = max(2e-5, 3 * relative_rms(baseline[name], value))
+        assert relative_rms(actual[name], value) <= limit, (name, relative_rms(actual[name], value))
 
 
 def test_block_drops_the_same_samples():
-    ours, theirs = (block_step(BLOCKS[1], kernels, drop_path=0.5) for kernels in ("cpp", "torch"))
-    dropped = [n for n, y in enumerate(theirs["y"]) if (theirs["x"][n] == 0).all()]
-    assert relative_rms(ours["y"], theirs["y"]) <= 1e-5
-    assert relative_rms(ours["x"], theirs["x"]) <= 1e-4
-    assert dropped == [n for n, y in enumerate(ours["y"]) if (ours["x"][n] == 0).all()]
+    actual, baseline = (block_step(BLOCKS[1], kernels, drop_path=0.5) for kernels in ("cpp", "torch"))
+    dropped = [n for n, y in enumerate(baseline["y"]) if (baseline["x"][n] == 0).all()]
+    assert relative_rms(actual["y"], baseline["y"]) <= 1e-5
+    assert relative_rms(actual["x"], baseline["x"]) <= 1e-4
+    assert dropped == [n for n, y in enumerate(actual["y"]) if (actual["x"][n] == 0).all()]
 
 
 @pytest.mark.parametrize("settings", BLOCKS, ids=str)
@@ -126,11 +127,11 @@ def test_same_bits_with_two_threads_and_other_layouts(name, dtype):
 def test_mean_of_a_thousand_deviations(name):
     inputs = make_inputs(OPS[name], CASE, torch.float32, mean=1000.0)
     got, dy = run(OPS[name], CASE, inputs.fresh(), "cpp")
-    theirs, _ = run(OPS[name], CASE, inputs.fresh(), "torch", dy)
+    baseline, _ = run(OPS[name], CASE, inputs.fresh(), "torch", dy)
     want, _ = run(OPS[name], CASE, inputs.double(), "torch", dy)
     for key, value in want.items():
-        ours = relative_rms(got[key], value)
-        assert ours <= max(1e-3 if key != "dx" else 0.0, 2 * relative_rms(theirs[key], value)), (key, ours)
+        error = relative_rms(got[key], value)
+        assert error <= max(1e-3 if key != "dx" else 0.0, 2 * relative_rms(baseline[key], value)), (key, error)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,7 +145,7 @@ def test_nan_in_gives_nan_out(name):
 
 @pytest.mark.parametrize("value", [-1e4, -200.0, -88.0, -20.0, 0.0, 20.0, 200.0, 1e4])
 def test_swish_of_large_values(value):
-    """Evaluation with statistics that change nothing but the scale."""
+    """BatchNorm in evaluation with mean 0, rstd 1, gamma 1 and beta 0, so that only Swish remains."""
     bn = (torch.tensor([[0.0], [1.0], [1.0], [1.0]]).expand(4, 16).contiguous(), torch.ones(16), torch.zeros(16))
     x = torch.full((1, 16, 2, 2), value).contiguous(memory_format=torch.channels_last)
     y = build.library().normalize(x, *bn, None, None, True)
@@ -183,8 +184,8 @@ def test_a_step_of_a_narrow_model(padding):
 
 def test_a_step_under_autocast():
     models, x = [narrow(kernels) for kernels in ("cpp", "torch", "torch")], images(8)
-    ours, theirs = (step(model, x, torch.bfloat16) for model in models[:2])
-    assert_as_good(ours, theirs, step(models[2].double(), x), least=8)
+    actual, baseline = (step(model, x, torch.bfloat16) for model in models[:2])
+    assert_as_good(actual, baseline, step(models[2].double(), x), least=8)
     assert all(p.grad.dtype == torch.float32 for p in models[0].parameters())
 
 
@@ -205,7 +206,7 @@ def test_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize("expand", [1, 6])
 def test_opcheck_of_the_block(expand):
-    torch.use_deterministic_algorithms(False)  # opcheck compares empty tensors of fakes too
+    torch.use_deterministic_algorithms(False)  # opcheck also compares torch.empty of fakes: no NaN there
     c = 4 * expand
 
     def leaf(*shape):
@@ -286,9 +287,9 @@ print(launch.use_kernels("auto", x))
 
 def run_without(tmp_path, compiler):
     environment = os.environ | {"CXX": compiler, "TORCH_EXTENSIONS_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
-    return [line for line in done.stderr.splitlines() if line.startswith("effnet_kernels")]
+    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
+    return [line for line in result.stderr.splitlines() if line.startswith("effnet_kernels")]
 
 
 def test_without_a_compiler_one_line_says_so(tmp_path):
@@ -335,17 +336,17 @@ print("clean")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_under_sanitizers(tmp_path):
-    """AddressSanitizer and UndefinedBehaviorSanitizer find nothing on the odd shapes."""
+    """AddressSanitizer and UndefinedBehaviorSanitizer report nothing on the odd shapes."""
     paths = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
              for name in ("libasan.so", "libubsan.so")]  # fmt: skip
     environment = os.environ | {
         "EFFNET_KERNELS_CXXFLAGS": SANITIZERS,
         "LD_PRELOAD": ":".join(path.strip() for path in paths),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
         "TORCH_EXTENSIONS_DIR": str(tmp_path),
         "TRITON_INTERPRET": "0",
     }
     folder = Path(__file__).parent
     command = [sys.executable, "-c", SANITIZED, str(folder), str(folder.parent / "shared")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "clean\n", done.stderr[-4000:]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout == "clean\n", result.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""Every op at every layer of B0 to B7, at its own size, against float64: on a GPU, where that takes minutes."""
+"""Compares every op with float64 on every layer of B0 to B7; runs only on a GPU, where it takes minutes."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from marks import on_gpu
 
 def layers(model: int) -> list[Case]:
     """Every distinct depthwise layer of a model, at its own resolution and at 32 px with output stride 8."""
-    found = [*blocks(model), *blocks(model, 32, 8)]
-    return list(dict.fromkeys(Case(2, c * expand, size, size, k, stride) for c, _, size, k, stride, expand in found))
+    shapes = [*blocks(model), *blocks(model, 32, 8)]
+    return list(dict.fromkeys(Case(2, c * expand, size, size, k, stride) for c, _, size, k, stride, expand in shapes))
 
 
 def test_the_layers_of_b0():

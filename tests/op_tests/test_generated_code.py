@@ -1,4 +1,4 @@
-"""The CUDA code that Inductor generates around the ops: it must not copy, cast or re-lay a map (pytorch #189239)."""
+"""Inductor's code around the ops must not copy or cast a map, or change its layout (pytorch #189239)."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from effnet_fast.model.network import batch_norms
 SCRIPT = Path(__file__).with_name("generated_code.py")
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="stands in for CUDA where torch is built without it")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="replaces CUDA queries of a CPU build of PyTorch")
 @pytest.mark.parametrize(
     ("name", "image_size", "output_stride"),
     [("efficientnet_b0", 32, 8), pytest.param("efficientnet_b1", 224, 32, marks=pytest.mark.slow)],
@@ -26,20 +26,20 @@ def test_nothing_is_written_between_the_ops(name, image_size, output_stride):
     blocks = [m for m in model.modules() if isinstance(m, MBConv)]
     residuals = sum(block.residual for block in blocks)
     command = [sys.executable, str(SCRIPT), name, str(image_size), str(output_stride)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    forward, backward = (Counter(name for name, _ in found[way]["inductor"]) for way in ("forward", "backward"))
-    calls = {op.rpartition(".")[2]: count for way in found.values() for op, count in way["extern"].items()}
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    counts = json.loads(process.stdout)
+    forward, backward = (Counter(name for name, _ in counts[part]["inductor"]) for part in ("forward", "backward"))
+    calls = {op.rpartition(".")[2]: count for part in counts.values() for op, count in part["extern"].items()}
     assert calls["mbconv"] == calls["mbconv_backward"] == len(blocks)
     assert calls["convolution"] == calls["convolution_backward"]
 
-    # The casts are of weights and of the images alone: one for each convolution, three more for classifier and images.
+    # Forward casts only weights and images: one weight per convolution, and three for the classifier and the images.
     casts = "triton_poi_fused__to_copy"
     assert forward == {casts: calls["convolution"] + 3, "triton_for_fused": len(batch_norms(model))}
     weights = sum(p.numel() for p in model.parameters())
-    assert sum(size for kernel, size in found["forward"]["inductor"] if kernel == casts) < weights
-    # Back: each weight's gradient in float32, and where a residual leaves, the sum of two gradients.
+    assert sum(size for kernel, size in counts["forward"]["inductor"] if kernel == casts) < weights
+    # Backward casts each weight's gradient to float32, and adds the two gradients of each residual block's input.
     assert backward.pop(casts) == calls["convolution"] + 1
     sums = {kernel: count for kernel, count in backward.items() if kernel.startswith("triton_poi_fused_add")}
     assert sum(sums.values()) == residuals

@@ -1,4 +1,4 @@
-"""What the compiler makes of every launch that the heuristics choose, for sm_80 and sm_90, without a GPU."""
+"""Compiles every launch that the heuristics choose for sm_80 and sm_90, and checks its resources. Needs no GPU."""
 
 import functools
 import json
@@ -16,8 +16,9 @@ from effnet_kernels.launch import row_launch, row_launch_space
 from effnet_kernels.se_gate import image_launch, image_launch_space
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-# Instructions a value in the loop, of the kernels with most to do: (kernel, k or None). An H100 issues about 35 in the
-# time of 4 bytes, which is what a pass that reads and writes bf16 moves a value, and 18 in that of one that only reads.
+# Limits on the loop's instructions per value, by (kernel, k or None), for the kernels with most arithmetic. An H100
+# issues about 35 instructions while memory moves 4 bytes, the traffic per value of a pass that reads and writes bf16;
+# 18 for a pass that only reads.
 INSTRUCTIONS = {
     ("_forward_kernel", 3): 36,
     ("_forward_kernel", 5): 55,
@@ -43,10 +44,10 @@ def compile_all(arch: int, dtype: str, models: range) -> list[dict]:
 def check(row: dict) -> None:
     constants = row["constants"]
     assert row["spilled"] == 0, row
-    assert row["late_loads"] == 0, row  # a load that may alias an earlier store cannot move above it
+    assert row["late_loads"] == 0, row  # a load cannot move above a store that it may alias
     assert row["shared"] <= SHARED_LIMIT[row["arch"]], row
-    # 16 bytes a thread wherever the channels and the share of a thread in the tile allow; the depthwise convolution
-    # has one or two channels to a thread, since a thread needs all taps of each.
+    # Accesses are 16 bytes wide if the number of channels and a thread's share of the tile allow. The depthwise
+    # convolution is exempt: a thread holds all taps of its one or two channels.
     rows = constants.get("BLOCK_M", constants.get("BLOCK_P"))
     if row["kernel"].startswith("_silu"):
         assert set(row["widths"]) == {"ld16", "st16"}, row
@@ -75,15 +76,15 @@ def test_no_spills_and_wide_accesses(arch, dtype, models):
 
 
 def test_instructions_a_value():
-    """At stride 1, 32 px and 16 px, in bf16 for an H100."""
-    met = set()
+    """Two blocks of B0 at 32 px, in bf16 for an H100."""
+    checked = set()
     for row in compile_all(90, "bfloat16", range(0)):
         constants = row["constants"]
         key = (row["kernel"], constants.get("K"))
         if key in INSTRUCTIONS:
-            met.add(key)
+            checked.add(key)
             assert row["loop"] / values_a_turn(constants) <= INSTRUCTIONS[key], row
-    assert met == set(INSTRUCTIONS)
+    assert checked == set(INSTRUCTIONS)
 
 
 def test_the_longest_loop_is_the_innermost():
@@ -115,7 +116,7 @@ def test_late_loads_are_those_after_a_store():
 
 
 def test_blocks_of_b0():
-    """The shapes that are compiled are the model's: five strides at 224 px, three at 32 px with output stride 8."""
+    """First and last block, and a map size: five strides of 2 at 224 px, three at 32 px with output stride 8."""
     at_224, at_32 = blocks(0), blocks(0, 32, 8)
     assert at_224[0] == (32, 16, 112, 3, 1, 1)
     assert at_224[-1] == (192, 320, 7, 3, 1, 6)

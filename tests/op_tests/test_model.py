@@ -1,4 +1,4 @@
-"""The model on Triton against the model on PyTorch: one training step of a whole EfficientNet, and its export."""
+"""Compares a training step of a whole EfficientNet on Triton with PyTorch's operators; compiles and exports it."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from effnet_fast.model import Architecture, EfficientNet, create_model
 
 
 def narrow(kernels: str, **settings) -> EfficientNet:
-    """Seven blocks of at most 80 channels, which end on a map of 4 x 4 for an input of 16 x 16."""
+    """An EfficientNet of seven blocks with at most 80 channels; its last map is 4 x 4 for a 16 x 16 image."""
     torch.manual_seed(0)
     settings = {"width": 0.25, "depth": 0.3, "drop_path": 0.0, "dropout": 0.0, "output_stride": 4} | settings
     return EfficientNet(Architecture(**settings), kernels).to(DEVICE)
@@ -25,20 +25,24 @@ def step(model: EfficientNet, x: torch.Tensor, autocast: torch.dtype | None = No
     return {"logits": logits.detach()} | gradients | dict(model.named_buffers())
 
 
-def assert_as_good(ours: dict, theirs: dict, exact: dict, least: int = 1) -> None:
-    """Triton is no further from float64 than three times what PyTorch's own operators are, tensor by tensor.
+def assert_as_good(actual: dict, baseline: dict, exact: dict, least: int = 1) -> None:
+    """Check that no tensor of `actual` has more than three times the relative RMS error of `baseline`.
 
-    `least`: tensors of fewer values are passed over, whose error is chance.
+    Args:
+        actual: results of the kernels, by name.
+        baseline: results of PyTorch's operators in the same dtype.
+        exact: results of PyTorch's operators in float64.
+        least: tensors with fewer values are skipped, since their error varies too much.
     """
-    assert ours.keys() == theirs.keys()
+    assert actual.keys() == baseline.keys()
     for name, value in exact.items():
         if value.numel() < least:
             continue
-        if value.abs().max() < 1e-9:  # a later BatchNorm removes it; only rounding remains
-            assert ours[name].abs().max() < 1e-3, name
+        if value.abs().max() < 1e-9:  # truly 0, as a later BatchNorm cancels it: only rounding is left
+            assert actual[name].abs().max() < 1e-3, name
             continue
-        limit = 3 * relative_rms(theirs[name], value) + 1e-6
-        assert relative_rms(ours[name], value) <= limit, name
+        limit = 3 * relative_rms(baseline[name], value) + 1e-6
+        assert relative_rms(actual[name], value) <= limit, name
 
 
 def images(n: int) -> torch.Tensor:
@@ -65,8 +69,8 @@ def test_a_step_of_b0():
 @pytest.mark.slow
 def test_a_step_under_autocast():
     models, x = [narrow(kernels) for kernels in ("triton", "torch", "torch")], images(8)
-    ours, theirs = (step(model, x, torch.bfloat16) for model in models[:2])
-    assert_as_good(ours, theirs, step(models[2].double(), x), least=8)
+    actual, baseline = (step(model, x, torch.bfloat16) for model in models[:2])
+    assert_as_good(actual, baseline, step(models[2].double(), x), least=8)
     assert all(p.grad.dtype == torch.float32 for p in models[0].parameters())
 
 

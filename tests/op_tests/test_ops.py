@@ -1,4 +1,4 @@
-"""Every op on Triton against its reference in float64: outputs, all gradients, running statistics."""
+"""Compares every op on Triton with its float64 reference: outputs, all gradients, running statistics."""
 
 import pytest
 import torch
@@ -23,12 +23,12 @@ WITH_NORM = [op for op in OPS.values() if op.norms]
 
 
 def _table():
-    """The quick cases turn through the types; the whole table has all types on odd sizes, and turns on B0's."""
+    """All (op, case, dtype). Odd sizes get every dtype, B0's one in rotation. Quick: `QUICK_CASES`, one dtype each."""
     types = list(TOLERANCE)
     for i, (name, op) in enumerate(OPS.items()):
         for j, case in enumerate(CASES):
             if op.shapes(case)[:1] == op.shapes(case)[1:2] and case.n * case.h * case.w < 2:
-                continue  # no BatchNorm over one value
+                continue  # BatchNorm needs more than one value per channel
             for k, dtype in enumerate(types):
                 turn = (i + j) % 3 == k
                 if not turn and case not in ODD_CASES:
@@ -45,7 +45,7 @@ def test_against_float64(name, case, dtype):
 
 @pytest.mark.parametrize("name", OPS)
 def test_layouts_and_twice_the_same_bits(name):
-    """Channels-first and strided inputs give the bits of a channels-last one, and so does a second run."""
+    """Channels-first and strided inputs, and a second run, give the same bits as channels-last input."""
     op = OPS[name]
     inputs = make_inputs(op, CASE, torch.float32)
     wide = torch.zeros(*inputs.x.shape[:3], 2 * CASE.w, device=DEVICE)[..., ::2]
@@ -61,7 +61,7 @@ def test_layouts_and_twice_the_same_bits(name):
 
 @pytest.mark.parametrize("op", WITH_NORM, ids=lambda op: op.name)
 def test_zeros(op):
-    """A constant input has no variance: compared absolutely."""
+    """A constant input has no variance; errors are absolute, since many results are 0."""
     inputs = make_inputs(op, CASE, torch.float32)
     inputs.x.zero_()
     got, dy = run(op, CASE, inputs.fresh(), "triton")
@@ -72,15 +72,18 @@ def test_zeros(op):
 
 @pytest.mark.parametrize("name", ["bn_silu", "bn_residual", "bn_silu_squeeze", "se_gate", "mbconv"])
 def test_mean_of_a_thousand_deviations(name):
-    """Statistics without cancellation: within 1e-3 in float32, and no worse than twice torch's batch_norm."""
+    """A mean of 1000 standard deviations costs no accuracy: error at most 1e-3, or twice that of torch's batch_norm.
+
+    dx is compared with torch's only.
+    """
     op = OPS[name]
     inputs = make_inputs(op, CASE, torch.float32, mean=1000.0)
     got, dy = run(op, CASE, inputs.fresh(), "triton")
-    theirs, _ = run(op, CASE, inputs.fresh(), "torch", dy)
+    baseline, _ = run(op, CASE, inputs.fresh(), "torch", dy)
     want, _ = run(op, CASE, inputs.double(), "torch", dy)
     for key, value in want.items():
-        ours = relative_rms(got[key], value)
-        assert ours <= max(1e-3 if key != "dx" else 0.0, 2 * relative_rms(theirs[key], value)), (key, ours)
+        error = relative_rms(got[key], value)
+        assert error <= max(1e-3 if key != "dx" else 0.0, 2 * relative_rms(baseline[key], value)), (key, error)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -91,7 +94,7 @@ def test_nan_in_gives_nan_out(name):
     got, _ = run(op, CASE, inputs, "triton")
     channel = got["y"].select(1, 3)
     assert channel.isnan().any()
-    linear = name == "depthwise_conv"  # its dx does not depend on x, but its dw does
+    linear = name == "depthwise_conv"  # only its dw depends on x
     assert (got["dparameter0"][3] if linear else got["dx"].select(1, 3)).isnan().any()
     if op.norms == 1 and name.startswith("bn"):
         assert channel.isnan().all()
@@ -109,7 +112,7 @@ def test_one_value_per_channel_is_refused(op, kernels):
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_low_precision_parameters(name, dtype):
-    """A model wholly in 16 bits: parameters and buffers too; gradients come in the parameters' type."""
+    """Parameters in 16 bits too: their gradients have the parameters' dtype, the buffers stay float32."""
     op = OPS[name]
     inputs = make_inputs(op, CASE, dtype)
     inputs.parameters = [p.to(dtype) for p in inputs.parameters]
@@ -137,7 +140,7 @@ def test_evaluation_uses_running_statistics(name, monkeypatch):
         want = op.run(double.x, double.parameters, double.buffers, CASE, "torch")
     assert relative_rms(got, want) <= TOLERANCE[torch.float32]
     assert all(torch.equal(a, b) for a, b in zip(inputs.buffers, before.buffers, strict=True))
-    with_grad, _ = run(op, CASE, inputs, "triton")  # by the reference
+    with_grad, _ = run(op, CASE, inputs, "triton")  # runs the reference
     assert relative_rms(with_grad["y"], want) <= TOLERANCE[torch.float32]
     assert with_grad["dx"].isfinite().all()
 

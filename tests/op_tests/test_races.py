@@ -1,4 +1,4 @@
-"""No two programs of a launch touch the same memory, for every op; and the check finds those that do."""
+"""The programs of every op's launches do not race; and the race check itself detects races."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CASES = [Case(2, 24, 9, 7, 3, 1), Case(3, 40, 8, 8, 5, 2)]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("name", OPS)
 def test_no_races(name, dtype):
-    """In a random order, programs give the results of the reference and share no address."""
+    """Programs in random order give the reference's results and do not race."""
     cases = CASES if dtype == torch.bfloat16 else CASES[:1]
     for seed, case in enumerate(cases):
         with shuffled_programs(seed) as races:
@@ -50,7 +50,7 @@ def test_finds_races(seed):
         _shift[(2,)](x, y, DISTANCE=0, BLOCK=16)
     assert not races
     with shuffled_programs(seed) as races:
-        _shift[(2,)](x, x, DISTANCE=0, BLOCK=16)  # each program loads only what it stores itself
+        _shift[(2,)](x, x, DISTANCE=0, BLOCK=16)  # a program may load what it stores itself
     assert not races
     with shuffled_programs(seed) as races:
         _shift[(2,)](x, x, DISTANCE=1, BLOCK=16)

@@ -1,4 +1,4 @@
-"""How the ops meet torch: opcheck, torch.compile, autocast, ranks; and how they fail and are turned off."""
+"""The ops with opcheck, torch.compile, autocast and several ranks; their error messages and the choice of path."""
 
 import dataclasses
 import os
@@ -44,7 +44,7 @@ def _opcheck_calls():
 
 @pytest.mark.parametrize("name", _opcheck_calls())
 def test_opcheck(name):
-    torch.use_deterministic_algorithms(False)  # opcheck compares empty tensors of fakes too
+    torch.use_deterministic_algorithms(False)  # opcheck also compares torch.empty of fakes: no NaN there
     op, args = _opcheck_calls()[name]
     assert set(torch.library.opcheck(op.default, args).values()) == {"SUCCESS"}
 
@@ -73,7 +73,7 @@ def test_compiles_without_a_graph_break(name, kernels):
 
 @pytest.mark.parametrize("name", ["bn_silu", "bn_residual", "se_gate", "mbconv"])
 def test_autocast_meets_float32_weights(name):
-    """A bf16 activation with float32 weights and buffers, inside autocast, forward and backward."""
+    """Autocast gives an op a bf16 map with float32 parameters and buffers, forward and backward."""
     op = OPS[name]
     inputs = make_inputs(op, CASE, torch.bfloat16)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -111,7 +111,7 @@ def test_choice_of_path(monkeypatch):
 
 
 def test_serves_without_triton():
-    """With Triton hidden every file imports, and the references run."""
+    """Without Triton every file still imports, and the references run."""
     script = """
 import sys; sys.modules["triton"] = None
 import torch

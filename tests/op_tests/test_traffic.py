@@ -1,4 +1,4 @@
-"""The bytes of an MBConv block, forward and backward, as the model runs it, against the plan they must keep to."""
+"""Limits the bytes that a training step of an MBConv block moves."""
 
 import pytest
 import torch
@@ -26,18 +26,18 @@ from effnet_kernels.statistics import batch_statistics
     ],
 )
 def test_block_keeps_to_the_third_plan(batch, block):
-    """At most 1.15 times 11 passes over E and 12 over D, and the passes over the block's narrow ends."""
+    """At most 1.15 times the bytes of 11 passes over E and 12 over D, plus those over the block's input and output."""
     traffic = block_traffic(batch, block)
     print(
         f"\n{block}, batch {batch}: {traffic.measured} bytes, {traffic.measured / traffic.plan(11, 12):.3f} of the plan"
     )
     assert traffic.measured <= 1.15 * traffic.plan(11, 12)
-    # A count that missed a pass would pass the limit above: no plan can do with less than these.
+    # A lower limit, in case the count misses a pass: no plan needs fewer passes than 9 E + 11 D.
     assert traffic.measured >= traffic.plan(9, 11)
 
 
 def test_counts_sectors_once_a_program():
-    """Statistics of [4 * 64, 32] float32: 32 KiB read once, and a row of moments written by every program."""
+    """Statistics of [4 * 64, 32] float32 read 32 KiB once, and every program writes its moments [3, 32]."""
     x = torch.randn(4, 32, 8, 8).contiguous(memory_format=torch.channels_last)
     with recorded(4) as traffic:
         batch_statistics(x, 1e-3, False)

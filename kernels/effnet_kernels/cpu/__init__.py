@@ -1,4 +1,4 @@
-"""The ops' C++ forms for the CPU: channels-last, vectorised by ATen's `Vectorized`, threaded by `at::parallel_for`.
+"""The ops in C++ for the CPU, on channels-last tensors: ATen's `Vectorized` vectors, `at::parallel_for` threads.
 
-`build.py` compiles and loads them; `block.py` is a whole MBConv block as one op.
+`build.py` compiles and loads the library; `block.py` runs a whole MBConv block as one op.
 """

@@ -1,18 +1,17 @@
-"""A whole MBConv block on the CPU as one op, in training, float32 (Tan and Le, 2019).
+"""A training step of a whole MBConv block as one CPU op, in float32 (Tan and Le, 2019).
 
     e = W1 x,  d = depthwise(silu(bn1(e))),  p = W3 (silu(bn2(d)) gate),  y = scale[n] bn3(p) + x
 
-The 1x1 convolutions are products over [N H W, C], computed tile by tile, so that what lies before and behind each of
-them happens while the tile is in the cache. In passes over the map before the depthwise convolution (E) and after it
-(D):
+The 1x1 convolutions are matrix products over [N H W, C], computed tile by tile; the operations before and after a
+product run while its tile is in the cache. In passes over the map before (E) and after (D) the depthwise convolution:
 
 Forward   E: written with its statistics, read by the convolution.  D: written with its statistics, read for the mean,
           read by the projection, whose input is never written.
-Backward  D: dy written by the projection's backward, which reads d for the five sums and dW3; dy and d read by the
-          depthwise convolution's backward, which makes dd on the way.
-          E: read and dz written by the convolution's backward; dz and e read by the expansion's.
+Backward  D: the projection's backward reads d for the five sums and dW3, and writes dy; the depthwise convolution's
+          backward reads dy and d, and computes dd from them without writing it.
+          E: the depthwise convolution's backward reads e and writes dz; the expansion's backward reads dz and e.
 
-6 E + 7 D, where the ops apart make 10 E + 13 D and PyTorch's operators about 23 E + 29 D. Saved: x, e, d, p, and
+That is 6 E + 7 D. The separate ops make 10 E + 13 D, PyTorch's operators about 23 E + 29 D. Saved: x, e, d, p, and
 [N, C] or [C] vectors.
 """
 
@@ -30,11 +29,11 @@ from effnet_kernels.gate_mlp import SqueezeExcite
 from effnet_kernels.launch import channels_last, on_cpu
 from effnet_kernels.statistics import BatchNorm, merge_moments, require_values, sum_over_ranks, update_running
 
-_NO_NORM: tuple[Any, ...] = (None, None, None)  # statistics, gamma and beta where there is no expansion
+_NO_NORM: tuple[Any, ...] = (None, None, None)  # statistics, gamma and beta of a block without expansion
 
 
 class ConvNorm(NamedTuple):
-    """The weight of a convolution and the BatchNorm behind it."""
+    """A convolution's weight and the BatchNorm after it."""
 
     weight: Tensor
     norm: BatchNorm
@@ -44,7 +43,7 @@ class ConvNorm(NamedTuple):
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether `mbconv_block` can stand for the ops apart: for float32 on the CPU, outside of autocast."""
+    """Whether `mbconv_block` can replace the separate ops: x and weight are float32 on the CPU, without autocast."""
     return on_cpu(x) and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
@@ -107,7 +106,7 @@ def _block_backward(
     padding: list[int],
     sync: bool,
 ) -> list[Tensor]:
-    """dx, then the gradients of expand, conv, se and project, in their order."""
+    """Returns dx and the gradients of expand, conv, se and project, in this order."""
     ops = build.library()
     assert ops is not None
     d, p, stats2, stats3, pool, gate, hidden, *first = saved
@@ -136,7 +135,7 @@ def _block_backward(
 
 
 def _affine(sums: Tensor) -> list[Tensor]:
-    """dgamma and dbeta from [dbeta, dgamma]; copies, since an op's results share no memory."""
+    """dgamma and dbeta from [dbeta, dgamma]; copies, since results of a custom op must not share memory."""
     return [sums[1].clone(), sums[0].clone()]
 
 
@@ -198,12 +197,12 @@ def mbconv_block(
         conv: the depthwise convolution [C E, 1, k, k], k 3 or 5.
         stride, padding: of the depthwise convolution; padding as (left, right, top, bottom).
         se: the gate's weights.
-        project: the 1x1 projection [C', C E, 1, 1]; its BatchNorm's eps and sync serve all three.
+        project: the 1x1 projection [C', C E, 1, 1]. All three BatchNorms must have the same eps and sync.
         sample_scale: [N], stochastic depth.
         residual: add x.
 
     Raises:
-        ValueError: one value per channel.
+        ValueError: there is only one value per channel.
     """
     norms = [layer.norm for layer in (expand, conv, project) if layer is not None]
     eps, sync = project.norm.eps, project.norm.sync

@@ -1,8 +1,8 @@
-"""Build the C++ kernels with PyTorch's extension builder, once, and load them as `torch.ops.effnet_cpu`.
+"""Build the C++ kernels with PyTorch's extension builder, and load them as `torch.ops.effnet_cpu`.
 
-The library is built at first use, under a lock, in a folder of its own named after a hash of the sources, the flags
-and PyTorch's version: a change of any of them builds anew. Where it cannot be built, one line says why and the
-reference serves.
+The first use builds the library under a file lock. Its folder is named after a hash of the sources, the flags and
+PyTorch's version, so a change of any of them triggers a new build. If the build fails, one line on stderr gives the
+reason, and the PyTorch references run instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = "effnet_cpu"
 FOLDER = Path(__file__).parent
 SOURCES = ("ops.cpp", "depthwise_ops.cpp")
 
-# The instruction sets that ATen's Vectorized is written for, as PyTorch itself compiles them.
+# Instruction sets supported by ATen's Vectorized, with the flags that PyTorch itself is compiled with.
 CAPABILITIES = {
     "AVX512": "-DCPU_CAPABILITY_AVX512 -mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c",
     "AVX2": "-DCPU_CAPABILITY_AVX2 -mavx2 -mfma -mf16c",
@@ -32,7 +32,7 @@ CAPABILITIES = {
 
 
 def flags() -> list[str]:
-    """The compiler's flags for this CPU."""
+    """Compiler flags for this CPU."""
     capability = torch.backends.cpu.get_cpu_capability()
     capability = capability if capability in CAPABILITIES else "DEFAULT"
     options = ["-std=c++20", "-O3", "-fopenmp", f"-DCPU_CAPABILITY={capability}", *CAPABILITIES[capability].split()]
@@ -40,7 +40,7 @@ def flags() -> list[str]:
 
 
 def folder(options: list[str]) -> Path:
-    """Where the library of these sources and flags lies, or will lie."""
+    """The folder of the library for these sources and flags; it need not exist yet."""
     digest = hashlib.sha256(repr((torch.__version__, options)).encode())
     for path in sorted(FOLDER.iterdir()):
         if path.suffix in (".h", ".cpp"):
@@ -51,7 +51,7 @@ def folder(options: list[str]) -> Path:
 
 @contextmanager
 def _ninja_on_path():
-    """A virtual environment's own programs are found although it was not activated."""
+    """Add this interpreter's folder to PATH: ninja is there if the virtual environment is not activated."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join((before, str(Path(sys.executable).parent)))
     try:
@@ -61,21 +61,21 @@ def _ninja_on_path():
 
 
 def load(target: Path, options: list[str]) -> None:
-    """Load the library from `target`, after compiling it where it is missing.
+    """Load the library from `target`; compile it first if it is missing.
 
     Raises:
-        RuntimeError: there is no compiler, or it failed, now or before.
+        RuntimeError: there is no compiler or no ninja, or compiling failed, now or in an earlier process.
         OSError: `target` cannot be written.
     """
     library, failure = target / f"{NAME}.so", target / "failed.log"
     if not library.exists():
         target.mkdir(parents=True, exist_ok=True)
         with FileLock(target / "build.lock"):
-            if not library.exists():  # else another process built it while this one waited
+            if not library.exists():  # another process may have built it meanwhile
                 if failure.exists():
                     raise RuntimeError(f"compiling failed before, see {failure}; delete it to try again")
                 _compile(target / "build", options, failure)
-                # Renamed when complete: a library that a killed build left half-written is never loaded.
+                # Rename when complete, so that the half-written library of a killed build is never loaded.
                 (target / "build" / f"{NAME}.so").replace(library)
                 return  # the builder loads what it builds
     torch.ops.load_library(library)
@@ -85,9 +85,9 @@ def _compile(work: Path, options: list[str], failure: Path) -> None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise RuntimeError(f"there is no C++ compiler ({compiler})")
-    from torch.utils import cpp_extension  # a second to import
+    from torch.utils import cpp_extension  # importing it takes a second
 
-    shutil.rmtree(work, ignore_errors=True)  # and with it the lock file of a build that was killed
+    shutil.rmtree(work, ignore_errors=True)  # with the lock file of a killed build
     work.mkdir()
     print("effnet_kernels: building the C++ kernels for this CPU, once (a minute)", file=sys.stderr, flush=True)
     with _ninja_on_path():
@@ -109,7 +109,7 @@ def _compile(work: Path, options: list[str], failure: Path) -> None:
 
 @functools.cache
 def library() -> Any | None:
-    """`torch.ops.effnet_cpu`, built if need be; None where it cannot be, which one line says once."""
+    """`torch.ops.effnet_cpu`, built if necessary; if that fails, prints the reason in one line and returns None."""
     try:
         options = flags()
         load(folder(options), options)

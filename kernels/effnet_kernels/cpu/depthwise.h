@@ -1,7 +1,7 @@
-// Depthwise convolution between two BatchNorms, forward and backward; the equations stand in depthwise_conv.py and
-// mbconv.py. A task takes some images and a span of channels, row after row: the last K rows of activations (backward:
-// of gradients) lie in a buffer in the cache, [row % K][vector][column][LANES] with the zero padding written out, so
-// each value passes through Swish once and the maps are read and written once, from beginning to end.
+// Depthwise convolution between two BatchNorms, forward and backward; depthwise_conv.py and mbconv.py have the
+// equations. A task handles some images and a span of channels, row by row. The last K rows of activations (backward:
+// of gradients) are in a cached buffer [row % K][vector][column][LANES] that includes the zero padding. So Swish is
+// computed once per value, and the maps are read and written once, in order.
 #pragma once
 
 #include <optional>
@@ -11,22 +11,22 @@
 namespace effnet {
 
 constexpr int WIDEST = LANES >= 16 ? 8 : 4;  // columns whose sums stay in registers
-constexpr int64_t SPAN = 16;  // vectors of channels of a task at most
-constexpr int64_t BUFFER = 1 << 16;  // floats of the rows of a task: 256 KiB
-constexpr int64_t GROUPS = 16;  // images are summed up in at most so many groups, whatever the thread count
+constexpr int64_t SPAN = 16;  // most vectors of channels in a task
+constexpr int64_t BUFFER = 1 << 16;  // floats in a task's row buffer: 256 KiB
+constexpr int64_t GROUPS = 16;  // most groups of images summed separately; independent of the thread count
 
 struct ConvShape {
   int64_t n, c, h, w, ho, wo, k, stride, left, top;
 
-  // Images of each group.
+  // Images per group.
   Pieces groups() const {
     return {n, at::divup(n, std::min(n, GROUPS))};
   }
-  // Channels of each task, whose rows have `columns` columns.
+  // Channels per task, for rows of `columns` columns.
   Pieces channels(int64_t columns) const {
     return {c, std::clamp<int64_t>(BUFFER / (k * columns * LANES), 1, SPAN) * LANES};
   }
-  // Rows of each task: all, unless that leaves too few tasks; then some rows are read by two tasks.
+  // Rows per task: all, unless that gives too few tasks. Otherwise two tasks read the rows at their border.
   Pieces bands(int64_t rows, int64_t columns) const {
     const int64_t tasks = groups().count() * channels(columns).count();
     return {rows, tasks >= 8 ? rows : std::max<int64_t>(at::divup(rows * tasks, 8), std::min<int64_t>(rows, 8))};
@@ -85,8 +85,8 @@ inline void for_strips(int64_t first, int64_t size, F&& f) {
   }
 }
 
-// What fills row `row` [vector][column][LANES] of a buffer with silu(bn(x)), or x, of a row of the map: columns `from`
-// to `until`, those outside zero; all zero if x is null.
+// Fills a buffer row [vector][column][LANES] with silu(bn(x)), or x, of one row of the map: columns `from` to `until`,
+// 0 outside the map. The whole row is 0 if x is null.
 template <class T>
 inline void fill_activations(
     const T* x, const Norm* norm, int64_t c, int64_t begin, int64_t end, int64_t columns, int64_t from, int64_t until,
@@ -115,7 +115,7 @@ inline void fill_activations(
   });
 }
 
-// Sums about the first value, from which the moments follow.
+// Sums of deviations from the first value; the moments are computed from them.
 struct ShiftedSums {
   Vec shift, sum, square;
   void add(Vec value) {
@@ -167,7 +167,7 @@ inline void depthwise_forward_tasks(
 #pragma GCC unroll 8
             for (int p = 0; p < P; ++p) {
               block.store(line + (wo + p) * c, 0, sums[p]);
-              if (moments != nullptr) stats.add(rounded<T>(sums[p]));  // of y as stored
+              if (moments != nullptr) stats.add(rounded<T>(sums[p]));  // of y as rounded to storage
             }
           });
           sums_of[v] = stats;
@@ -187,7 +187,7 @@ inline void depthwise_forward_tasks(
   });
 }
 
-// The kernel size and stride as constants.
+// Passes kernel size and stride as compile-time constants.
 template <class F>
 inline void by_kernel(int64_t k, int64_t stride, F&& f) {
   const auto with = [&](auto size) {
@@ -203,7 +203,7 @@ inline int64_t kernel_size(const Tensor& taps) {
   return taps.size(0) == 9 ? 3 : 5;
 }
 
-// y, and the moments [parts, 3, C] of y (empty if not asked for). `taps` [k * k, C] float32.
+// y and its moments [parts, 3, C], empty if not requested. `taps` [k * k, C] float32.
 inline std::tuple<Tensor, Tensor> depthwise_forward(
     const Tensor& x, const Tensor& taps, int64_t stride, at::IntArrayRef padding, const std::optional<Tensor>& stats,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, bool with_moments) {
@@ -228,16 +228,17 @@ inline std::tuple<Tensor, Tensor> depthwise_forward(
   return {y, moments};
 }
 
-// The gradient g at the convolution's output: itself, or what squeeze-and-excitation makes of dy (ApplySums).
+// The gradient g at the convolution's output: dy itself, or computed from dy behind the gate (ApplySums).
 struct OutputGradient {
   const Tensor& dy;
-  const Tensor* d = nullptr;  // the convolution's output, if dy is the gradient behind the gate
+  const Tensor* d = nullptr;  // the convolution's output, if dy is the gradient after the gate
   const GradApply* apply = nullptr;
   const float* gate = nullptr;
   const float* dpool = nullptr;
 };
 
-// Row u of the spread gradients [vector][column][LANES], column j of which is output column (left + j) / S.
+// Row u of the gradients with zeros inserted between strides, [vector][column][LANES]. Column j is output column
+// (left + j) / S.
 template <class T, int S>
 inline void fill_gradients(
     const OutputGradient& gradient, const ConvShape& shape, int64_t n, int64_t u, int64_t begin, int64_t end,
@@ -280,8 +281,8 @@ inline void fill_gradients(
   });
 }
 
-// Gradients of P adjacent inputs and of the taps. rows[ty] + offset is the first gradient that the first input meets
-// in row `ty` of the taps; input p meets column p + K - 1 - tx of it.
+// Gradients of P adjacent inputs and of the taps. rows[ty] + offset is the first gradient that contributes to the first
+// input through row `ty` of the taps; column p + K - 1 - tx of it contributes to input p.
 template <int K, int P>
 inline void convolve_backward(
     const float* const* rows, int64_t offset, const float* acts, const Vec* tap, Vec* dtap, Vec* sums) {
@@ -347,9 +348,9 @@ inline void depthwise_backward_tasks(
     float* slopes = acts + w * LANES;
     GradientSums<K> group_sums[SPAN];
     for (int64_t n = groups.begin(group); n < groups.end(group); ++n) {
-      GradientSums<K> image_sums[SPAN];  // short chains of additions
-      // Padded row r of the gradients is row r + top - (K - 1) of the spread ones; input row hi meets rows hi to
-      // hi + K - 1.
+      GradientSums<K> image_sums[SPAN];  // per image, so that chains of additions stay short
+      // Padded row r of the gradients is row r + top - (K - 1) of those with inserted zeros. Rows hi to hi + K - 1
+      // contribute to input row hi.
       int64_t filled = first;
       for (int64_t hi = first; hi < last; ++hi) {
         for (; filled < hi + K; ++filled) {
@@ -407,7 +408,7 @@ inline void depthwise_backward_tasks(
   });
 }
 
-// dx, dw [k * k, C], and with a norm dz in place of dx and the sums [2, C] of dz and dz xhat over this rank.
+// dx and dw [k * k, C]. With a norm: dz instead of dx, and the sums [2, C] of dz and dz xhat over this rank.
 inline std::tuple<Tensor, Tensor, Tensor> depthwise_backward(
     const OutputGradient& gradient, const Tensor& x, const Tensor& taps, int64_t stride, at::IntArrayRef padding,
     const Norm* norm) {

@@ -1,4 +1,4 @@
-// torch.ops.effnet_cpu: the depthwise convolution; a file of its own because it takes longest to compile.
+// Registers the depthwise convolution in torch.ops.effnet_cpu. A separate file, since it takes longest to compile.
 #include <torch/library.h>
 
 #include "depthwise.h"
@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_backward_op(
   return depthwise_backward({g}, x, taps, stride, padding, norm ? &*norm : nullptr);
 }
 
-// As depthwise_backward, where the gradient at the convolution's output d is what the gate makes of dy.
+// As depthwise_backward, but computes the gradient at the convolution's output d from dy behind the gate.
 std::tuple<Tensor, Tensor, Tensor> gated_depthwise_backward(
     const Tensor& dy, const Tensor& d, const Tensor& stats2, const Tensor& weight2, const Tensor& bias2,
     const Tensor& gate, const Tensor& dpool, const Tensor& sums2, const Tensor& x, const Tensor& taps, int64_t stride,

@@ -1,12 +1,12 @@
 // BatchNorm, Swish, the residual and the spatial mean over channels-last maps; the gradient of each.
-// The equations stand in batch_norm.py and bn_silu_squeeze.py.
+// batch_norm.py and bn_silu_squeeze.py have the equations.
 #pragma once
 
 #include "vec.h"
 
 namespace effnet {
 
-// What normalises a map: statistics [4, C] (mean, rstd, unbiased variance, count), gamma and beta, float32.
+// Parameters of a normalisation: statistics [4, C] (mean, rstd, unbiased variance, count), gamma and beta, float32.
 struct Norm {
   Tensor stats, gains, biases;
   int64_t c;
@@ -29,14 +29,14 @@ struct Normalize {
       beta[u] = block.load(norm.beta, u);
     }
   }
-  // Not x gain + shift: with a mean of 1000 deviations the difference must be taken first.
+  // Not x gain + shift: with a mean of 1000 deviations that sum would cancel.
   Vec operator()(Vec x, int u) const {
     return fma(x - mean[u], gain[u], beta[u]);
   }
 };
 
-// count, mean and M2 of `rows` rows of `width` channels, `stride` apart, at `out`, each C after the other. Sums are
-// taken about the first row, which is a few deviations from the mean.
+// Writes count, mean and M2 of `rows` rows of `width` channels, `stride` apart, to `out`, with C between them. Sums are
+// of deviations from the first row, which is only a few standard deviations from the mean.
 template <class T>
 inline void tile_moments(const T* x, int64_t rows, int64_t c, float* out) {
   for_blocks<4>(0, c, [&](auto block) {
@@ -214,7 +214,7 @@ struct GradApply {
   };
 };
 
-// Rows begin to end of dx, written from `out` on; dy may be dz itself (activation = false).
+// Writes rows begin to end of dx to `out`; dy may be dz itself (activation = false).
 template <class T, class O>
 inline void grad_apply_rows(
     const T* dy, const T* x, const GradApply& apply, const float* scale, bool activation, int64_t hw, int64_t c,
@@ -257,8 +257,8 @@ inline Tensor grad_apply(
   return dx;
 }
 
-// Channels of one image that a task of the passes below takes, and the rows that it takes at a time: a few, so that
-// memory is read in long pieces although the sums of each block of channels stay in registers.
+// A task of the passes below handles CHANNELS channels of one image, ROWS rows at a time. With few rows, memory is read
+// in long pieces although the sums of each block of channels stay in registers.
 constexpr int64_t CHANNELS = 16 * LANES, ROWS = 16;
 
 // pool [N, C] = mean over h, w of silu(z), float32.
@@ -297,7 +297,7 @@ inline Tensor squeeze(const Tensor& x, const Tensor& stats, const Tensor& weight
   return pool;
 }
 
-// Rows begin to end of silu(z) gate[n], written from `out` on.
+// Writes rows begin to end of silu(z) gate[n] to `out`.
 template <class T, class O>
 inline void excite_rows(
     const T* x, const Norm& norm, const float* gate, int64_t hw, int64_t c, int64_t begin, int64_t end, O* out) {
@@ -330,7 +330,7 @@ inline Tensor excite(
 }
 
 // Sums over `rows` rows of one image, channels [first, last), of: dy silu(z), dy slope, dy slope xhat, slope,
-// slope xhat, at `sums`, `apart` floats apart; and, where `y` is given, silu(z) gate to its rows.
+// slope xhat, written to `sums`, `apart` floats apart. Also writes silu(z) gate to `y`, if given.
 template <class T>
 inline void five_sums_rows(
     const T* dy, const T* x, const Norm& norm, int64_t rows, int64_t first, int64_t last, float* sums, int64_t apart,
@@ -380,7 +380,7 @@ inline void five_sums_rows(
   }
 }
 
-// [5, N, C], or the last two, [2, N, C], without dy.
+// All five sums [5, N, C]; without dy the last two, [2, N, C].
 inline Tensor five_sums(
     const std::optional<Tensor>& dy, const Tensor& x, const Tensor& stats, const Tensor& weight, const Tensor& bias) {
   const Map map(x);
@@ -400,7 +400,7 @@ inline Tensor five_sums(
   return sums;
 }
 
-// dx of the squeeze, whose mean has the gradient dpool [N, C], and where there is a gate [N, C], of silu(z) gate = y.
+// dx from the gradient dpool [N, C] at the mean and, with a gate [N, C], from dy at y = silu(z) gate.
 template <class B>
 struct ApplySums {
   GradApply::At<B> at;

@@ -1,4 +1,4 @@
-// What Python calls: torch.ops.effnet_cpu. Arguments and results as the functions of the same name in the headers.
+// Registers torch.ops.effnet_cpu. Each op has the arguments and results of the function of that name in the headers.
 #include <torch/library.h>
 
 #include "normalization.h"

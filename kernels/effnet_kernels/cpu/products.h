@@ -1,6 +1,6 @@
-// The 1x1 convolutions of an MBConv block as products over [N H W, C], tile by tile: what lies before and behind a
-// product happens while its tile of rows is in the cache, so that neither the normalised maps nor the gradients at the
-// convolutions' outputs are ever written. float32; the products are PyTorch's own, one thread each.
+// The 1x1 convolutions of an MBConv block as matrix products over [N H W, C], tile by tile. The operations before and
+// after a product run while its tile of rows is in the cache, so the normalised maps and the gradients at the
+// convolutions' outputs are never written. float32; each product is a PyTorch call on one thread.
 #pragma once
 
 #include "normalization.h"
@@ -18,14 +18,14 @@ inline Tensor transposed(const Tensor& weight) {
   return weight.numel() < 80 * 480 ? t.contiguous() : t;
 }
 
-// Sums over the rows: chains of tiles whose parts are added in order at the end. With no chain the whole maps are kept,
-// and the product over all rows comes last, in blocks of its own rows: less to move where rows are few.
+// Sums over the rows. Each chain of tiles sums in order, and the chains' sums are added in order at the end. With no
+// chain, the whole maps are kept and one product over all rows follows: less traffic if there are few rows.
 inline int64_t chains(const Pieces& tiles, int64_t narrow) {
   const int64_t most = std::min<int64_t>({tiles.count(), 16, tiles.total / (2 * narrow)});
   return most >= 4 ? most : 0;
 }
 
-// a [rows, m] transposed times b [rows, k]: [m, k], each thread some rows of the result.
+// a^T b [m, k] of a [rows, m] and b [rows, k]; each thread computes some rows of the result.
 inline Tensor transposed_product(const Tensor& a, const Tensor& b) {
   Tensor out = floats({a.size(1), b.size(1)});
   const Pieces blocks{a.size(1), std::max<int64_t>(at::divup(a.size(1), 8), 32)};
@@ -78,8 +78,8 @@ inline std::tuple<Tensor, Tensor> excite_conv_moments(
   return {p, moments};
 }
 
-// Back through the projection: from the gradient dout behind its BatchNorm, whose sums over all ranks are `sums`, to
-// dy [N, C, H, W] behind the gate, dW [C', C], and the five sums [5, N, C].
+// Backward of the projection: from the gradient dout after its BatchNorm, whose sums over all ranks are `sums`, to
+// dy [N, C, H, W] after the gate, dW [C', C], and the five sums [5, N, C].
 inline std::tuple<Tensor, Tensor, Tensor> project_backward(
     const Tensor& dout, const Tensor& p, const Tensor& stats3, const Tensor& weight3, const Tensor& bias3,
     const std::optional<Tensor>& sample_scale, const Tensor& sums, const Tensor& project, const Tensor& d,
@@ -92,7 +92,7 @@ inline std::tuple<Tensor, Tensor, Tensor> project_backward(
   const float* scale = scales.defined() ? data<float>(scales) : nullptr;
   const Tensor w = as_matrix(project).contiguous();
   Tensor dy = like(d);
-  // A tile is some whole images, or one of `cuts` pieces of an image.
+  // A tile is several whole images, or one of `cuts` pieces of an image.
   const Pieces rows_of = row_tiles(map.rows(), c);
   const int64_t images = std::max<int64_t>(rows_of.size / hw, 1), cuts = at::divup(hw, std::max(rows_of.size, images * hw / images));
   const int64_t pieces = hw > rows_of.size ? at::divup(hw, rows_of.size) : cuts;
@@ -138,7 +138,7 @@ inline std::tuple<Tensor, Tensor, Tensor> project_backward(
   return {dy, chain ? ordered_sum(dw) : transposed_product(dps, ys), count == 1 ? five[0] : ordered_sum(five)};
 }
 
-// Back through the expansion: from dz behind its BatchNorm, given the sums over all ranks, to dx (plus `residual`)
+// Backward of the expansion: from dz after its BatchNorm, given the sums over all ranks, to dx (plus `residual`)
 // and dW [C, C''].
 inline std::tuple<Tensor, Tensor> expand_backward(
     const Tensor& dz, const Tensor& e, const Tensor& stats, const Tensor& weight, const Tensor& bias,

@@ -1,4 +1,4 @@
-// Vectors of floats, whatever the storage type; the sigmoid; tasks whose results do not depend on the thread count.
+// Float vectors for every storage type; the sigmoid; parallel tasks whose results do not depend on the thread count.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -44,7 +44,7 @@ inline void store(float* p, Vec v, int n = LANES) {
 inline void store(BFloat16* p, Vec v, int n = LANES) {
   at::vec::convert_float_bfloat16(v, v).store(p, n);
 }
-// The value as it reads back from storage.
+// The value rounded to the storage type.
 template <class T>
 inline Vec rounded(Vec v) {
   if constexpr (std::is_same_v<T, float>) {
@@ -76,7 +76,7 @@ inline Vec sigmoid(Vec x) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931472028550421e-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
   const __m512 d = _mm512_add_ps(_mm512_scalef_ps(p, whole), _mm512_set1_ps(1.f));
-  const __m512 r = _mm512_rcp14_ps(d);  // 14 bits, doubled by a step of Newton's method
+  const __m512 r = _mm512_rcp14_ps(d);  // 14 bits; a step of Newton's method doubles them
   return _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(2.f)));
 #else
   return Vec(1.f) / (Vec(1.f) + x.neg().exp());
@@ -113,7 +113,7 @@ struct Block {
   }
 };
 
-// Calls f(block) for all channels from `begin` to `end`, U vectors at a time while they last.
+// Calls f(block) for all channels from `begin` to `end`: U vectors at a time, then single ones, then the rest, masked.
 template <int U, class F>
 inline void for_blocks(int64_t begin, int64_t end, F&& f) {
   int64_t c = begin;
@@ -124,8 +124,8 @@ inline void for_blocks(int64_t begin, int64_t end, F&& f) {
   if (c < end) f(Block<1, false>{c, static_cast<int>(end - c)});
 }
 
-// MKL's own, where PyTorch has it. MKL splits a product by the process's thread count even within a task, which would
-// change the bits.
+// Declared by MKL, if PyTorch uses it. MKL splits a product by the process's thread count even inside a task, which
+// would change the bits.
 extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
 
 struct OneThread {
@@ -138,8 +138,8 @@ struct OneThread {
   }
 };
 
-// f(0) ... f(count - 1), each by one thread. Products inside a task run on that thread alone, so their bits do not
-// depend on the thread count; a second, empty task keeps this true where there is one task.
+// Calls f(0) ... f(count - 1), each on one thread. Products inside a task run on that thread only, so their bits do not
+// depend on the thread count. A single task gets a second, empty one for the same reason.
 template <class F>
 inline void run_tasks(int64_t count, F&& f) {
   at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
@@ -149,7 +149,7 @@ inline void run_tasks(int64_t count, F&& f) {
   });
 }
 
-// A buffer of this thread, kept from call to call; two may be in use at once (`SLOT`).
+// A buffer of this thread that is reused by later calls; `SLOT` distinguishes two in use at once.
 template <int SLOT>
 inline float* scratch(int64_t floats) {
   static thread_local std::vector<float> buffer;
@@ -246,7 +246,7 @@ struct Pieces {
   }
 };
 
-// Rows of [rows, c] that stay in the second-level cache, at least eight pieces where there is enough.
+// Rows of [rows, c] that fit in the L2 cache; at least eight tiles if there are enough rows.
 inline Pieces row_tiles(int64_t rows, int64_t c) {
   const int64_t fits = std::clamp<int64_t>(131072 / c / 32 * 32, 128, 512);
   return {rows, std::min(fits, std::max<int64_t>(at::divup(rows, 8), 32))};

@@ -34,10 +34,10 @@ class Trainer:
 
     def __init__(self, case: Case, policy: dict[str, str], seconds: float) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | policy
-        words = ["--image-size", case.image_size, "--output-stride", case.output_stride, "--model", case.model]
-        words += ["--batch-size", case.batch_size, "--seconds", seconds, "--worker"]
+        arguments = ["--image-size", case.image_size, "--output-stride", case.output_stride, "--model", case.model]
+        arguments += ["--batch-size", case.batch_size, "--seconds", seconds, "--worker"]
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *map(str, words)],
+            [sys.executable, __file__, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -100,14 +100,14 @@ WAYS: dict[str, dict[str, Callable[[FlatTensors], Tensor]]] = {
 
 
 def as_rows(value: Tensor) -> Tensor:
-    """Either way's result in the product's shape."""
+    """A result of the convolution or of the product, as a matrix."""
     if value.dim() == 2:
         return value
     return value.flatten(1) if value.shape[-2:] == (1, 1) else rows(value)
 
 
 def rows_of(layer: Layer, dtype: torch.dtype, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """A row for each result and way; without times where the two ways disagree."""
+    """One row per result (y, dx, dw) and way (convolution, product); without times if the two disagree."""
     size = layer.bytes * dtype.itemsize
     sets = [FlatTensors.of(layer, dtype) for _ in range(rotations(size))]
     for what, ways in WAYS.items():
@@ -140,10 +140,10 @@ def main(argv: list[str]) -> None:
     args = options.parse_args(argv)
     set_backends(deterministic=False)
     dtype, bandwidth = getattr(torch, args.dtype), copy_bandwidth()
-    chosen = layers(512, 32) + layers(128, 224) if DEVICE == "cuda" else layers(2, 32)
+    selected = layers(512, 32) + layers(128, 224) if DEVICE == "cuda" else layers(2, 32)
     settings = {"dtype": args.dtype, "copy_GBs": bandwidth}
     measured: list[dict[str, Any]] = []
-    for layer in chosen[: args.limit]:
+    for layer in selected[: args.limit]:
         new = list(rows_of(layer, dtype, bandwidth))
         print(table(new), flush=True)
         measured += new

@@ -26,14 +26,14 @@ Result = dict[str, Any]
 
 def results(kind: str, folder: Path = RESULTS) -> list[Result]:
     """Results of one benchmark, from single files and from suites, oldest first; suites run on a CPU are left out."""
-    found = []
+    matches = []
     for path in folder.glob("*.json"):
         content = json.loads(path.read_text())
         if content["benchmark"] != "suite":
-            found.append(content)
+            matches.append(content)
         elif content["provenance"]["gpu"]:
-            found += content["parts"]
-    return sorted((r for r in found if r["benchmark"] == kind), key=lambda r: r["provenance"]["date"])
+            matches += content["parts"]
+    return sorted((r for r in matches if r["benchmark"] == kind), key=lambda r: r["provenance"]["date"])
 
 
 def machine(provenance: dict[str, Any]) -> str:
@@ -65,14 +65,14 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def runs(folder: Path) -> list[dict[str, Any]]:
     """The kept training runs: recipe, settings, last evaluation, seconds, provenance."""
-    kept = []
+    entries = []
     for path in sorted(folder.glob("*/metrics.jsonl")):
         provenance = json.loads((path.parent / "environment.json").read_text())
-        words = shlex.split(provenance["command"])
-        recipe = words[words.index("--config") + 1]
+        arguments = shlex.split(provenance["command"])
+        recipe = arguments[arguments.index("--config") + 1]
         settings = yaml.safe_load((ROOT / recipe).read_text())
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept.append(
+        entries.append(
             {
                 "recipe": recipe,
                 "settings": settings,
@@ -81,7 +81,7 @@ def runs(folder: Path) -> list[dict[str, Any]]:
                 "provenance": provenance,
             }
         )
-    return kept
+    return entries
 
 
 def seconds_of(lines: list[dict], batch_size: int) -> float:
@@ -90,7 +90,7 @@ def seconds_of(lines: list[dict], batch_size: int) -> float:
     for line in lines:
         if "seconds" in line:
             total += line["seconds"]
-        else:  # rows of runs before the recorder kept seconds
+        else:  # rows of older runs have no seconds
             total += (line["step"] - before) * batch_size / line["img_per_s"]
         if line["kind"] == "train":
             before = line["step"]

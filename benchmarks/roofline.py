@@ -67,23 +67,23 @@ class Layer:
 
 def layers(model: EfficientNet, case: Case) -> list[Layer]:
     """The layers of a training step in order, from the shapes of a forward pass on the meta device."""
-    inside = model.to("meta").train()
+    meta_model = model.to("meta").train()
     shapes: dict[int, tuple[int, int]] = {}  # of a convolution: values read and written, for the whole batch
 
     def note(conv: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         shapes[id(conv)] = inputs[0].numel(), output.numel()
 
-    for module in inside.modules():
+    for module in meta_model.modules():
         if isinstance(module, ConvNormAct):
             module.conv.register_forward_hook(note)
-    inside(torch.zeros(case.batch_size, 3, case.image_size, case.image_size, device="meta"))
+    meta_model(torch.zeros(case.batch_size, 3, case.image_size, case.image_size, device="meta"))
     width = getattr(torch, case.dtype).itemsize
-    found = [_stem(inside.stem, shapes, width)]
-    for i, stage in enumerate(inside.stages):
+    result = [_stem(meta_model.stem, shapes, width)]
+    for i, stage in enumerate(meta_model.stages):
         for j, block in enumerate(stage):
-            found.append(_block(f"stage {i + 1}.{j + 1}", block, shapes, width))
-    found.append(_head(inside, shapes, width, case.batch_size))
-    return found
+            result.append(_block(f"stage {i + 1}.{j + 1}", block, shapes, width))
+    result.append(_head(meta_model, shapes, width, case.batch_size))
+    return result
 
 
 def _parameters(module: torch.nn.Module) -> int:
@@ -157,9 +157,9 @@ def picture(path: Path, rows: list[dict], title: str) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     for what, colour in (("memory", "tab:blue"), ("arithmetic", "tab:orange")):
-        chosen = [row for row in rows if row["bound by"] == what]
-        if chosen:
-            axes.bar([row["layer"] for row in chosen], [row["least us"] for row in chosen], color=colour, label=what)
+        bounded = [row for row in rows if row["bound by"] == what]
+        if bounded:
+            axes.bar([row["layer"] for row in bounded], [row["least us"] for row in bounded], color=colour, label=what)
     axes.set_xticks(range(len(rows)), [row["layer"] for row in rows], rotation=60, ha="right")
     axes.set_ylabel("least time, us")
     axes.set_title(title, fontsize=10)
@@ -195,11 +195,11 @@ def main(argv: list[str]) -> None:
     model = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
     if not isinstance(model, EfficientNet):
         raise ValueError(f"--model {case.model}: the roofline is that of EfficientNet's blocks; name one of those")
-    found = layers(model, case)
-    rows = rows_of(found, bandwidth, rate)
-    least = bound(found, bandwidth, rate)
-    about = f"{case}; {source}: {bandwidth:.0f} GB/s, {rate / 1e12:.2f} TFLOP/s"
-    print(f"{about}\n{harness.table(rows)}")
+    step_layers = layers(model, case)
+    rows = rows_of(step_layers, bandwidth, rate)
+    least = bound(step_layers, bandwidth, rate)
+    header = f"{case}; {source}: {bandwidth:.0f} GB/s, {rate / 1e12:.2f} TFLOP/s"
+    print(f"{header}\n{harness.table(rows)}")
     print(f"a step takes at least {least * 1e3:.4g} ms: at most {case.batch_size / least:,.0f} img/s")
     reached = None
     step_ms = args.step_ms
@@ -212,7 +212,7 @@ def main(argv: list[str]) -> None:
         reached = least * 1e3 / step_ms
         print(f"a measured step takes {step_ms:.2f} ms: {reached:.1%} of the bound's speed")
     if args.picture:
-        picture(args.picture, rows, about)
+        picture(args.picture, rows, header)
     settings = harness.settings_of(
         case, rates=source, bandwidth_GBs=bandwidth, flops=rate, least_ms=least * 1e3, step_ms=step_ms, reached=reached
     )

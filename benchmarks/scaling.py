@@ -68,15 +68,15 @@ def launch(ranks: int, case: Case, args: argparse.Namespace) -> dict[str, float]
         command += ["--model", case.model, "--image-size", case.image_size, "--output-stride", case.output_stride]
         command += ["--batch-size", case.batch_size, "--dtype", case.dtype]
         command += ["--rounds", args.rounds, "--step", args.step, "--worker", times]
-        done = subprocess.run(
+        process = subprocess.run(
             list(map(str, command)),
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode:
-            reason = next((x for x in done.stderr.splitlines() if "Error" in x or "error" in x), "no message")
+        if process.returncode:
+            reason = next((x for x in process.stderr.splitlines() if "Error" in x or "error" in x), "no message")
             raise OSError(f"{ranks} ranks failed: {reason}")
         return json.loads(times.read_text())
 

@@ -75,8 +75,8 @@ def make_peer(who: str, case: Case) -> nn.Module:
     """A peer's model with the strides of the case, on the CPU."""
     peer = PEERS[who](case)
     if case.output_stride != 32:
-        ours = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
-        for conv, other in zip(_spatial(ours), _spatial(peer), strict=True):
+        reference = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
+        for conv, other in zip(_spatial(reference), _spatial(peer), strict=True):
             if conv.stride != other.stride:
                 other.stride = conv.stride
                 if hasattr(other, "static_padding"):  # EfficientNet-PyTorch's; at stride 1 SAME is symmetric
@@ -161,10 +161,10 @@ def peak_memory(who: str, mode: str, case: Case, args: argparse.Namespace) -> di
     flags = ["--model", case.model, "--image-size", case.image_size, "--output-stride", case.output_stride]
     flags += ["--batch-size", case.batch_size, "--dtype", case.dtype, "--threads", torch.get_num_threads()]
     command = [sys.executable, __file__, "--memory-of", who, mode, *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"measuring the memory of {who} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise OSError(f"measuring the memory of {who} failed: {process.stderr.strip().splitlines()[-1]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def memory_here(who: str, mode: str, case: Case) -> dict[str, float]:
@@ -238,7 +238,7 @@ def measure(
         save: receives the rows so far whenever there are more.
     """
     harness.set_backends(deterministic=False)  # the same for all candidates
-    chosen = candidates(args, case)
+    selected = candidates(args, case)
     rows: list[dict] = []
     missing: list[dict] = []
     for direction in args.direction or ["train", "inference"]:
@@ -246,7 +246,7 @@ def measure(
         def keep(samples: Samples, left_out: dict[Who, str], direction: str = direction) -> None:
             save(rows + rows_of(direction, case, samples), missing + reasons(direction, left_out))
 
-        calls = make_calls(direction, args, case, chosen)
+        calls = make_calls(direction, args, case, selected)
         warm, left_out = warmed(calls, args, keep)
         after_round = functools.partial(keep, left_out=left_out)
         measured = rows_of(direction, case, harness.alternating(warm, args.rounds, 0, args.inner, after_round))
@@ -280,7 +280,7 @@ def rows_of(direction: str, case: Case, samples: Samples) -> list[dict]:
             "rounds": len(times),
             "ms": harness.quantiles(times),
             "img/s": harness.quantiles([case.batch_size / t * 1e3 for t in times]),
-            "time over ours": harness.quantiles([theirs / t for theirs, t in zip(times, ours, strict=True)]),
+            "time over ours": harness.quantiles([peer / t for peer, t in zip(times, ours, strict=True)]),
         }
         for (who, mode), times in samples.items()
     ]

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from ops import TOLERANCE, Shape, b0_shapes, least_bytes, tiny  # sets the interpreter up where it is needed
+from ops import TOLERANCE, Shape, b0_shapes, least_bytes, tiny  # first: selects Triton's interpreter if there is no GPU
 
 # isort: split
 import torch
@@ -35,7 +35,7 @@ def _out(s: Shape) -> int:
 
 @dataclass(frozen=True)
 class Maps:
-    """Inputs of the parts of a layer's ops: maps [n, c, h, h] before and after the depthwise convolution, vectors."""
+    """Makes inputs for the parts of a layer's ops: maps before and after the depthwise convolution, and vectors."""
 
     shape: Shape
     dtype: torch.dtype
@@ -73,13 +73,13 @@ class Maps:
 
 @dataclass(frozen=True)
 class Target:
-    """A part of an op whose launch has a choice.
+    """A part of an op whose launch can be tuned.
 
     Attributes:
-        module, choice: the function that the package asks for the launch.
+        module, choice: module and name of the function that chooses the launch.
         space: the candidates for a shape.
-        make: buffers of its own, and the call that uses them.
-        passes: over the map before and the map after the depthwise convolution, read or written.
+        make: allocates inputs and returns the call to time.
+        passes: reads and writes of the maps before and after the depthwise convolution.
     """
 
     module: ModuleType
@@ -181,12 +181,12 @@ class Candidate:
         return TARGETS[self.name]
 
     def taken(self) -> contextlib.AbstractContextManager[Any]:
-        """Within, the package chooses this launch."""
+        """Inside the block, the package chooses this launch."""
         return mock.patch.object(self.target.module, self.target.choice, return_value=self.launch)
 
 
 def candidates(name: str, shape: Shape) -> tuple[Any, list[Candidate]]:
-    """The package's own choice, and all of the space with it in front."""
+    """The package's choice, and candidates for it and the whole space, the choice first."""
     target = TARGETS[name]
     choice = mock.Mock(side_effect=getattr(target.module, target.choice))
     with mock.patch.object(target.module, target.choice, choice), quiet():
@@ -196,14 +196,14 @@ def candidates(name: str, shape: Shape) -> tuple[Any, list[Candidate]]:
 
 
 @contextlib.contextmanager
-def quiet(door: Callable[..., None] = lambda *_, **__: None) -> Iterator[None]:
-    """Within, another function stands for the package's door to the device; by default nothing is started."""
-    with launch.launches_go_to(door):
+def quiet(launcher: Callable[..., None] = lambda *_, **__: None) -> Iterator[None]:
+    """Inside the block, `launcher` receives every launch instead of the device; by default it does nothing."""
+    with launch.launches_go_to(launcher):
         yield
 
 
 def compile_ahead(candidate: Candidate, dtype: torch.dtype) -> None:
-    """Compile a candidate's kernels into Triton's cache on the disk; what fails is met again when it is timed."""
+    """Compile a candidate's kernels into Triton's disk cache. Failures are ignored here: `timed` raises them again."""
 
     def warm(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         kernel.warmup(*(a.dtype if isinstance(a, Tensor) else a for a in args), grid=grid, **options)
@@ -219,60 +219,59 @@ def tensors(value: object) -> list[Tensor]:
     return [t for part in value for t in tensors(part)] if isinstance(value, tuple) else []
 
 
-def error(ours: object, theirs: object) -> float:
+def error(actual: object, expected: object) -> float:
     """The largest relative RMS between two results."""
-    pairs = zip(tensors(ours), tensors(theirs), strict=True)
+    pairs = zip(tensors(actual), tensors(expected), strict=True)
     return max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item() for a, b in pairs)
 
 
 def summed(value: object) -> object:
-    """A result with its tiles' moments, of which another launch has other ones, left out."""
+    """A result without the tiles' moments, which depend on the launch."""
     return value[0] if isinstance(value, tuple) and tensors(value)[-1].dim() == 3 else value
 
 
 def timed(candidate: Candidate, dtype: torch.dtype, reference: tuple[Call, object]) -> tuple[float, Quantiles | None]:
-    """How far the result is from that of the package's choice, and the times, if that is near enough."""
+    """Relative RMS from the result of the package's choice, and the times, or None if it exceeds the tolerance."""
     call, expected = reference
     with candidate.taken():
-        off = error(summed(call()), expected)
-        if not off <= TOLERANCE[dtype]:
-            return off, None
+        deviation = error(summed(call()), expected)
+        if not deviation <= TOLERANCE[dtype]:
+            return deviation, None
         sets = rotations(max(least_bytes(candidate.shape, candidate.target.passes, dtype), 1))
-        return off, replayed([candidate.target.make(Maps(candidate.shape, dtype, DEVICE)) for _ in range(sets)])
+        return deviation, replayed([candidate.target.make(Maps(candidate.shape, dtype, DEVICE)) for _ in range(sets)])
 
 
 def rows_of(name: str, shape: Shape, dtype: torch.dtype, bandwidth: float) -> Iterator[dict[str, Any]]:
     """A row for each candidate, the package's choice first."""
-    chosen, all_of_them = candidates(name, shape)
+    chosen, launches = candidates(name, shape)
     call = TARGETS[name].make(Maps(shape, dtype, DEVICE))
     reference = (call, summed(call()))
-    for candidate in all_of_them:
+    for candidate in launches:
         row: dict[str, Any] = {"target": name, "shape": str(shape), "launch": asdict(candidate.launch)}
         row["chosen"] = candidate.launch == chosen
         try:
-            off, ms = timed(candidate, dtype, reference)
-        except RuntimeError as refusal:  # more registers or shared memory than there are
+            deviation, ms = timed(candidate, dtype, reference)
+        except RuntimeError as refusal:  # it needs too many registers or too much shared memory
             yield row | {"failed": str(refusal).splitlines()[0]}
             continue
         if ms is None:
-            yield row | {"wrong by": off}
+            yield row | {"wrong by": deviation}
             continue
         rate = least_bytes(shape, TARGETS[name].passes, dtype) / ms[1] / 1e6
         yield row | {"ms p20/p50/p80": ms, "share of copy": rate / bandwidth}
 
 
 def line(rows: list[dict[str, Any]]) -> str:
-    """The package's choice beside the fastest."""
-    good = [row for row in rows if "ms p20/p50/p80" in row]
-    if not good or not good[0]["chosen"]:
+    """One line that compares the package's choice with the fastest launch."""
+    measured = [row for row in rows if "ms p20/p50/p80" in row]
+    if not measured or not measured[0]["chosen"]:
         return f"{rows[0]['target']:18} {rows[0]['shape']:28} the package's choice failed: {rows[0]}"
-    ms = {id(row): row["ms p20/p50/p80"][1] for row in good}
-    best = min(good, key=lambda row: ms[id(row)])
-    ratio = ms[id(good[0])] / ms[id(best)]
-    head = f"{best['target']:18} {best['shape']:28} chosen {ms[id(good[0])]:.4f} ms"
-    return (
-        f"{head} ({good[0]['share of copy']:.0%} of copy), {ratio:.2f} x the fastest of {len(good)}: {best['launch']}"
-    )
+    ms = {id(row): row["ms p20/p50/p80"][1] for row in measured}
+    best = min(measured, key=lambda row: ms[id(row)])
+    ratio = ms[id(measured[0])] / ms[id(best)]
+    head = f"{best['target']:18} {best['shape']:28} chosen {ms[id(measured[0])]:.4f} ms"
+    share = f"{measured[0]['share of copy']:.0%} of copy"
+    return f"{head} ({share}), {ratio:.2f} x the fastest of {len(measured)}: {best['launch']}"
 
 
 def compile_all(name: str, shapes: list[Shape], dtype: torch.dtype, pool: Any) -> None:

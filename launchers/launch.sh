@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the launchers. `launch COMMAND...` prints a command and becomes it; with --dry-run as the launcher's first
-# argument it only prints.
+# Sourced by the launchers. `launch COMMAND...` prints a command and executes it; with --dry-run as the launcher's first
+# argument it only prints it.
 
 dry_run=false
 if [[ ${1:-} == --dry-run ]]; then
@@ -8,7 +8,7 @@ if [[ ${1:-} == --dry-run ]]; then
     shift
 fi
 
-# The command, without the passwords of URLs: it lands in logs.
+# Logs keep the printed command, so it leaves out passwords in URLs.
 show() {
     printf '+'
     for word in "$@"; do

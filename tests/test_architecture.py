@@ -205,10 +205,10 @@ def test_network_and_pickles_have_one_place_each():
     assert doors == {"effnet_fast/data/archive.py"}
     calls = [(path, node) for path in SOURCES for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
     for path, node in calls:
-        words = {(word.arg, ast.unparse(word.value)) for word in node.keywords}
+        keywords_of_call = {(keyword.arg, ast.unparse(keyword.value)) for keyword in node.keywords}
         if ast.unparse(node.func) == "torch.load":
-            assert ("weights_only", "True") in words, f"{name_of(path)}:{node.lineno}"
-        assert ("allow_pickle", "True") not in words, f"{name_of(path)}:{node.lineno}"
+            assert ("weights_only", "True") in keywords_of_call, f"{name_of(path)}:{node.lineno}"
+        assert ("allow_pickle", "True") not in keywords_of_call, f"{name_of(path)}:{node.lineno}"
     unsafe = {"pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "eval", "exec", "os.system"}
     assert [name_of(path) for path, node in calls if ast.unparse(node.func) in unsafe] == []
 

@@ -1,4 +1,4 @@
-"""Checkpoints are written atomically, and reading one runs no code."""
+"""Checkpoints are written atomically, and loading one executes no code."""
 
 import errno
 import os

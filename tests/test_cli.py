@@ -94,7 +94,7 @@ TINY = (
 
 
 def mistake(capsys, line):
-    """Run a command in this process; the one line it says."""
+    """Run a command in this process; returns the one line that it prints."""
     with pytest.raises(SystemExit) as done:
         cli.main(line.split())
     printed = capsys.readouterr().err

@@ -20,17 +20,17 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
 
 def gradients(folder, kernels):
     """{ranks: {dtype: {name: gradient or statistic}}} of one and of two ranks."""
-    found = {}
+    results = {}
     for ranks in (1, 2):
         path = folder / f"{ranks}.pt"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        # On the CPU, also where there is a GPU and conftest.py leaves the interpreter off.
+        # The ranks run on the CPU; conftest.py leaves the interpreter off if there is a GPU.
         environment = os.environ | {"TRITON_INTERPRET": "1" if kernels == "triton" else "0"}
         command = [*torchrun, str(WORKER), str(path), kernels]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[ranks] = torch.load(path, weights_only=True)
-    return found
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert process.returncode == 0, process.stderr[-3000:]
+        results[ranks] = torch.load(path, weights_only=True)
+    return results
 
 
 @pytest.mark.parametrize("kernels", ["torch", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
@@ -38,11 +38,11 @@ def test_two_ranks_give_the_gradients_and_statistics_of_one(tmp_path, kernels):
     """In training mode, with BatchNorm statistics of the whole batch. float64 excludes rounding."""
     if kernels == "triton":
         pytest.importorskip("triton")
-    found = gradients(tmp_path, kernels)
-    for dtype, one in found[1].items():
-        two = found[2][dtype]
+    results = gradients(tmp_path, kernels)
+    for dtype, one in results[1].items():
+        two = results[2][dtype]
         assert one.keys() == two.keys()
-        # Some true gradients are zero (a shift that the next BatchNorm takes out again): hence the common scale.
+        # The common scale is for gradients that are truly 0, such as of a shift that the next BatchNorm cancels.
         scale = torch.stack([torch.linalg.norm(v) for v in one.values()]).median()
         for name, expected in one.items():
             error = torch.linalg.norm(two[name] - expected) / (torch.linalg.norm(expected) + 0.1 * scale)

@@ -62,7 +62,7 @@ def stand_ins(tmp_path):
     return make
 
 
-# As the real ones: a SIGTERM to srun kills what it started; scancel's reaches that, and not srun.
+# As in Slurm: a SIGTERM to srun kills its processes; scancel sends the signal to those processes, not to srun.
 SRUN = """shift; "$@" & echo $! >"$(dirname "$0")/step"; trap "kill -KILL $!; exit 137" TERM; wait $!"""
 SCANCEL = '''[[ $* == "--signal=TERM 4711" ]] && kill -TERM "$(cat "$(dirname "$0")/step")"'''
 SCONTROL = 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "did: scontrol $*"; fi'
@@ -241,7 +241,7 @@ def test_kubernetes_mistakes_are_one_line(variables, message):
 
 @pytest.mark.slow
 def test_steps_of_the_dockerfile(tmp_path, stand_ins):
-    """Its COPY and RUN steps in a folder, with stand-ins for what needs root, and without downloads."""
+    """Run its COPY and RUN steps in a folder, without downloads; stubs replace the commands that need root."""
     lines = (LAUNCHERS / "Dockerfile").read_text().splitlines()
     steps = [line.partition(" ")[::2] for line in lines if line and not line.startswith("#")]
     assert len(lines) <= 20
@@ -434,7 +434,7 @@ def test_rendezvous_listens_on_its_address_only():
     }
     port = handler._store.port
     assert {address for address, number in listening if number == port} == {bytes([1, 0, 0, 127])}
-    # Another agent of this machine, which takes itself for the host too, joins it.
+    # Another agent on this machine, which also considers itself the host, joins.
     parameters = RendezvousParameters("bound", f"127.0.0.1:{port}", "test", 1, 1, is_host=True, read_timeout=600)
     other = rendezvous.handler()(parameters)
     other._store.set("word", "heard")

@@ -63,8 +63,8 @@ def test_quota_of_cgroups(tmp_path):
     ("cores", "threads", "busy", "mine", "contended"),
     [
         (2, 2, 4.0, 4.0, False),  # alone
-        (2, 2, 4.0, 2.0, True),  # another one has half of the time
-        (2, 2, 4.2, 4.0, False),  # a little else
+        (2, 2, 4.0, 2.0, True),  # another process uses half of the time
+        (2, 2, 4.2, 4.0, False),  # other processes use little
         (2, 1, 4.0, 2.0, False),  # one thread never spins
         (8, 2, 8.0, 4.0, False),  # there are cores for both
         (8, 6, 16.0, 9.0, True),

@@ -22,8 +22,8 @@ TINY = (
 
 
 def rows(folder, kind=None):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if kind in (None, row["kind"])]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in records if kind in (None, row["kind"])]
 
 
 @pytest.fixture(scope="module")

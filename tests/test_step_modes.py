@@ -185,7 +185,7 @@ def test_compiled_random_numbers_are_eager_ones():
 
 
 def test_inductor_cuda_graphs_are_off():
-    """pytorch #139207: they skip graphs whose buffers change; `--step graph` captures the whole step instead."""
+    """pytorch #139207: Inductor skips CUDA graphs where buffers change; `--step graph` captures the whole step."""
     with torch._inductor.config.patch(compile_options(torch.device("cuda"))):
         assert not torch._inductor.config.triton.cudagraphs
 

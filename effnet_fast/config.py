@@ -15,6 +15,7 @@ DatasetName = Literal["cifar100", "cifar10", "folder", "synthetic"]
 LoaderName = Literal["auto", "dali", "resident", "torch"]
 DeviceName = Literal["auto", "cuda", "cpu"]
 LayoutName = Literal["auto", "effnet-fast", "torchvision", "timm", "timm-tf", "efficientnet-pytorch"]
+DepthwiseInit = Literal["default", "identity"]
 Switch = Literal["auto", "yes", "no"]
 StepMode = Literal["auto", "eager", "compile", "graph"]
 
@@ -95,6 +96,12 @@ class TrainConfig:
     drop_path: float | None = None
     """Stochastic depth, from 0 to below 1: block i of n is skipped with probability DROP_PATH * i / n. Default 0.2 for
     EfficientNets. Use 0 for runs of a few epochs."""
+    zero_init_residual: bool = False
+    """Set the last BatchNorm weight of each residual block to zero at the start, so that the block is its shortcut
+    (Goyal et al. 2017); EfficientNets and ResNets."""
+    depthwise_init: DepthwiseInit = "default"
+    """Depthwise kernels at the start: default is normal by fan-out; identity is 1 at the centre and 0 elsewhere.
+    EfficientNets only."""
 
     pretrained: str | None = None
     """Initial weights, .pth or .safetensors, from torchvision, timm, EfficientNet-PyTorch or effnet_fast. Images are
@@ -224,6 +231,14 @@ class TrainConfig:
         ):
             _require(
                 bool(self.pretrained) or not given, f"--{name} applies to pretrained weights: add --pretrained FILE"
+            )
+        for name, given in (
+            ("zero_init_residual", self.zero_init_residual),
+            ("depthwise_init", self.depthwise_init != "default"),
+        ):
+            _require(
+                not (self.pretrained and given),
+                f"--{name} applies to training from scratch, --pretrained replaces the initial weights: leave one out",
             )
 
     @property

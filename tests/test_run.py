@@ -155,7 +155,7 @@ def test_dry_run(tmp_path, capsys):
 
 
 def test_time_budget_then_resume(tmp_path, capsys):
-    line = f"{TINY} --save_dir {tmp_path} --run_name brief"
+    line = f"{TINY} --save_dir {tmp_path} --run_name brief --zero_init_residual --depthwise_init identity"
     run(f"{line} --time_budget 0.01")
     assert "time is up at step 1 of 12" in capsys.readouterr().out
     assert rows(tmp_path / "brief", "eval")
@@ -235,7 +235,8 @@ def test_when_compiling_pays(device, stride, images, compiles):
         "--mixed_precision bf16 --optimizer adamw --schedule one-cycle --image_size 40",
         "--mixed_precision fp16 --optimizer rmsprop --schedule exponential --grad_accumulation 2",
         "--loader dali --auto_augment rand --color_jitter 0.3 --random_erasing 0.5 --schedule step",
-        "--loader torch --rotation 15 --schedule constant --clip_grad 0 --model efficientnet-b1",
+        "--loader torch --rotation 15 --schedule constant --clip_grad 0 --model efficientnet-b1 --zero_init_residual "
+        "--depthwise_init identity",
     ],
 )
 def test_other_settings_train(tmp_path, flags):
@@ -357,6 +358,7 @@ def test_more_epochs_under_the_same_name_say_how(first_epochs, capsys):
     [
         ("--num_epochs 1", "has trained 2 epochs already; give a larger number"),
         ("--num_epochs 4 --weight_decay 0.1", "weight_decay was 0.0005, now 0.1"),
+        ("--num_epochs 4 --depthwise_init identity", "depthwise_init was default, now identity"),
         ("--learning_rate 0.01", "learning_rate was 0.05, now 0.01"),
     ],
 )

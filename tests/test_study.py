@@ -122,12 +122,14 @@ def test_reference_models_are_trained_and_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(studying, "_draw", lambda *a: None)
     configs = fake_training(monkeypatch, trained)
     line = (
-        f"{TINY} --save_dir {tmp_path} --run_name more --drop_path 0.1 --references resnet50 --references DenseNet-201"
+        f"{TINY} --save_dir {tmp_path} --run_name more --drop_path 0.1 --depthwise_init identity "
+        "--references resnet50 --references DenseNet-201"
     )
     run(line)
-    assert [(c.model, c.width, c.drop_path, c.image_size) for c in configs[-2:]] == [
-        ("resnet50", None, None, 32),
-        ("densenet201", None, None, 32),
+    assert [(c.model, c.width, c.drop_path, c.image_size, c.depthwise_init) for c in configs[-3:]] == [
+        ("efficientnet-b0", configs[-3].width, 0.1, configs[-3].image_size, "identity"),
+        ("resnet50", None, None, 32, "default"),
+        ("densenet201", None, None, 32, "default"),
     ]
     with (tmp_path / "more" / "study.csv").open() as file:
         rows = {row["model"]: row for row in csv.DictReader(file)}

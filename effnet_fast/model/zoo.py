@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from effnet_fast.config import LayoutName
+from effnet_fast.config import DepthwiseInit, LayoutName
 from effnet_fast.model import reference, scaling
 from effnet_fast.model.blocks import Kernels, Padding
 from effnet_fast.model.efficientnet import Architecture, EfficientNet
 from effnet_fast.model.features import FeaturePyramid
+from effnet_fast.model.initialise import identity_depthwise, zero_residuals
 from effnet_fast.model.network import Network
 from effnet_fast.model.reference import DENSENETS, RESNETS, DenseNet, ReferenceArchitecture, ResNet
 from effnet_fast.model.weights import Weights, load_weights, read_weights
@@ -38,6 +39,8 @@ class ModelOptions:
         drop_path: stochastic depth of EfficientNets; None is 0.2.
         padding, bn_eps: None is what the pretrained weights need, else symmetric, and 1e-3 (reference models: 1e-5).
         bn_momentum: None is 0.01 (reference models: 0.1).
+        zero_init_residual: see `initialise.zero_residuals`; EfficientNets and ResNets.
+        depthwise_init: default (normal by fan-out) or identity, see `initialise.identity_depthwise`; EfficientNets.
         kernels: auto, triton, cpp or torch, see `blocks.Style`. Not part of the architecture, so not in checkpoints.
     """
 
@@ -52,6 +55,8 @@ class ModelOptions:
     padding: Padding | None = None
     bn_eps: float | None = None
     bn_momentum: float | None = None
+    zero_init_residual: bool = False
+    depthwise_init: DepthwiseInit = "default"
     kernels: Kernels = "auto"
 
 
@@ -142,7 +147,7 @@ def create_model(
         features_only: return the feature maps of an EfficientNet instead of logits, see `FeaturePyramid`.
         out_indices: levels of the feature pyramid to return; None returns all.
         options: the other fields of `ModelOptions`: width, depth, dropout, drop_path, padding, bn_eps, bn_momentum,
-            kernels.
+            zero_init_residual, depthwise_init, kernels.
 
     Raises:
         ValueError: an unknown name, an impossible value, or weights that do not fit.
@@ -174,6 +179,10 @@ def model_from_options(options: ModelOptions, weights: Weights | None = None, al
         model: Network = _REFERENCES[key](_reference_architecture(key, options, weights), options.kernels)
     else:
         model = EfficientNet(_architecture(key, options, weights), options.kernels)
+    if options.zero_init_residual:
+        zero_residuals(model)
+    if options.depthwise_init == "identity":
+        identity_depthwise(model)
     if weights is not None:
         load_weights(model, weights, allow_unmatched)
     return model
@@ -191,8 +200,8 @@ def _architecture(name: str, options: ModelOptions, weights: Weights | None) -> 
 
 
 def _reference_architecture(name: str, options: ModelOptions, weights: Weights | None) -> ReferenceArchitecture:
-    for field in ("width", "depth", "drop_path", "padding"):
-        if getattr(options, field) not in (None, 0, "symmetric"):
+    for field in ("width", "depth", "drop_path", "padding", "depthwise_init"):
+        if getattr(options, field) not in (None, 0, "symmetric", "default"):
             raise ValueError(f"{name} has no {field}: that is EfficientNet's; leave it out")
     return ReferenceArchitecture(name, **_shared_fields(name, options, weights))
 

@@ -119,6 +119,8 @@ def _new_model(plan: Plan) -> Network:
         depth=config.depth,
         dropout=config.dropout,
         drop_path=config.drop_path,
+        zero_init_residual=config.zero_init_residual,
+        depthwise_init=config.depthwise_init,
         kernels=plan.kernels,
     )
     return model_from_options(options, plan.weights, config.allow_unmatched)

@@ -99,8 +99,10 @@ class Family:
         }
 
     def reference_settings(self, name: str) -> dict[str, Any]:
-        """Return the same fields for another architecture, which keeps its own strides and stochastic depth."""
+        """Return the same fields for another architecture; it keeps its own strides, depth and initial values."""
         return dict.fromkeys(("width", "depth", "output_stride", "drop_path")) | {
             "model": name,
             "image_size": self.base_size,
+            "zero_init_residual": False,
+            "depthwise_init": "default",
         }

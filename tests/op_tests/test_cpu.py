@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from op_cases import CASES, OPS, TOLERANCE, Case, compare, make_inputs, relative_rms, run
-from test_model import assert_as_good, images, narrow, step
+from test_model import assert_as_good, check_zeroed_block, images, narrow, step
 from test_registration import RANK
 
 from command_line import run as run_cli
@@ -96,6 +96,10 @@ def test_block_drops_the_same_samples():
     assert relative_rms(actual["y"], baseline["y"]) <= 1e-5
     assert relative_rms(actual["x"], baseline["x"]) <= 1e-4
     assert dropped == [n for n, y in enumerate(actual["y"]) if (actual["x"][n] == 0).all()]
+
+
+def test_a_block_that_starts_as_its_shortcut():
+    check_zeroed_block("cpp")
 
 
 @pytest.mark.parametrize("settings", BLOCKS, ids=str)

@@ -5,6 +5,7 @@ import torch
 from op_cases import DEVICE, relative_rms
 
 from effnet_fast.model import Architecture, EfficientNet, create_model
+from effnet_fast.model.blocks import MBConv, Style
 
 
 def narrow(kernels: str, **settings) -> EfficientNet:
@@ -55,6 +56,30 @@ def test_a_step_of_a_narrow_model(padding):
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
     x = images(4)
     assert_as_good(step(models[0], x), step(models[1], x), step(models[2].double(), x))
+
+
+def check_zeroed_block(kernels: str) -> None:
+    """Train a residual block whose last BatchNorm weight is 0: it is its shortcut, and only that weight learns."""
+    results = []
+    for block_kernels in (kernels, "torch"):
+        torch.manual_seed(0)
+        block = MBConv(8, 8, 3, 1, 4, style=Style(kernels=block_kernels)).to(DEVICE)
+        torch.nn.init.zeros_(block.project.norm.weight)
+        x = torch.randn(3, 8, 6, 5, device=DEVICE).contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = block(x)
+        slope = torch.randn_like(y)
+        y.backward(slope)
+        assert torch.equal(y, x)
+        assert torch.equal(x.grad, slope)
+        gradients = {name: p.grad for name, p in block.named_parameters()}
+        results.append({name: gradients.pop(f"project.norm.{name}") for name in ("weight", "bias")})
+        assert not any(gradient.any() for gradient in gradients.values())  # NaN is true
+    for name, gradient in results[1].items():
+        assert relative_rms(results[0][name], gradient) <= 1e-4
+
+
+def test_a_block_that_starts_as_its_shortcut():
+    check_zeroed_block("triton")
 
 
 @pytest.mark.slow

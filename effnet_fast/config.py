@@ -88,6 +88,11 @@ class TrainConfig:
     """Depth multiplier of B0's layers; default: the variant's."""
     image_size: Literal["auto"] | int = "auto"
     """Input size in pixels; auto scales the data set's size (32 for CIFAR) as the variant scales 224."""
+    resize_schedule: str | None = None
+    """Progressive resizing: SIZE:SHARE,...,SIZE, e.g. 20:0.15,24:0.35,32 resizes the training images to 20 px for the
+    first 15 % of the steps, to 24 px for the next 35 %, and to 32 px for the rest. Images are augmented at IMAGE_SIZE,
+    then resized; sizes rise, up to IMAGE_SIZE, at which the model is evaluated. Not for search and study, whose models
+    differ in image size."""
     output_stride: Literal[4, 8, 16, 32] | None = None
     """Downsampling factor of the final feature map. Default: 8 below 128 px, else 32; for ResNet and DenseNet 8 (stem
     without stride) up to 64 px, else 32."""
@@ -224,6 +229,7 @@ class TrainConfig:
         _require(0 <= self.seed < 2**64, f"--seed must be from 0 to 2**64 - 1, not {self.seed}")
         _require(0 < self.layer_decay <= 1, f"--layer_decay must be above 0 and at most 1, not {self.layer_decay}")
         _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
+        resize_stages(self.resize_schedule)
         for name, given in (
             ("pretrained_layout", self.pretrained_layout != "auto"),
             ("allow_unmatched", self.allow_unmatched),
@@ -247,6 +253,30 @@ class TrainConfig:
         return self.run_name or f"{self.model}-{self.dataset}-{self.seed}"
 
 
+def resize_stages(schedule: str | None) -> list[tuple[int, float]]:
+    """Parse `--resize_schedule` into the pixels and the share of the steps of each stage; None gives none.
+
+    Raises:
+        ValueError: the schedule is malformed.
+    """
+    if schedule is None:
+        return []
+    flag = f"--resize_schedule {schedule}"
+    *early, last = schedule.split(",")
+    try:
+        stages = [(int(size), float(share)) for size, share in (stage.split(":") for stage in early)]
+        stages.append((int(last), 1 - sum(share for _, share in stages)))
+    except ValueError as error:
+        raise ValueError(f"{flag}: use SIZE:SHARE,...,SIZE, e.g. 20:0.15,24:0.35,32") from error
+    sizes = [size for size, _ in stages]
+    _require(all(share > 0 for _, share in stages), f"{flag}: shares must be above 0, and their sum below 1")
+    _require(sizes == sorted(set(sizes)), f"{flag}: each size must be larger than the one before")
+    _require(sizes[0] >= 8, f"{flag}: sizes must be at least 8 px")
+    # torch.compile compiles a model for 8 sizes at most (torch._dynamo.config.recompile_limit).
+    _require(len(sizes) <= 8, f"{flag}: use at most 8 sizes")
+    return stages
+
+
 @dataclass(frozen=True)
 class _FamilyConfig(TrainConfig):
     """Settings shared by search and study: those of train, except the ones they vary."""
@@ -258,6 +288,10 @@ class _FamilyConfig(TrainConfig):
         _require(self.width is None and self.depth is None, "--width and --depth are varied by this verb: remove them")
         _require(
             self.resume == "auto", "--resume is always auto for this verb; to start over, choose another --run_name"
+        )
+        _require(
+            self.resize_schedule is None,
+            "--resize_schedule is in pixels, and the models of this verb differ in image size: remove it",
         )
         _require(
             self.time_budget == 0,

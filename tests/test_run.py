@@ -289,7 +289,7 @@ def test_one_image_per_pass_and_one_pixel_are_refused(tmp_path, capsys, dry_run)
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "--batch_size 4 leaves one image per pass (1 rank(s) x 4 accumulation step(s))" in message
-    assert "use a larger --batch_size or --image_size, or a smaller --output_stride" in message
+    assert "use a larger --batch_size, larger images (--image_size, --resize_schedule) or a smaller" in message
     assert not list(tmp_path.iterdir())
 
 

@@ -184,6 +184,24 @@ def test_compiled_random_numbers_are_eager_ones():
         torch.testing.assert_close(compiled(x), expected)
 
 
+def test_each_image_size_is_compiled_once_and_for_itself(monkeypatch):
+    """torch would compile the second size for all sizes; it stops at as many sizes as the config allows."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def record(graph, inputs, **options):
+        compiled.append([value.shape[-1] for value in inputs if value.ndim == 4])
+        return graph
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", record)
+    model = compile_model(nn.BatchNorm2d(3), torch.device("cpu"))
+    sizes = [8, 8, 12, 12, 16, 20, 24, 28, 32, 36]
+    for size in sizes:
+        model(torch.randn(2, 3, size, size))
+    assert compiled == [[size] for size in dict.fromkeys(sizes)]
+    assert torch._dynamo.config.recompile_limit == 8
+
+
 def test_inductor_cuda_graphs_are_off():
     """pytorch #139207: Inductor skips CUDA graphs where buffers change; `--step graph` captures the whole step."""
     with torch._inductor.config.patch(compile_options(torch.device("cuda"))):
@@ -209,7 +227,7 @@ def test_ddp_splits_graphs_except_with_checkpointing(one_rank, monkeypatch, reco
         graphs.append(graph)
         return aot_eager(graph, inputs)
 
-    monkeypatch.setattr(torch, "compile", lambda model, options: compile_(model, backend=count))
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic, options: compile_(model, backend=count))
     blocks = nn.Sequential(*(MBConv(4, 4, 3, 1, 2, style=Style(kernels="torch")) for _ in range(3)))
     if recomputes:
         recompute_blocks(blocks)

@@ -82,29 +82,38 @@ def build_model(plan: Plan, device: torch.device) -> Network:
         model.freeze(config.freeze)
     for norm in batch_norms(model):
         norm.synchronised = plan.sync_batchnorm
-    _check_batch_norm(plan, model)
+    _check_smallest_images(plan, model)
     if config.activation_checkpointing:
         recompute_blocks(model)
     return model.to(device)
 
 
-def _check_batch_norm(plan: Plan, model: Network) -> None:
-    """Refuse passes of one image whose final map is one pixel.
+def _check_smallest_images(plan: Plan, model: Network) -> None:
+    """Refuse images that are too small for the model, and passes of one image whose final map is one pixel.
 
     Raises:
-        ValueError: BatchNorm would have one value per channel.
+        ValueError: a layer would have no output, or BatchNorm one value per channel.
     """
-    config = plan.config
+    config, size = plan.config, plan.sizes.sizes[0]
     images = plan.images_per_pass * (plan.world.size if plan.sync_batchnorm else 1)
-    if images > 1 or not any(norm.weight.requires_grad for norm in batch_norms(model)):
+    one_image = images == 1 and any(norm.weight.requires_grad for norm in batch_norms(model))
+    if not one_image and size >= model.architecture.output_stride:
         return
-    with evaluating(model):
-        height, width = model.forward_features(torch.zeros(1, 3, plan.image_size, plan.image_size)).shape[2:]
-    if height * width == 1:
+    try:
+        with evaluating(model):
+            height, width = model.forward_features(torch.zeros(1, 3, size, size)).shape[2:]
+    except RuntimeError as error:
+        raise ValueError(
+            f"images of {size} px are too small for {config.model} at output stride "
+            f"{model.architecture.output_stride}: use larger ones (--image_size, --resize_schedule) or a smaller "
+            "--output_stride"
+        ) from error
+    if one_image and height * width == 1:
         raise ValueError(
             f"--batch_size {config.batch_size} leaves one image per pass ({plan.world.size} rank(s) x "
             f"{plan.accumulation} accumulation step(s)), and the final map is 1 x 1: BatchNorm needs more than one "
-            "value per channel; use a larger --batch_size or --image_size, or a smaller --output_stride"
+            "value per channel; use a larger --batch_size, larger images (--image_size, --resize_schedule) or a "
+            "smaller --output_stride"
         )
 
 
@@ -147,7 +156,7 @@ def _build_step(plan: Plan, model: Network) -> Step:
         seed=config.seed,
         graph=plan.graph,
     )
-    return Step(_callable(plan, model), model, optimizer, _schedule(plan), options, plan.world)
+    return Step(_callable(plan, model), model, optimizer, _schedule(plan), options, plan.world, plan.sizes)
 
 
 def _callable(plan: Plan, module: Network) -> nn.Module:

@@ -22,11 +22,14 @@ def forecast(plan: Plan) -> str:
     model = build_model(plan, torch.device("cpu"))
     cost = complexity(model, plan.image_size)
     memory = plan.images_per_pass * _image_bytes(plan, cost) + cost.state_bytes
-    images = plan.steps * config.batch_size
+    sizes = plan.sizes.counts(plan.schedule_start, plan.steps)
+    macs = {size: cost.macs if size == plan.image_size else complexity(model, size).macs for size in sizes}
+    total = sum(3 * macs[size] * steps * config.batch_size for size, steps in sizes.items())
     rows = {
         "model": f"{config.model}, {cost.parameters:,} parameters, {plan.image_size} px, output stride "
         f"{model.architecture.output_stride}, final map {cost.final_map}",
-        "cost": f"{cost.macs:,} MACs an image; {3 * cost.macs * images:.3g} in all (backward counted as 2 forwards)",
+        "cost": f"{cost.macs:,} MACs an image; {total:.3g} for {plan.steps - plan.schedule_start} steps "
+        "(backward counted as 2 forwards)",
         "data": f"{dataset.name}: {len(dataset.train)} train, {len(dataset.val) if dataset.val is not None else 0} "
         f"val, {len(dataset.test)} test images; loader {plan.loader}",
         "steps": f"{plan.steps} ({config.num_epochs} epochs x {plan.steps_per_epoch}), batch {config.batch_size} = "
@@ -35,10 +38,19 @@ def forecast(plan: Plan) -> str:
         "device": f"{plan.world.device.type}, {plan.arithmetic}",
         "folder": str(plan.folder),
     }
+    if config.resize_schedule:
+        rows["resize"] = resizing(plan)
     if plan.resumed is not None:
         done = "finished" if plan.progress.finished else f"from step {plan.progress.step}"
         rows["resume"] = f"{plan.resumed.path}, {done}"
     return "\n".join(f"{name:8}{value}" for name, value in rows.items())
+
+
+def resizing(plan: Plan) -> str:
+    """The sizes of `--resize_schedule` in words."""
+    counts = plan.sizes.counts(plan.schedule_start, plan.steps)
+    steps = ", ".join(f"{size} px for {count} steps" for size, count in counts.items())
+    return f"training images of {steps}; evaluation at {plan.image_size} px"
 
 
 def opening_lines(plan: Plan, parts: Parts) -> list[str]:
@@ -53,6 +65,8 @@ def opening_lines(plan: Plan, parts: Parts) -> list[str]:
         f"{plan.dataset.name}: {len(plan.dataset.train)} training images, {config.num_epochs} epochs of "
         f"{plan.steps_per_epoch} steps{dropped_note}",
     ]
+    if config.resize_schedule:
+        lines.append(resizing(plan))
     if plan.recalibrates(architecture.bn_momentum):
         lines.append(
             f"a short run ({plan.steps} steps): BatchNorm statistics are re-estimated on "

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from effnet_fast.config import LoaderName, TrainConfig
+from effnet_fast.config import LoaderName, TrainConfig, resize_stages
 from effnet_fast.data import Dataset
 from effnet_fast.data.augment_params import Augment
 from effnet_fast.distributed import World
@@ -24,6 +24,7 @@ from effnet_fast.run.resolve import (
 from effnet_fast.run.resume import Resumed, of_this_version
 from effnet_fast.train import optim
 from effnet_fast.train.loop import Progress
+from effnet_fast.train.resizing import ImageSizes, image_sizes
 
 # Re-estimate BatchNorm statistics before each evaluation if the run is shorter than this many of their time constants
 # (1 / momentum steps).
@@ -44,7 +45,7 @@ class Plan:
         schedule_start: step at which the learning-rate schedule starts; above 0 in a run that adds epochs to another.
         dataset: normalised by the mean and std of the checkpoint or of the pretrained weights, if there are any.
         weights: pretrained weights to start from, or None.
-        image_size: pixels.
+        image_size: pixels, of the loaders and of evaluation.
         precision: bf16, fp16 or no.
         compile: whether torch.compile compiles the model.
         graph: whether the step is captured in a CUDA graph.
@@ -80,6 +81,12 @@ class Plan:
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.steps_per_epoch * self.config.num_epochs
+
+    @property
+    def sizes(self) -> ImageSizes:
+        """Size of the training images at each step; `--resize_schedule` starts together with the learning rate's."""
+        stages = resize_stages(self.config.resize_schedule) or [(self.image_size, 1.0)]
+        return image_sizes(stages, self.schedule_start, self.steps)
 
     @property
     def images_per_pass(self) -> int:
@@ -140,6 +147,11 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
         raise ValueError(f"--batch_size {config.batch_size} is larger than the {len(dataset.train)} training images")
 
     image_size = resolve_image_size(config.image_size, config.model, dataset.native_size)
+    if any(size > image_size for size, _ in resize_stages(config.resize_schedule)):
+        raise ValueError(
+            f"--resize_schedule {config.resize_schedule}: images of {image_size} px are not enlarged; use sizes of at "
+            f"most {image_size}, or a larger --image_size"
+        )
     stride = config.output_stride or default_output_stride(config.model, image_size)
     images = steps_per_epoch * config.batch_size * config.num_epochs
     compiled, graph = resolve_step(config, world, stride, images)

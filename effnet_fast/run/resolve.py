@@ -131,8 +131,11 @@ def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
 
     torch splits the graph of a DDP model at the bounds of the gradient buckets (pytorch #108966), so that reduction
     overlaps with the backward pass. With activation checkpointing it does not split.
+
+    Each image size of progressive resizing is compiled once: dynamic=False, since torch would otherwise compile one
+    slower version for all sizes after the first.
     """
-    return torch.compile(model, options=compile_options(device))  # type: ignore[return-value]
+    return torch.compile(model, dynamic=False, options=compile_options(device))  # type: ignore[return-value]
 
 
 def compile_options(device: torch.device) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from effnet_fast.config import TrainConfig
 from effnet_fast.run.restore import config_of, differences
 
 # Settings that may change when a run is extended under another name.
-_SCHEDULE_SETTINGS = {"num_epochs", "learning_rate", "schedule", "warmup_epochs"}
+_SCHEDULE_SETTINGS = {"num_epochs", "learning_rate", "schedule", "warmup_epochs", "resize_schedule"}
 
 
 @dataclass(frozen=True)

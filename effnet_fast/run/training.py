@@ -122,6 +122,7 @@ class _Training:
             step=self.progress.step,
             total_steps=plan.steps,
             steps_per_epoch=plan.steps_per_epoch,
+            work=plan.sizes.pixels,
         )
         for line in opening_lines(plan, self.parts):
             self.recorder.say(line)

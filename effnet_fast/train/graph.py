@@ -23,6 +23,9 @@ WARM_UP_CALLS = 3  # compile, select algorithms, and run once with everything se
 class Captured:
     """Captures `body` at the first call; each call copies its arguments into fixed tensors and replays the graph.
 
+    A call with arguments of other shapes captures again. Only the newest graph is kept, since each owns memory for a
+    whole step; so shapes should change rarely, as the image size does in progressive resizing.
+
     `body` may read only constants from the host and must not wait for the device. A replay draws the same random
     numbers as a direct call: it uses the seed and offset that the device's generator has at replay, so
     `torch.manual_seed` before each call determines them (pytorch #84967).
@@ -43,11 +46,11 @@ class Captured:
         self._replay: Body | None = None
 
     def __call__(self, *arguments: Tensor) -> None:
-        """Replay the body with arguments of the same shapes, dtypes and strides as in the first call."""
-        if self._replay is None:
+        """Replay the body with arguments of the same dtypes and strides as in the first call."""
+        if [argument.shape for argument in arguments] != [static.shape for static in self._inputs]:
+            self._replay = None  # frees the memory of the graph for the earlier shapes
             self._inputs = [torch.empty_like(argument) for argument in arguments]
         for static, argument in zip(self._inputs, arguments, strict=True):
-            assert static.shape == argument.shape, f"captured for {tuple(static.shape)}, not {tuple(argument.shape)}"
             static.copy_(argument, non_blocking=True)
         if self._replay is None:
             self._warm_up()

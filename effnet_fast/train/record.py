@@ -93,14 +93,24 @@ class Recorder:
         step: optimizer steps done so far. Rows of later steps, left by a killed run, are deleted.
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps per epoch.
+        work: maps steps FIRST and END to the work of steps FIRST to END - 1, in any unit, for the estimated time.
     """
 
     def __init__(
-        self, folder: Path, *, main: bool, device: torch.device, step: int, total_steps: int, steps_per_epoch: int
+        self,
+        folder: Path,
+        *,
+        main: bool,
+        device: torch.device,
+        step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        work: Callable[[int, int], float] = lambda first, end: end - first,
     ) -> None:
         self.main = main
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
+        self._work = work
         self.console = Console(highlight=False, soft_wrap=True)
         self._clock = Clock(device)
         self._laps: list[tuple[Moment, Moment, Moment, int]] = []  # batch requested, delivered, trained on; its images
@@ -213,11 +223,11 @@ class Recorder:
         if not self.main:
             return
         # Wall clock, so that evaluations count too.
-        pace = (time.perf_counter() - self._start_time) / max(row["step"] - self._start_step, 1)
+        pace = (time.perf_counter() - self._start_time) / max(self._work(self._start_step, row["step"]), 1)
         figures = (
             f"loss {row['loss']:.3f}  top-1 {row['top1']:.1f} %  lr {row['learning_rate']:.4f}"
             f"  {row['img_per_s']:.0f} img/s  waiting {100 * row['wait_share']:.0f} %"
-            f"  ETA {_duration((self.total_steps - row['step']) * pace)}"
+            f"  ETA {_duration(self._work(row['step'], self.total_steps) * pace)}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"], description=figures)

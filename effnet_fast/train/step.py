@@ -30,6 +30,7 @@ from effnet_fast.train.flat_tensors import FlatTensors
 from effnet_fast.train.graph import Captured
 from effnet_fast.train.meters import Meters
 from effnet_fast.train.mixing import Mixing, mix_images
+from effnet_fast.train.resizing import ImageSizes, resize
 from effnet_fast.train.schedule import Schedule
 
 
@@ -70,7 +71,8 @@ class StepOptions:
         ema_decay: see `Ema`; 0 keeps no average.
         seed: seed of mixing, dropout and stochastic depth.
         graph: capture the step in a CUDA graph at the first call and replay it from then on. Requires CUDA, one rank,
-            an optimizer whose state and learning rate are on the device, and batches of one shape.
+            an optimizer whose state and learning rate are on the device, and batches of one shape; a new image size
+            captures again.
     """
 
     learning_rate: float = 0.1
@@ -95,6 +97,7 @@ class Step:
         schedule: multiple of the learning rate at each step.
         options: settings.
         world: rank and device.
+        sizes: size to which each step resizes its images, before it mixes them; None keeps the loader's.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Step:
         schedule: Schedule,
         options: StepOptions,
         world: World,
+        sizes: ImageSizes | None = None,
     ) -> None:
         self.model = model
         self.module = module
@@ -112,6 +116,7 @@ class Step:
         self.schedule = schedule
         self.options = options
         self.world = world
+        self.sizes = sizes
         self.mixing = Mixing(options.mixup, options.cutmix, seed=options.seed, rank=world.rank)
         self.ema = Ema(module, options.ema_decay) if options.ema_decay > 0 else None
         self.meters = Meters(world.device)
@@ -139,6 +144,8 @@ class Step:
         """
         torch.manual_seed(_step_seed(self.options.seed, self.world.rank, step))
         optim.set_rate(self.optimizer, self.rate(step))
+        if self.sizes is not None:
+            images = resize(images, self.sizes(step))
         self._call(images, labels, self._numbers(step, images.shape[-1]))
 
     def _make_call(self) -> Callable[[Tensor, Tensor, Tensor], None]:

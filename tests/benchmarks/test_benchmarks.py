@@ -451,7 +451,7 @@ def test_a_failed_seed_keeps_the_others(tmp_path, monkeypatch):
 
 
 def test_compilation_before_the_clock_is_undone():
-    """It runs a step and an evaluation, and restores the state."""
+    """It runs a step of each image size and an evaluation, and restores the state."""
     seen = []
 
     class Run:
@@ -460,7 +460,10 @@ def test_compilation_before_the_clock_is_undone():
             weight.fill_(2.0)
 
     class Step:
+        sizes = SimpleNamespace(starts=(0, 5))
+
         def __call__(self, images, labels, number):
+            seen.append(number)
             weight.fill_(1.0)
 
         def tensors(self):
@@ -469,7 +472,7 @@ def test_compilation_before_the_clock_is_undone():
     weight = torch.zeros(1)
     loader = SimpleNamespace(epoch=lambda epoch: iter([(None, None)]))
     time_to_accuracy.Clock(1.0)._compile(Step(), loader, Run())
-    assert seen == ["evaluated"]
+    assert seen == [0, 5, "evaluated"]
     assert weight == 0
 
 

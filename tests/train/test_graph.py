@@ -19,6 +19,7 @@ from effnet_fast.model import Architecture, EfficientNet
 from effnet_fast.run.resolve import compile_model
 from effnet_fast.train import optim
 from effnet_fast.train.graph import Captured
+from effnet_fast.train.resizing import ImageSizes, resize
 from effnet_fast.train.step import Step, StepOptions
 from marks import on_gpu
 
@@ -106,12 +107,24 @@ def test_load_state_captures_again():
     assert_same(snapshot(first), snapshot(second))
 
 
-def test_other_shape_is_refused():
-    step = captured(make_step(), record=lambda body: body)
-    step(*batch(0), 0)
-    images, labels = batch(1)
-    with pytest.raises(AssertionError, match="captured for"):
-        step(images[:1], labels[:1], 1)
+def test_each_image_size_is_captured_once():
+    """And captured steps equal eager ones on images that were resized before, with mixing and accumulation."""
+    captures = []
+
+    def record(body):
+        captures.append(step.sizes(number))
+        return body
+
+    eager, step = make_step(accumulation=2), make_step(accumulation=2)
+    step.sizes = ImageSizes((8, 12, 16), (0, 2, 3))
+    captured(step, record)
+    for number, size in enumerate((8, 8, 12, 16, 16)):
+        images, labels = batch(number)
+        eager(resize(images, size), labels, number)
+        step(images, labels, number)
+    assert captures == [8, 12, 16]
+    assert_same(snapshot(eager), snapshot(step))
+    assert eager.meters.read() == step.meters.read()
 
 
 class Log(TorchDispatchMode):
@@ -201,6 +214,18 @@ def test_ten_steps_of_the_graph_are_ten_steps(options, compiled, monkeypatch):
     for a, b in zip(snapshot(eager), snapshot(graph), strict=True):
         torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-9)  # bf16 keeps 8 bits
     assert graph.meters.read().loss == pytest.approx(eager.meters.read().loss, rel=2**-7)
+
+
+@on_gpu
+def test_cuda_captures_each_image_size(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    eager, graph = make_step("cuda", kernels="auto"), make_step("cuda", kernels="auto", graph=True)
+    for step in (eager, graph):
+        step.sizes = ImageSizes((8, 16), (0, 3))
+        for i in range(6):
+            step(*batch(i, "cuda"), i)
+    for a, b in zip(snapshot(eager), snapshot(graph), strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-9)
 
 
 @on_gpu

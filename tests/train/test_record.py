@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from effnet_fast.train import record
 from effnet_fast.train.meters import Reading
+from effnet_fast.train.resizing import ImageSizes
 
 READING = Reading(loss=2.0, top1=50.0, images=24, grad_norm=1.0, skipped=0, bad_step=None)
 
@@ -61,6 +62,18 @@ def test_rate_and_waiting(tmp_path, clock):
     assert row["img_per_s"] == pytest.approx(2 * 24 / 0.12)
     assert row["seconds"] == pytest.approx(0.12)
     assert row["epoch"] == 0.6
+
+
+def test_estimated_time_counts_larger_images(tmp_path, clock, capsys):
+    """5 of 10 steps, on images of half the side of the other 5, are a fifth of the work."""
+    sizes = ImageSizes((16, 32), (0, 5))
+    kept = record.Recorder(
+        tmp_path, main=True, device=torch.device("cpu"), step=0, total_steps=10, steps_per_epoch=5, work=sizes.pixels
+    )
+    clock.seconds += 60
+    kept.train(5, READING, 0.1, world=1)
+    kept.close()
+    assert "ETA 0:04:00" in capsys.readouterr().out
 
 
 def test_summary(tmp_path, clock):

@@ -149,13 +149,15 @@ inline void run_tasks(int64_t count, F&& f) {
   });
 }
 
-// A buffer of this thread that is reused by later calls; `SLOT` distinguishes two in use at once.
+// A buffer of this thread, aligned to a cache line and reused by later calls; `SLOT` distinguishes two in use at once.
 template <int SLOT>
 inline float* scratch(int64_t floats) {
+  constexpr size_t LINE = 64;
   static thread_local std::vector<float> buffer;
-  if (static_cast<int64_t>(buffer.size()) < floats + LANES) buffer.resize(floats + LANES);
+  const size_t needed = floats + LINE / sizeof(float);  // the aligned start is less than a line behind the vector's
+  if (buffer.size() < needed) buffer.resize(needed);
   const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+  return reinterpret_cast<float*>((address + LINE - 1) / LINE * LINE);
 }
 
 // Ask for huge pages where a tensor is large: glibc maps more than 32 MiB anew at each allocation, and without them

@@ -1,7 +1,8 @@
 """Two trainings at once on one machine: how fast each is with different waiting policies of OpenMP.
 
 Each policy gets a pair of processes that train the same case on the CPU. One process of a pair trains alone for some
-seconds, then both do. Rounds alternate over the policies, so that other work on the machine affects all alike.
+seconds, then both do. Rounds alternate over the policies, so that other work on the machine affects all alike. The
+first seconds of each training are not timed: in them the package's policy reacts to the load of the one before.
 
     python benchmarks/crowd.py --rounds 9 --out benchmarks/results/crowd.json
 """
@@ -32,10 +33,10 @@ VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 class Trainer:
     """A process that trains on request, and reports its images per second."""
 
-    def __init__(self, case: Case, policy: dict[str, str], seconds: float) -> None:
+    def __init__(self, case: Case, policy: dict[str, str], settle: float, seconds: float) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | policy
         arguments = ["--image-size", case.image_size, "--output-stride", case.output_stride, "--model", case.model]
-        arguments += ["--batch-size", case.batch_size, "--seconds", seconds, "--worker"]
+        arguments += ["--batch-size", case.batch_size, "--settle", settle, "--seconds", seconds, "--worker"]
         self.process = subprocess.Popen(
             [sys.executable, __file__, *map(str, arguments)],
             stdin=subprocess.PIPE,
@@ -58,19 +59,26 @@ class Trainer:
         self.process.communicate()
 
 
-def worker(case: Case, seconds: float) -> None:
-    """Train for some seconds whenever a line comes on stdin."""
+def worker(case: Case, settle: float, seconds: float) -> None:
+    """Train whenever a line comes on stdin: first untimed, then timed."""
     step, batch = harness.make_step(case, "eager"), harness.make_batch(case)
     for number in range(3):
         step(*batch, number)
     print(0, flush=True)
+
+    def run(seconds: float) -> tuple[int, float]:
+        """Number of steps, and the seconds they took."""
+        steps, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            step(*batch, steps)
+            steps += 1
+        return steps, time.perf_counter() - begin
+
     with openmp.share_cores():
         for _ in sys.stdin:
-            steps, begin = 0, time.perf_counter()
-            while time.perf_counter() - begin < seconds:
-                step(*batch, steps)
-                steps += 1
-            print(steps * case.batch_size / (time.perf_counter() - begin), flush=True)
+            run(settle)
+            steps, elapsed = run(seconds)
+            print(steps * case.batch_size / elapsed, flush=True)
 
 
 def measure(pair: list[Trainer]) -> tuple[float, float]:
@@ -87,15 +95,18 @@ def main(argv: list[str]) -> None:
     harness.add_case(parser)
     parser.set_defaults(output_stride=32)
     parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement")
+    parser.add_argument("--settle", type=float, default=2 * openmp.POLL_SECONDS, help="untimed seconds before each")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), metavar="POLICY")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     case = harness.case_of(args)
     if args.worker:
-        worker(case, args.seconds)
+        worker(case, args.settle, args.seconds)
         return
-    pairs = {name: [Trainer(case, POLICIES[name], args.seconds) for _ in range(2)] for name in args.policies}
+    pairs = {
+        name: [Trainer(case, POLICIES[name], args.settle, args.seconds) for _ in range(2)] for name in args.policies
+    }
     samples = {name: [] for name in pairs}
     for _ in range(args.rounds):
         for name, pair in pairs.items():

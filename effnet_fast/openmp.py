@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
 # The cores are contended if other processes use more than this many cores beyond those that this process leaves free.
 TOLERANCE = 0.25
 

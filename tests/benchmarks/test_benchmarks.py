@@ -378,7 +378,20 @@ def test_scaling_over_two_ranks(tmp_path):
 
 def test_crowd(tmp_path):
     out = tmp_path / "crowd.json"
-    words = ["--image-size", "16", "--batch-size", "4", "--seconds", "0.1", "--rounds", "2", "--out", str(out)]
+    words = [
+        "--image-size",
+        "16",
+        "--batch-size",
+        "4",
+        "--settle",
+        "0",
+        "--seconds",
+        "0.1",
+        "--rounds",
+        "2",
+        "--out",
+        str(out),
+    ]
     crowd.main([*words, "--policies", "1 thread"])
     (row,) = read(out)["rows"]
     assert row["policy"] == "1 thread"

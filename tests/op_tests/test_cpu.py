@@ -338,9 +338,12 @@ print("clean")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_under_sanitizers(tmp_path):
-    """AddressSanitizer and UndefinedBehaviorSanitizer report nothing on the odd shapes."""
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("capability", [None, "avx2", "default"])
+def test_under_sanitizers(tmp_path, capability):
+    """AddressSanitizer and UndefinedBehaviorSanitizer report nothing on the odd shapes, whatever the vectors' length."""
+    if capability == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("the CPU has no AVX2")
     paths = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
              for name in ("libasan.so", "libubsan.so")]  # fmt: skip
     environment = os.environ | {
@@ -349,6 +352,7 @@ def test_under_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at exit
         "TORCH_EXTENSIONS_DIR": str(tmp_path),
         "TRITON_INTERPRET": "0",
+        **({} if capability is None else {"ATEN_CPU_CAPABILITY": capability}),
     }
     folder = Path(__file__).parent
     command = [sys.executable, "-c", SANITIZED, str(folder), str(folder.parent / "shared")]

@@ -37,9 +37,9 @@ class Verb:
 
     @property
     def bare_flags(self) -> set[str]:
-        """Flags that may be given without a value: booleans, and choices that include a boolean."""
-        types = {field.name: str(field.type) for field in dataclasses.fields(self.settings)}
-        return {f"--{name}" for name, kind in types.items() if kind.endswith("bool") and not kind.startswith("str")}
+        """Flags that may be given without a value: booleans, and types that include one, unless text comes first."""
+        types = {field.name: str(field.type).split(" | ") for field in dataclasses.fields(self.settings)}
+        return {f"--{name}" for name, kinds in types.items() if "bool" in kinds and kinds[0] != "str"}
 
     @property
     def repeated_flags(self) -> set[str]:

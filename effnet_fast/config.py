@@ -108,9 +108,12 @@ class TrainConfig:
     """Depthwise kernels at the start: default is normal by fan-out; identity is 1 at the centre and 0 elsewhere.
     EfficientNets only."""
 
-    pretrained: str | None = None
-    """Initial weights, .pth or .safetensors, from torchvision, timm, EfficientNet-PyTorch or effnet_fast. Images are
-    normalized as those weights expect."""
+    pretrained: bool | str | None = None
+    """Initial weights, .pth or .safetensors, from torchvision, timm, EfficientNet-PyTorch or effnet_fast: a file; a
+    folder that holds model.safetensors; hf-hub:REPOSITORY or hf-hub:REPOSITORY@REVISION of the Hugging Face Hub. The
+    bare flag means timm's default weights of the model. Images are normalized as the weights expect."""
+    pretrained_revision: str | None = operational(None)
+    """Commit of the weights of the Hugging Face Hub; a run records here the one that it started from."""
     pretrained_layout: LayoutName = "auto"
     """Layout of the weights; auto infers it from the tensor names. timm-tf is timm's tf_efficientnet_b*."""
     allow_unmatched: bool = False
@@ -193,6 +196,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
+        object.__setattr__(self, "pretrained", self.pretrained or None)
         if (compiles := _YAML_BOOLEANS.get(self.compile, self.compile)) != "auto":
             mode = "compile" if compiles == "yes" else "eager"
             _require(

@@ -17,7 +17,7 @@ from effnet_fast.model.features import FeaturePyramid
 from effnet_fast.model.initialise import identity_depthwise, zero_residuals
 from effnet_fast.model.network import Network
 from effnet_fast.model.reference import DENSENETS, RESNETS, DenseNet, ReferenceArchitecture, ResNet
-from effnet_fast.model.weights import Weights, load_weights, read_weights
+from effnet_fast.model.weights import Weights, find_weights, load_weights
 
 _REFERENCES: dict[str, type[ResNet] | type[DenseNet]] = {
     **dict.fromkeys(RESNETS, ResNet),
@@ -129,7 +129,7 @@ def create_model(
     image_size: int = 32,
     output_stride: int | None = None,
     *,
-    pretrained: str | Path | Weights | None = None,
+    pretrained: str | Path | bool | Weights | None = None,
     pretrained_layout: LayoutName = "auto",
     allow_unmatched: bool = False,
     features_only: bool = False,
@@ -140,8 +140,9 @@ def create_model(
 
     Args:
         name, num_classes, image_size, output_stride: see `ModelOptions`.
-        pretrained: weights to start from, see `weights.read_weights`. A classifier with another number of classes
-            keeps its initial values. A message on stderr says so, and which layout was read.
+        pretrained: weights to start from, see `weights.find_weights`: a file, `hf-hub:REPOSITORY`, or True for timm's
+            default weights of the model. A classifier with another number of classes keeps its initial values. A
+            message on stderr says so, and which layout was read.
         pretrained_layout: layout of the file; `auto` infers it from the tensor names.
         allow_unmatched: load the tensors that fit and list the others, instead of refusing the file.
         features_only: return the feature maps of an EfficientNet instead of logits, see `FeaturePyramid`.
@@ -158,8 +159,8 @@ def create_model(
     >>> model(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    if isinstance(pretrained, str | Path):
-        pretrained = read_weights(Path(pretrained), pretrained_layout)
+    if not isinstance(pretrained, Weights):
+        pretrained = find_weights(pretrained, model_name(name), pretrained_layout) if pretrained else None
     model = model_from_options(
         ModelOptions(name, num_classes, image_size, output_stride, **options), pretrained, allow_unmatched
     )

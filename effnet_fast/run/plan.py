@@ -10,9 +10,9 @@ from effnet_fast.config import LoaderName, TrainConfig, resize_stages
 from effnet_fast.data import Dataset
 from effnet_fast.data.augment_params import Augment
 from effnet_fast.distributed import World
-from effnet_fast.model import default_output_stride, variant
+from effnet_fast.model import default_output_stride, model_name, variant
 from effnet_fast.model.blocks import Kernels
-from effnet_fast.model.weights import Weights, read_weights
+from effnet_fast.model.weights import Weights, find_weights
 from effnet_fast.run.resolve import (
     load_dataset,
     resolve_image_size,
@@ -21,6 +21,7 @@ from effnet_fast.run.resolve import (
     resolve_precision,
     resolve_step,
 )
+from effnet_fast.run.restore import config_of
 from effnet_fast.run.resume import Resumed, of_this_version
 from effnet_fast.train import optim
 from effnet_fast.train.loop import Progress
@@ -138,10 +139,14 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
 
     weights = None
     if resumed is None and config.pretrained:
-        weights = read_weights(Path(config.pretrained), config.pretrained_layout)
+        weights = find_weights(
+            config.pretrained, model_name(config.model), config.pretrained_layout, config.pretrained_revision
+        )
+        config = dataclasses.replace(config, pretrained_revision=weights.revision)
     dataset = load_dataset(config)
     if resumed is not None:
         resumed.check(config, dataset.fingerprint)
+        config = dataclasses.replace(config, pretrained_revision=config_of(resumed.checkpoint).pretrained_revision)
     steps_per_epoch = len(dataset.train) // config.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f"--batch_size {config.batch_size} is larger than the {len(dataset.train)} training images")

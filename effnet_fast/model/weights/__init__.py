@@ -4,8 +4,18 @@ A layout fixes more than tensor names: weights trained with TensorFlow's SAME pa
 with another padding or eps, and nothing else shows the mistake.
 """
 
+from effnet_fast.model.weights.hub import find_weights
 from effnet_fast.model.weights.layout import IMAGENET_MEAN, IMAGENET_STD, Layout, Weights
 from effnet_fast.model.weights.load import load_weights
 from effnet_fast.model.weights.read import read_safetensors, read_weights
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Layout", "Weights", "load_weights", "read_safetensors", "read_weights"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Layout",
+    "Weights",
+    "find_weights",
+    "load_weights",
+    "read_safetensors",
+    "read_weights",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -81,16 +80,17 @@ class Weights:
     """The tensors of a file, and the settings that they were trained with.
 
     Attributes:
-        path: of the file.
+        source: of the tensors: a file, or `hf-hub:REPOSITORY@COMMIT`.
         layout: of the tensor names.
         tensors: keyed by those names, without BatchNorm's batch counters.
         mean, std: normalisation of the training images, of each channel, for pixels scaled to 0..1.
         description: of the architecture; only in files of this project.
         classes: their names; only in files of this project.
         average: key of the moving average in a trainer's file, if the tensors are one.
+        revision: commit of the Hugging Face Hub; None for a file.
     """
 
-    path: Path
+    source: str
     layout: Layout
     tensors: dict[str, Tensor]
     mean: Channels = IMAGENET_MEAN
@@ -98,6 +98,7 @@ class Weights:
     description: Mapping[str, Any] | None = None
     classes: tuple[str, ...] = ()
     average: str | None = None
+    revision: str | None = None
 
     @property
     def padding(self) -> Padding:

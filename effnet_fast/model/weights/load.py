@@ -30,7 +30,7 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     """
     if not isinstance(model, EfficientNet) and any(layout.sign in weights.tensors for layout in LAYOUTS.values()):
         raise ValueError(
-            f"{weights.path} holds an EfficientNet's weights ({weights.layout.title} names) and does not fit this "
+            f"{weights.source} holds an EfficientNet's weights ({weights.layout.title} names) and does not fit this "
             f"{type(model).__name__}: name the --model it was saved from"
         )
     tensors, names = dict(weights.tensors), weights.layout.tensor_names(model)
@@ -49,7 +49,7 @@ def load_weights(model: Network, weights: Weights, allow_unmatched: bool = False
     lines += [f"{kind}: {name}" for kind, unmatched in misfits.items() for name in unmatched]
     model.load_state_dict(fitting, strict=False)
     if distributed.is_main():
-        print(*(f"{weights.path}: {line}" for line in lines), sep="\n", file=sys.stderr)
+        print(*(f"{weights.source}: {line}" for line in lines), sep="\n", file=sys.stderr)
 
 
 def _matched(
@@ -100,7 +100,7 @@ def _notes(model: Network, weights: Weights) -> list[str]:
 def _refusal(model: Network, weights: Weights, misfits: Mapping[str, list[str]]) -> str:
     parts = [f"{len(names)} {kind} ({listed(names)})" for kind, names in misfits.items() if names]
     return (
-        f"{weights.path} ({weights.layout.title} names) does not fit this {type(model).__name__}; tensors: "
+        f"{weights.source} ({weights.layout.title} names) does not fit this {type(model).__name__}; tensors: "
         f"{'; '.join(parts)}. Name the --model it was saved from (with --output_stride 32 for a published stem), or "
         "load what fits with --allow_unmatched"
     )

@@ -72,7 +72,7 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
     names = [*facts.get("architectures", ()), *reversed(path.absolute().parts)]
     is_half = timm.is_half_normalised(names)
     return Weights(
-        path,
+        str(path),
         LAYOUTS[layout] if layout != "auto" else _infer_layout(path, tensors, names),
         {torchvision.undotted(name): tensor for name, tensor in tensors.items()},
         mean=facts.get("mean", _HALF if is_half else IMAGENET_MEAN),

@@ -72,7 +72,11 @@ class TrainConfig:
     mixup: float = 0.0
     """Alpha of the Beta distribution of mixup; 0 is off."""
     cutmix: float = 0.0
-    """Alpha of the Beta distribution of CutMix; 0 is off. With both, each batch uses one of the two at random."""
+    """Alpha of the Beta distribution of CutMix; 0 is off. With --mixup too, each batch uses one of the two."""
+    mixup_prob: float = 1.0
+    """Probability that a batch is mixed, by --mixup or --cutmix, 0 to 1."""
+    mixup_switch_prob: float = 0.5
+    """With both, the probability that a mixed batch uses CutMix, 0 to 1."""
     ema_decay: float = 0.0
     """Decay per step of the exponential moving average (EMA) of the weights, e.g. 0.9995; 0 is off."""
     clip_grad: float = 5.0
@@ -221,7 +225,7 @@ class TrainConfig:
         for name in ("momentum", "label_smoothing", "ema_decay", "drop_path", "dropout", "val_fraction"):
             value = getattr(self, name)
             _require(value is None or 0 <= value < 1, f"--{name} must be from 0 to below 1, not {value}")
-        for name in ("color_jitter", "random_erasing"):
+        for name in ("color_jitter", "random_erasing", "mixup_prob", "mixup_switch_prob"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"--{name} must be from 0 to 1, not {value}")
         for name in ("limit_train", "limit_eval"):
@@ -230,6 +234,15 @@ class TrainConfig:
         for name in ("width", "depth"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"--{name} must be above 0, not {value}")
+        _require(
+            self.mixup_prob == 1 or self.mixup > 0 or self.cutmix > 0,
+            f"--mixup_prob {self.mixup_prob} applies to mixup and CutMix: add --mixup or --cutmix, or leave it out",
+        )
+        _require(
+            self.mixup_switch_prob == 0.5 or (self.mixup > 0 and self.cutmix > 0),
+            f"--mixup_switch_prob {self.mixup_switch_prob} chooses between mixup and CutMix: add both --mixup and "
+            "--cutmix, or leave it out",
+        )
         _require(0 <= self.seed < 2**64, f"--seed must be from 0 to 2**64 - 1, not {self.seed}")
         _require(0 < self.layer_decay <= 1, f"--layer_decay must be above 0 and at most 1, not {self.layer_decay}")
         _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")

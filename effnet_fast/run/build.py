@@ -152,6 +152,8 @@ def _build_step(plan: Plan, model: Network) -> Step:
         label_smoothing=config.label_smoothing,
         mixup=config.mixup,
         cutmix=config.cutmix,
+        mixup_prob=config.mixup_prob,
+        mixup_switch_prob=config.mixup_switch_prob,
         ema_decay=config.ema_decay,
         seed=config.seed,
         graph=plan.graph,

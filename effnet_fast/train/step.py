@@ -67,7 +67,7 @@ class StepOptions:
         clip_grad: largest norm of the gradient; 0 is off.
         accumulation: forward and backward passes per step, each on an equal part of the batch.
         label_smoothing: share of the target spread over all classes.
-        mixup, cutmix: see `Mixing`.
+        mixup, cutmix, mixup_prob, mixup_switch_prob: see `Mixing`.
         ema_decay: see `Ema`; 0 keeps no average.
         seed: seed of mixing, dropout and stochastic depth.
         graph: capture the step in a CUDA graph at the first call and replay it from then on. Requires CUDA, one rank,
@@ -82,6 +82,8 @@ class StepOptions:
     label_smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
     ema_decay: float = 0.0
     seed: int = 0
     graph: bool = False
@@ -117,7 +119,9 @@ class Step:
         self.options = options
         self.world = world
         self.sizes = sizes
-        self.mixing = Mixing(options.mixup, options.cutmix, seed=options.seed, rank=world.rank)
+        self.mixing = Mixing(
+            options.mixup, options.cutmix, options.mixup_prob, options.mixup_switch_prob, options.seed, world.rank
+        )
         self.ema = Ema(module, options.ema_decay) if options.ema_decay > 0 else None
         self.meters = Meters(world.device)
         self.scale = LossScale(world.device, enabled=options.precision == "fp16")

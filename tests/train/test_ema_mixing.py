@@ -1,5 +1,6 @@
 """The moving average of weights; mixup and CutMix."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ def test_swapped():
 
 def test_mixup_is_a_convex_sum_with_the_mirrored_batch():
     images = torch.rand(4, 3, 8, 8)
-    numbers = torch.tensor(Mixing(0.8, 0, seed=0, rank=0).draw(3, 8))
+    numbers = torch.tensor(Mixing(0.8).draw(3, 8))
     share = numbers[0]
     assert 0 < share < 1
     assert numbers[1] == share
@@ -54,7 +55,7 @@ def test_mixup_is_a_convex_sum_with_the_mirrored_batch():
 
 def test_cutmix_pastes_a_box_whose_area_is_the_partners_share():
     images = torch.rand(4, 3, 16, 16)
-    mixing = Mixing(0, 1.0, seed=0, rank=0)
+    mixing = Mixing(cutmix=1.0)
     for step in range(20):
         numbers = torch.tensor(mixing.draw(step, 16))
         own = (mix_images(images, numbers) == images).all(1).float().mean((1, 2))
@@ -69,13 +70,34 @@ def test_draws_depend_on_seed_rank_and_step_alone():
     assert len({tuple(draw(*key)) for key in ((0, 0, 5), (1, 0, 5), (0, 1, 5), (0, 0, 6))}) == 4
 
 
-def test_both_are_drawn_about_evenly():
-    mixing = Mixing(1.0, 1.0, seed=0, rank=0)
-    mixup = sum(mixing.draw(step, 32)[0] < 1 for step in range(400))
-    assert 150 < mixup < 250
+@pytest.mark.parametrize(("mixup_prob", "switch_prob"), [(1.0, 0.5), (1.0, 0.2), (0.6, 0.5), (0.6, 1.0), (0.3, 0.0)])
+def test_batches_are_mixed_with_the_given_probabilities(mixup_prob, switch_prob):
+    mixing = Mixing(1.0, 1.0, mixup_prob, switch_prob)
+    draws = [mixing.draw(step, 32) for step in range(2000)]
+    mixup = sum(share < 1 for share, *_ in draws)
+    plain = sum(draw == [1, 1, 0, 0, 0, 0] for draw in draws)
+    expected = np.array([1 - mixup_prob, mixup_prob * (1 - switch_prob), mixup_prob * switch_prob]) * len(draws)
+    # Five standard deviations are at most 112; a box of CutMix is rarely empty.
+    assert np.abs(np.array([plain, mixup, len(draws) - plain - mixup]) - expected).max() < 115
+
+
+def test_the_default_probabilities_do_not_change_what_is_drawn():
+    """Runs from before the probabilities resume with the same batches."""
+    random = np.random.default_rng([4, 1, 8])
+    assert random.random() < 0.5
+    share = random.beta(0.4, 0.4)
+    assert Mixing(0.4, 1.0, seed=4, rank=1).draw(8, 32) == [share, share, 0, 0, 0, 0]
+
+
+def test_a_batch_that_is_not_mixed_keeps_its_bits():
+    mixing = Mixing(1.0, 1.0, mixup_prob=0.5)
+    numbers = next(draw for step in range(50) if (draw := mixing.draw(step, 8))[1] == 1)
+    images = torch.randn(4, 3, 8, 8)
+    assert torch.equal(mix_images(images, torch.tensor(numbers)), images)
+    assert not Mixing(1.0, 1.0, mixup_prob=0.0).active
 
 
 def test_mixing_keeps_channels_last():
     images = torch.rand(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    numbers = torch.tensor(Mixing(1.0, 0, seed=0, rank=0).draw(0, 8))
+    numbers = torch.tensor(Mixing(1.0).draw(0, 8))
     assert mix_images(images, numbers).is_contiguous(memory_format=torch.channels_last)

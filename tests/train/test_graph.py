@@ -27,7 +27,7 @@ NARROW = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, d
 
 OPTIONS = {
     "plain": {"mixup": 0.0, "cutmix": 0.0, "clip_grad": 0.0},
-    "mixed": {"accumulation": 2},
+    "mixed": {"accumulation": 2, "mixup_prob": 0.7, "mixup_switch_prob": 0.6},
     "fp16": {"precision": "fp16", "optimizer": "rmsprop"},
     "adamw": {"optimizer": "adamw", "precision": "bf16", "ema_decay": 0.9},
     "muon": {"optimizer": "muon"},

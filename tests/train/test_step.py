@@ -82,6 +82,15 @@ def test_mixed_targets_weigh_both_labels():
     assert step.meters.read().loss == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_batch_that_is_not_mixed_trains_as_without_mixing():
+    models = network(), network()
+    mixing = make_step(models[0], mixup=0.5, cutmix=1.0, mixup_prob=0.5)
+    number = next(step for step in range(50) if mixing.mixing.draw(step, 8)[1] == 1)
+    for step in (mixing, make_step(models[1])):
+        step(*batch(), number)
+    assert_equal(models[0].state_dict(), models[1].state_dict())
+
+
 def test_accumulated_passes_add_up():
     whole, pieces = network(), network()
     for model in (whole, pieces):
@@ -134,7 +143,9 @@ def test_fp16_overflow():
 
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_the_step_never_waits_for_the_device(precision, monkeypatch):
-    step = make_step(network(), precision=precision, clip_grad=1.0, accumulation=2, mixup=0.5, cutmix=0.5)
+    step = make_step(
+        network(), precision=precision, clip_grad=1.0, accumulation=2, mixup=0.5, cutmix=0.5, mixup_prob=0.5
+    )
     step(*batch(), 0)
 
     def refuse(self, *args, **kwargs):

@@ -341,7 +341,7 @@ print("clean")
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("capability", [None, "avx2", "default"])
 def test_under_sanitizers(tmp_path, capability):
-    """AddressSanitizer and UndefinedBehaviorSanitizer report nothing on the odd shapes, whatever the vectors' length."""
+    """AddressSanitizer and UndefinedBehaviorSanitizer report nothing on the odd shapes, for each vector length."""
     if capability == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("the CPU has no AVX2")
     paths = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout

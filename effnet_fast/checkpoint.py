@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import io
+import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -172,6 +174,22 @@ def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> Non
     _sync_folder(path.parent)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with `write_atomically`."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextmanager
+def writing_to(folder: Path, flag: str = "--save_dir") -> Iterator[None]:
+    """Turn an OSError into one line: the folder is not writable, and `flag` chooses another."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # the error already has a one-line message
+            raise
+        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another {flag}") from error
+
+
 def generations(path: Path) -> list[Path]:
     """`path` and its older versions (last-1.pt, last-2.pt, ...) that exist, newest first."""
     older = {path.with_name(f"{path.stem}-{number}{path.suffix}"): number for number in _numbers(path)}
@@ -222,9 +240,9 @@ def load(path: Path) -> dict[str, Any]:
         _verify_checksums(content)
         state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can raise anything
-        raise ValueError(f"{path} is damaged or no checkpoint; use an older one, or train again") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint: use an older one, or train again") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is no checkpoint of effnet_fast (format {FORMAT})")
+        raise ValueError(f"{path} is not a checkpoint of effnet_fast (format {FORMAT})")
     return state
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 DatasetName = Literal["cifar100", "cifar10", "folder", "synthetic"]
+LoaderKind = Literal["dali", "resident", "torch"]
 LoaderName = Literal["auto", "dali", "resident", "torch"]
 DeviceName = Literal["auto", "cuda", "cpu"]
 LayoutName = Literal["auto", "effnet-fast", "torchvision", "timm", "timm-tf", "efficientnet-pytorch"]

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "cli": {"run"} | GROUND,
     "run": VERBS | FLOOR,
     **dict.fromkeys(VERBS, FLOOR),
-    "explain": FLOOR | {"report"},
+    **dict.fromkeys(("explain", "search"), FLOOR | {"report"}),
     "model": GROUND | {"data", "effnet_kernels"},
     "data": GROUND,
     **{room: {"credentials"} for room in GROUND},

@@ -52,7 +52,7 @@ def test_truncated_file(tmp_path, keep):
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"model": {"w": torch.zeros(1000)}})
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"last\.pt is damaged or no checkpoint"):
+    with pytest.raises(ValueError, match=r"last\.pt is damaged or not a checkpoint"):
         checkpoint.load(path)
 
 
@@ -63,10 +63,10 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
 
     path = tmp_path / "last.pt"
     torch.save({"format": checkpoint.FORMAT, "model": Bomb()}, path)
-    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
         checkpoint.load(path)
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
         checkpoint.load(path)
     assert not (tmp_path / "exploded").exists()
 
@@ -75,5 +75,5 @@ def test_other_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
         checkpoint.load(tmp_path / "none.pt")
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="is no checkpoint of effnet_fast"):
+    with pytest.raises(ValueError, match="is not a checkpoint of effnet_fast"):
         checkpoint.load(tmp_path / "other.pt")

@@ -126,7 +126,7 @@ def test_unwritable_outputs(trained: Path, data_dir: Path, tmp_path: Path, capsy
     ):
         run(line, expected=2)
         message = capsys.readouterr().err
-        assert f"cannot write to {place} (Not a directory): choose another place with {flag}\n" in message
+        assert f"cannot write to {place} (Not a directory): choose another {flag}\n" in message
         assert message.count("\n") == 1
 
 

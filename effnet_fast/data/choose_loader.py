@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effnet_fast.config import LoaderName
+from effnet_fast.config import LoaderKind, LoaderName
 from effnet_fast.data.dataset import ArraySplit, FileSplit, Split
 from effnet_fast.data.loader import Loader, LoaderSpec
 
@@ -28,7 +28,7 @@ SPEEDS = Path(__file__).with_name("loader_speeds.json")
 _INSTALL_DALI = "pip install nvidia-dali-cuda120"
 
 
-def choose_loader(kind: LoaderName, split: Split, device: torch.device) -> tuple[LoaderName, str]:
+def choose_loader(kind: LoaderName, split: Split, device: torch.device) -> tuple[LoaderKind, str]:
     """Choose the loader, and say why in one line.
 
     Args:
@@ -49,7 +49,7 @@ def choose_loader(kind: LoaderName, split: Split, device: torch.device) -> tuple
     if kind == "dali":
         return "dali", f"DALI {version}, by --loader dali"
     if not version:
-        fallback: LoaderName = "resident" if isinstance(split, ArraySplit) else "torch"
+        fallback: LoaderKind = "resident" if isinstance(split, ArraySplit) else "torch"
         return fallback, f"DALI is not installed ({_INSTALL_DALI})"
     if isinstance(split, FileSplit):
         by_pillow = sum(not file.plain for file in split.files)
@@ -62,10 +62,10 @@ def choose_loader(kind: LoaderName, split: Split, device: torch.device) -> tuple
     )
 
 
-def _recorded(device: str) -> tuple[LoaderName, str] | None:
+def _recorded(device: str) -> tuple[LoaderKind, str] | None:
     """The faster of DALI and the resident loader on this device; None unless both were measured."""
     record: dict[str, Any] = json.loads(SPEEDS.read_text()).get(device, {})
-    kinds: tuple[LoaderName, ...] = ("dali", "resident")
+    kinds: tuple[LoaderKind, ...] = ("dali", "resident")
     if not all(kind in record for kind in kinds):
         return None
     slower, faster = sorted(kinds, key=lambda kind: record[kind])
@@ -91,13 +91,12 @@ def _dali_version() -> str | None:
     return nvidia.dali.__version__
 
 
-def make_loader(kind: LoaderName, split: Split, spec: LoaderSpec) -> Loader:
-    """Create the loader that `choose_loader` names.
+def make_loader(kind: LoaderKind, split: Split, spec: LoaderSpec) -> Loader:
+    """Create the loader that `choose_loader` has chosen for this split.
 
     Raises:
-        ValueError: see `choose_loader`; or a training batch is larger than the split.
+        ValueError: a training batch is larger than the split.
     """
-    kind, _ = choose_loader(kind, split, spec.device)
     if kind == "dali":
         from effnet_fast.data.dali import DaliLoader
 

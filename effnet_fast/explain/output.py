@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from effnet_fast.checkpoint import write_atomically
+from effnet_fast.checkpoint import write_atomically, write_json
 from effnet_fast.explain.image_files import ImageFile
 from effnet_fast.explain.records import Maps
 from effnet_fast.explain.tables import Record
@@ -57,7 +57,7 @@ class OutputFolder:
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ValueError(f"{self.folder} contains other files: choose a new or an empty folder as --output_path")
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
+        write_json(path, settings)
         members = self.folder / "grids" / "members.json"
         self._grid_members = json.loads(members.read_bytes()) if members.is_file() else {}
 

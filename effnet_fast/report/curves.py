@@ -19,8 +19,8 @@ from matplotlib.ticker import EngFormatter
 
 from effnet_fast.report import picture
 from effnet_fast.report.fonts import drawable, text_style
+from effnet_fast.report.table import Row
 
-Row = dict[str, Any]
 Style = dict[str, Any]  # keyword arguments of matplotlib
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish, alternating dark and light. The combinations of

@@ -14,8 +14,8 @@ from matplotlib.ticker import EngFormatter
 
 from effnet_fast.report import picture
 from effnet_fast.report.curves import COLORS, MARKERS, Style
+from effnet_fast.report.table import Row
 
-Row = dict[str, Any]
 COSTS = {
     "pareto_macs": ("macs", "multiply-accumulates per image"),
     "pareto_parameters": ("parameters", "parameters"),

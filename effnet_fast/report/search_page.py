@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from effnet_fast.checkpoint import write_atomically
 from effnet_fast.report import picture
 from effnet_fast.report.fronts import feasible_set, pareto_fronts, save_both
 from effnet_fast.report.page import render_page
+from effnet_fast.report.table import Row
 from effnet_fast.report.trial_plots import plot_trials
-
-Row = dict[str, Any]
 
 
 def draw_trials(folder: Path, output: Path | None = None) -> list[Path]:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # column -> value
 
 
 def as_csv(rows: Sequence[Row]) -> str:

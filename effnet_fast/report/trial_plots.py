@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from effnet_fast.report.curves import COLORS
+from effnet_fast.report.table import Row
 
-Row = dict[str, Any]
 FACTORS = {"alpha": r"$\alpha$ (depth)", "beta": r"$\beta$ (width)", "gamma": r"$\gamma$ (resolution)"}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save
 
 from effnet_fast import __version__
-from effnet_fast.checkpoint import Checkpoint, write_atomically
+from effnet_fast.checkpoint import Checkpoint, write_atomically, write_json
 from effnet_fast.config import ExportConfig
 from effnet_fast.model import Network
 from effnet_fast.model.serialize import fold_batch_norms, to_onnx, to_safetensors, to_torch_export
@@ -60,7 +60,7 @@ def _export_layout(config: ExportConfig, trained: TrainedModel, output: Path) ->
         file = output.parent / "config.json"
         if file.exists() and not read_config(output.parent):
             raise ValueError(f"{file} is not timm's and would be overwritten: choose another folder with --output")
-        write_atomically(file, _json(settings))
+        write_json(file, settings)
     _write(output, content, trained)
     return 0
 
@@ -74,7 +74,7 @@ def _export_hub(config: ExportConfig, path: Path) -> int:
     trained = load(path, config.weights, "cpu", kernels="torch")
     content, settings = _weights_and_config(config, trained)
     card = model_card(Checkpoint.read(path), trained, config.weights, config.layout)
-    write_atomically(folder / "config.json", _json(settings))
+    write_json(folder / "config.json", settings)
     write_atomically(folder / "README.md", card.encode(errors="backslashreplace"))
     _write(folder / "model.safetensors", content, trained)
     return 0
@@ -97,10 +97,6 @@ def _weights_and_config(config: ExportConfig, trained: TrainedModel) -> tuple[by
 def _write(output: Path, content: bytes, trained: TrainedModel) -> None:
     write_atomically(output, content)
     print(f"written: {output} ({len(content) / 1e6:.1f} MB, {len(trained.classes)} classes)")
-
-
-def _json(settings: Mapping[str, Any]) -> bytes:
-    return (json.dumps(settings, indent=2) + "\n").encode()
 
 
 def _metadata(trained: TrainedModel) -> dict[str, str]:

@@ -1,10 +1,9 @@
-"""The run folder: lock it, prepare it, and say what to do if it is not writable."""
+"""The run folder: lock it and prepare it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:
-    with writing(folder), contextlib.suppress(NotImplementedError):  # a file system without locks
+    with checkpoint.writing_to(folder), contextlib.suppress(NotImplementedError):  # a file system without locks
         try:
             while not lock.is_locked or not Path(lock.lock_file).exists():  # another run may just have removed it
                 lock.release()
@@ -59,17 +58,6 @@ def _remove_unused(created: list[Path], lock_file: Path) -> None:
             path.rmdir()
 
 
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn an OSError into one line that says what to do about a run folder that is not writable."""
-    try:
-        yield
-    except OSError as error:
-        if error.strerror is None:  # the error already has a one-line message
-            raise
-        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another --save_dir") from error
-
-
 def prepare(folder: Path, config: TrainConfig, resumed: Path | None) -> None:
     """Write config.yaml and environment.json; remove the files of an earlier run unless this one resumes it.
 
@@ -78,7 +66,7 @@ def prepare(folder: Path, config: TrainConfig, resumed: Path | None) -> None:
         config: the run's config.
         resumed: path of the checkpoint to resume, or None.
     """
-    with writing(folder):
+    with checkpoint.writing_to(folder):
         for path in folder.glob(".*.tmp"):  # left by a killed process
             path.unlink()
         if resumed is None:
@@ -87,8 +75,7 @@ def prepare(folder: Path, config: TrainConfig, resumed: Path | None) -> None:
             _rename_damaged(folder, resumed)
         settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
         checkpoint.write_atomically(folder / "config.yaml", settings.encode())
-        environment = json.dumps(provenance.environment(), indent=2) + "\n"
-        checkpoint.write_atomically(folder / "environment.json", environment.encode())
+        checkpoint.write_json(folder / "environment.json", provenance.environment())
 
 
 def _remove_earlier_run(folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from effnet_fast.checkpoint import writing_to
+
 
 def check_writable(folder: Path, flag: str, create: bool = False) -> None:
     """Check that files can be written to a folder.
@@ -17,10 +19,8 @@ def check_writable(folder: Path, flag: str, create: bool = False) -> None:
     Raises:
         OSError: the folder is missing, read-only or not permitted; the message names the flag.
     """
-    try:
+    with writing_to(folder, flag):
         if create:
             folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another place with {flag}") from error

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from effnet_fast.config import LoaderName, TrainConfig, resize_stages
+from effnet_fast.config import LoaderKind, TrainConfig, resize_stages
 from effnet_fast.data import Dataset
 from effnet_fast.data.augment_params import Augment
 from effnet_fast.distributed import World
@@ -75,7 +75,7 @@ class Plan:
     max_images_per_pass: int
     augment: Augment
     kernels: Kernels
-    loader: LoaderName
+    loader: LoaderKind
     loader_reason: str
 
     @property

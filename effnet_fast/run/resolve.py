@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from effnet_fast import data, provenance
-from effnet_fast.config import LoaderName, TrainConfig
+from effnet_fast.config import LoaderKind, LoaderName, TrainConfig
 from effnet_fast.data.choose_loader import choose_loader
 from effnet_fast.distributed import World
 from effnet_fast.model import scaling, variant
@@ -99,7 +99,7 @@ def resolve_kernels(setting: Kernels, device: torch.device) -> Kernels:
     return "torch"
 
 
-def resolve_loader(setting: LoaderName, split: data.Split, device: torch.device) -> tuple[LoaderName, str]:
+def resolve_loader(setting: LoaderName, split: data.Split, device: torch.device) -> tuple[LoaderKind, str]:
     """The loader and the reason; `auto` does not choose DALI on a GPU where it fails its self-check.
 
     Raises:
@@ -108,7 +108,7 @@ def resolve_loader(setting: LoaderName, split: data.Split, device: torch.device)
     loader, reason = choose_loader(setting, split, device)
     if setting != "auto" or loader != "dali" or device.type != "cuda":
         return loader, reason
-    fallback: LoaderName = "resident" if isinstance(split, data.ArraySplit) else "torch"
+    fallback: LoaderKind = "resident" if isinstance(split, data.ArraySplit) else "torch"
     if works("dali", device, f"--loader auto is {fallback}"):
         return loader, reason
     return fallback, "DALI fails its self-check"

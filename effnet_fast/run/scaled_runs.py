@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import TrainConfig
 from effnet_fast.data import Dataset
 from effnet_fast.model import scaling
@@ -55,19 +54,6 @@ def read_index(
     if differing:
         raise ValueError(f"{path} has other settings ({differing}): choose another --run_name")
     return parsed
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, creating the folder if necessary.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {path.parent} ({error.strerror}); choose another --save_dir") from error
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def training_seconds(folder: Path) -> float:

@@ -6,15 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from effnet_fast import distributed, provenance
-from effnet_fast.checkpoint import write_atomically
+from effnet_fast.checkpoint import write_atomically, write_json
 from effnet_fast.config import SearchConfig, TrainConfig, identity
 from effnet_fast.report.progress import Board
-from effnet_fast.report.table import as_csv, as_text
+from effnet_fast.report.table import Row, as_csv, as_text
 from effnet_fast.run.resolve import load_dataset, resolve_precision
-from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds, write_json
+from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds
 from effnet_fast.run.training import train_in
 from effnet_fast.search.choose import Choice, choose
 from effnet_fast.search.collect import check_any_complete, collect
@@ -25,7 +24,6 @@ from effnet_fast.search.scale_up import recipe, scaled_models
 from effnet_fast.search.setup import SearchSetup
 from effnet_fast.search.worker import Worker
 
-Row = dict[str, Any]
 PLAN_COLUMNS = ("name", "image_size", "parameters", "macs", "cost_ratio", "largest_phi", "estimated_step_ms")
 RESULT_COLUMNS = ("name", "macs", "parameters", "latency_ms", "status", "seeds", "top1_mean", "top1_std", "pareto_macs")
 

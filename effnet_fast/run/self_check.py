@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from effnet_fast import provenance
+from effnet_fast.config import LoaderKind
 from effnet_fast.data import ArraySplit
 from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.choose_loader import make_loader
@@ -132,8 +133,9 @@ def check_dali(device: torch.device) -> Answer:
         augment=Augment(color_jitter=0.2),
     )
     batches = []
-    for kind in ("dali", "resident"):
-        loader = make_loader(kind, split, spec)  # type: ignore[arg-type]
+    kinds: tuple[LoaderKind, ...] = ("dali", "resident")
+    for kind in kinds:
+        loader = make_loader(kind, split, spec)
         batches.append(next(iter(loader.epoch(0)))[0].float())
         loader.close()
     difference = (batches[0] - batches[1]).abs().max().item() * 0.25 * 255

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from effnet_fast import distributed, provenance
-from effnet_fast.checkpoint import write_atomically
+from effnet_fast.checkpoint import write_atomically, write_json, writing_to
 from effnet_fast.config import StudyConfig, identity
 from effnet_fast.distributed import World
-from effnet_fast.report.table import as_csv, as_text
+from effnet_fast.report.table import Row, as_csv, as_text
 from effnet_fast.run.rank_check import about_start, agree
 from effnet_fast.run.resolve import load_dataset
-from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds, write_json
+from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds
 from effnet_fast.run.training import train_in
 from effnet_fast.search.family import Family
 from effnet_fast.search.runs import failure_reason, final_top1
 from effnet_fast.search.study_runs import StudyRun, cost_row, index_row, result_row, study_models, study_runs
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -117,6 +114,8 @@ def _write_index(world: World, folder: Path, heading: Row, family: Family, runs:
     """Write study.json, which lists the runs; `effnet-fast cam --checkpoints FOLDER` reads it."""
     if world.is_main:
         models = [index_row(family, run) for run in runs]
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "study.json", {**heading, "models": models, "environment": provenance.environment()})
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-Row = dict[str, Any]
+from effnet_fast.report.table import Row
+
 LEVEL = 0.05  # significance level
 
 

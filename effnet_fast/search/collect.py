@@ -6,12 +6,11 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from effnet_fast.report.table import Row
 from effnet_fast.search.plan import Candidate
 from effnet_fast.search.trials import COMPLETE, FAIL, PRUNED, State
 
-Row = dict[str, Any]
 FRONTS = {"pareto_macs": "macs", "pareto_parameters": "parameters", "pareto_latency": "latency_ms"}
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
+from effnet_fast.report.table import Row
 from effnet_fast.search.plan import Candidate
 from effnet_fast.search.trials import COMPLETE, State
 
-Row = dict[str, Any]
 FACTORS = ("alpha", "beta", "gamma")
 
 

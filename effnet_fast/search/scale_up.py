@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from effnet_fast.config import identity
+from effnet_fast.report.table import Row
 from effnet_fast.search.family import Scale
 from effnet_fast.search.plan import Candidate
 from effnet_fast.search.runs import run_config
 from effnet_fast.search.setup import SearchSetup
-
-Row = dict[str, Any]
 
 
 def scaled_models(setup: SearchSetup, best: Candidate) -> list[Row]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from effnet_fast.checkpoint import writing_to
 from effnet_fast.config import SearchConfig, TrainConfig, identity, span
 from effnet_fast.search import measure
 from effnet_fast.search.family import Family, Scale
@@ -123,10 +124,8 @@ class SearchSetup:
         Raises:
             OSError: the folder cannot be written.
         """
-        try:
+        with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"cannot write to {self.folder} ({error.strerror}); choose another --save_dir") from error
         with FileLock(self.folder / ".stage.lock"):
             yield
 

@@ -8,12 +8,11 @@ from typing import Any
 
 from effnet_fast.config import StudyConfig, TrainConfig
 from effnet_fast.model import model_name
+from effnet_fast.report.table import Row
 from effnet_fast.search import five_ways
 from effnet_fast.search.family import Family, Scale
 from effnet_fast.search.five_ways import StudyModel
 from effnet_fast.search.runs import run_config
-
-Row = dict[str, Any]
 
 
 @dataclass

@@ -167,7 +167,7 @@ def test_read_only_folder(tmpfs, small, capsys):
         cli.main(f"{small} --save_dir {disk} --run_name none".split())
     assert done.value.code == 2
     printed = capsys.readouterr().err
-    assert printed == f"error: cannot write to {disk}/none (Read-only file system); choose another --save_dir\n"
+    assert printed == f"error: cannot write to {disk}/none (Read-only file system): choose another --save_dir\n"
 
 
 @pytest.mark.slow
@@ -224,5 +224,5 @@ def test_outputs_beside_read_only_files_name_the_flag(tmpfs, capsys):
         (f"data --dataset synthetic --data_dir {disk}", "--output"),
     ):
         run(line, expected=2)
-        message = f"error: cannot write to {disk} (Read-only file system): choose another place with {flag}\n"
+        message = f"error: cannot write to {disk} (Read-only file system): choose another {flag}\n"
         assert capsys.readouterr().err == message

@@ -189,7 +189,7 @@ def test_a_step_of_a_narrow_model(padding):
 def test_a_step_under_autocast():
     models, x = [narrow(kernels) for kernels in ("cpp", "torch", "torch")], images(8)
     actual, baseline = (step(model, x, torch.bfloat16) for model in models[:2])
-    assert_as_good(actual, baseline, step(models[2].double(), x), least=8)
+    assert_as_good(actual, baseline, step(models[2].double(), x), least=128)
     assert all(p.grad.dtype == torch.float32 for p in models[0].parameters())
 
 

@@ -10,7 +10,10 @@
 
 namespace effnet {
 
-constexpr int WIDEST = LANES >= 16 ? 8 : 4;  // columns whose sums stay in registers
+constexpr int WIDEST = 8;  // most columns whose sums stay in registers
+// The backward keeps 2 P + 2 K + 1 vectors: AVX-512 has 32 registers, the others 16.
+template <int K>
+constexpr int WIDEST_BACKWARD = LANES >= 16 ? 8 : K == 3 ? 4 : 2;
 constexpr int64_t SPAN = 16;  // most vectors of channels in a task
 constexpr int64_t BUFFER = 1 << 16;  // floats in a task's row buffer: 256 KiB
 constexpr int64_t GROUPS = 16;  // most groups of images summed separately; independent of the thread count
@@ -377,7 +380,7 @@ inline void depthwise_backward_tasks(
           GradientSums<K>& sum = image_sums[v];
           const Vec mean = norm ? block.load(norm->mean, 0) : Vec(0.f);
           Vec dz = sum.dz, dz_x = sum.dz_x;
-          for_strips(0, w, [&](int64_t wi, auto width) {
+          for_strips<WIDEST_BACKWARD<K>>(0, w, [&](int64_t wi, auto width) {
             constexpr int P = decltype(width)::value;
             Vec da[P];
             convolve_backward<K, P>(rows, wi * LANES, acts + wi * LANES, tap.tap, sum.dtap, da);

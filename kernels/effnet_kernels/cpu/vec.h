@@ -60,24 +60,48 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return at::vec::fmadd(a, b, c);
 }
 
+// The vector instructions of `sigmoid` that AVX-512 and AVX2 spell differently.
+#if defined(CPU_CAPABILITY_AVX512)
+struct Simd {
+  using V = __m512;
+  static V set(float x) { return _mm512_set1_ps(x); }
+  static V clamp(V x, V low, V high) { return _mm512_max_ps(low, _mm512_min_ps(high, x)); }
+  static V round(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V negative_fma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }
+  static V times_power_of_two(V x, V whole) { return _mm512_scalef_ps(x, whole); }
+  static V reciprocal(V x) { return _mm512_rcp14_ps(x); }  // 14 bits
+};
+#elif defined(CPU_CAPABILITY_AVX2)
+struct Simd {
+  using V = __m256;
+  static V set(float x) { return _mm256_set1_ps(x); }
+  static V clamp(V x, V low, V high) { return _mm256_max_ps(low, _mm256_min_ps(high, x)); }
+  static V round(V x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V negative_fma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
+  static V times_power_of_two(V x, V whole) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), exponent));
+  }
+  static V reciprocal(V x) { return _mm256_rcp_ps(x); }  // 12 bits
+};
+#endif
+
 // 1 / (1 + exp(-x)), within a few units in the last place; NaN stays NaN.
 inline Vec sigmoid(Vec x) {
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   // 2^t = 2^round(t) 2^f with |f| <= 1/2, the second factor by Cephes' polynomial (exp2f).
-  __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f));
-  t = _mm512_max_ps(_mm512_set1_ps(-126.f), _mm512_min_ps(_mm512_set1_ps(126.f), t));
-  const __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(t, whole);
-  __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.339887440266574e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618437357674640e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550332471162809e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402264791363012e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931472028550421e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-  const __m512 d = _mm512_add_ps(_mm512_scalef_ps(p, whole), _mm512_set1_ps(1.f));
-  const __m512 r = _mm512_rcp14_ps(d);  // 14 bits; a step of Newton's method doubles them
-  return _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(2.f)));
+  const auto t = Simd::clamp((x * Vec(-1.44269504088896341f)), Simd::set(-126.f), Simd::set(126.f));
+  const auto whole = Simd::round(t), f = t - whole;
+  auto p = Simd::set(1.535336188319500e-4f);
+  for (const float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f,
+                        6.931472028550421e-1f, 1.f}) {
+    p = Simd::fma(p, f, Simd::set(c));
+  }
+  const auto d = Simd::times_power_of_two(p, whole) + Simd::set(1.f);
+  const auto r = Simd::reciprocal(d);  // a step of Newton's method doubles its bits
+  return Simd::negative_fma(d, r, Simd::set(2.f)) * r;
 #else
   return Vec(1.f) / (Vec(1.f) + x.neg().exp());
 #endif

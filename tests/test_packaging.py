@@ -94,6 +94,44 @@ def test_wheel_holds_every_source_and_recipe(wheel):
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} >= expected
 
 
+CONSUMER = """
+from typing import assert_type
+import effnet_fast
+from effnet_fast import EvalConfig, ExportConfig, SearchConfig, StudyConfig, TrainConfig
+from effnet_fast.model.trained import TrainedModel
+from effnet_fast.run.search import SearchResult
+from effnet_fast.run.study import StudyResult
+
+result = effnet_fast.train(TrainConfig(num_epochs=1), on_evaluation=lambda epoch, row: print(epoch + 1, row["top1"]))
+assert_type(result.top1, float)
+assert_type(result.model(), TrainedModel)
+assert_type(effnet_fast.evaluate(EvalConfig("last.pt")).top5, float)
+assert_type(effnet_fast.export(ExportConfig("last.pt")).model(), TrainedModel)
+assert_type(effnet_fast.search(SearchConfig()), SearchResult)
+assert_type(effnet_fast.study(StudyConfig()), StudyResult)
+assert_type(effnet_fast.load("last.pt").predict("photo.png")[0][0].label, str)
+assert_type(effnet_fast.list_models(), list[str])
+TrainConfig(num_epochs="three")  # error
+effnet_fast.train("recipe.yaml")  # error
+"""
+
+
+def test_type_checkers_see_the_types_of_the_wheel(wheel, tmp_path):
+    """mypy reads an installed package's types only if it has py.typed; torch is not installed there, hence unknown."""
+    pytest.importorskip("mypy")
+    python("-m", "venv", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    wheel.extractall(packages)
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--python-executable", tmp_path / "venv" / "bin" / "python", "consumer.py"],
+        cwd=tmp_path, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "MYPYPATH"},
+    )  # fmt: skip
+    wrong = {line.split(":")[1] for line in checked.stdout.splitlines() if ": error: " in line}
+    expected = {str(n) for n, line in enumerate(CONSUMER.splitlines(), start=1) if line.endswith("# error")}
+    assert wrong == expected, checked.stdout + checked.stderr
+
+
 def test_wheel_carries_licence_and_command(wheel):
     names = wheel.namelist()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
@@ -170,7 +208,7 @@ def test_tested_versions_are_the_constraints():
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     extras = project["optional-dependencies"]
-    needed = [*project["dependencies"], *extras["dev"], *extras["export"], *extras["hub"]]
+    needed = [*project["dependencies"], *extras["dev"], *extras["export"], *extras["hub"], *extras["notebook"]]
     names = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in needed} - {"effnet-fast"}
     assert names - {name.lower().replace("_", "-") for name in pins} == set(), "pin these in constraints.txt"
 

@@ -252,17 +252,17 @@ def _extract(archive: Archive, tarball: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _progress(title: str, total: int | None, done: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal, else a few lines; yields a function that takes the number of new bytes."""
-    if sys.stderr.isatty():
-        from rich import progress
-        from rich.console import Console
+    """Show a bar on a terminal or in a notebook, else a few lines; yields a function that takes the new bytes."""
+    from rich import progress
 
-        columns = (progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
-        with progress.Progress(
-            *progress.Progress.get_default_columns()[:2], *columns, console=Console(stderr=True)
-        ) as bar:
+    from effnet_fast.consoles import line_console, progress_bar
+
+    columns = (progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+    bar = progress_bar(line_console(stderr=True), *progress.Progress.get_default_columns()[:2], *columns)
+    if bar is not None:
+        with bar:
             task = bar.add_task(title, total=total, completed=done)
-            yield lambda size: bar.advance(task, size)
+            yield lambda size: bar.update(task, advance=size, refresh=True)
         return
     step = max(1, (total or 160 << 20) // 10)
     of_total = f" of {total / 1e6:.0f}" if total else ""

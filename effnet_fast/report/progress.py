@@ -1,4 +1,4 @@
-"""Show the progress of a search: a live table on a terminal, plain lines otherwise."""
+"""Show the progress of a search: a live table on a terminal or in a notebook, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from effnet_fast.consoles import line_console, live_console
 
 MAX_ROWS = 24  # rows of the live table
 
@@ -45,12 +47,13 @@ class Board:
         self.states = states
         self.epochs = epochs
         # Bind the terminal now, because the worker redirects sys.stdout to a log file during training.
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = line_console(sys.stdout)
         self._live: Live | None = None
-        if self.console.is_terminal:
+        if (console := live_console(self.console)) is not None:
             self._live = Live(
                 get_renderable=self._render,
-                console=self.console,
+                console=console,
+                auto_refresh=not console.is_jupyter,
                 refresh_per_second=0.5,
                 redirect_stdout=False,
                 redirect_stderr=False,
@@ -66,9 +69,11 @@ class Board:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Print the text and the summary as a line; do nothing if there is a live table."""
+        """Print the text and the summary as a line; if there is a live table, refresh it instead."""
         if self._live is None:
             self.console.print(f"{text}  ({summary(self.states(), self.epochs)})")
+        else:
+            self._live.refresh()
 
     def _render(self) -> Group:
         states = self.states()

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from effnet_fast import distributed
 from effnet_fast.config import CamConfig, identity
+from effnet_fast.consoles import line_console, progress_bar
 from effnet_fast.explain.explainer import Explainer
 from effnet_fast.explain.image_files import ImageFile, list_image_files, read_labels
 from effnet_fast.explain.models import ExplainedModel, file_digest, load_models
@@ -81,18 +81,20 @@ def _settings(config: CamConfig, models: list[ExplainedModel]) -> dict[str, Any]
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that shows the number of processed files: as a bar on a terminal, else as lines."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """Yield a function that shows how many files are done: as a bar on a terminal or in a notebook, or as lines."""
+    console = line_console(stderr=True)
+    bar = progress_bar(console, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if bar is not None:
+        with bar:
+            task = bar.add_task("images", total=total)
+            yield lambda count: bar.update(task, completed=count, refresh=True)
+        return
     printed = 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images", total=total)
 
-        def advance_to(count: int) -> None:
-            nonlocal printed
-            bar.update(task, completed=count)
-            if not console.is_terminal and count - printed >= LINE_EVERY:
-                console.print(f"{count}/{total} images")
-                printed = count
+    def advance_to(count: int) -> None:
+        nonlocal printed
+        if count - printed >= LINE_EVERY:
+            console.print(f"{count}/{total} images")
+            printed = count
 
-        yield advance_to
+    yield advance_to

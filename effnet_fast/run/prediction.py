@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich.progress import MofNCompleteColumn, Progress
 
 from effnet_fast import checkpoint
 from effnet_fast.config import PredictConfig
+from effnet_fast.consoles import line_console, progress_bar
 from effnet_fast.data.listing import SUFFIXES, list_images, printable
 from effnet_fast.model.trained import Prediction, TrainedModel, load
 from effnet_fast.run.output import check_writable
@@ -34,7 +36,7 @@ def predict(config: PredictConfig) -> int:
         with _progress(len(paths)) as advance:
             for start in range(0, len(paths), config.batch_size):
                 batch = paths[start : start + config.batch_size]
-                new = _predict_readable(model, batch, config)
+                new = _predict_readable(model, batch, config.top)
                 predictions |= new
                 for path, best in new.items():
                     print(f"{printable(path)}  " + "  ".join(f"{label} {100 * p:.1f} %" for label, p in best))
@@ -66,9 +68,7 @@ def _image_files(named: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _predict_readable(
-    model: TrainedModel, paths: Sequence[Path], config: PredictConfig
-) -> dict[Path, list[Prediction]]:
+def _predict_readable(model: TrainedModel, paths: Sequence[Path], top: int) -> dict[Path, list[Prediction]]:
     """Classify the images that can be read; the others are listed on stderr."""
     inputs = {}
     for path in paths:
@@ -78,23 +78,20 @@ def _predict_readable(
             print(f"warning: skipped: {error}", file=sys.stderr)
     if not inputs:
         return {}
-    batch = torch.cat(list(inputs.values()))
-    return dict(zip(inputs, model.classify(batch, config.top, config.tta), strict=True))
+    return dict(zip(inputs, model.classify(torch.cat(list(inputs.values())), top), strict=True))
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal; elsewhere the printed results show the progress."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    console = Console(stderr=True)
+    """Show a bar on a terminal or in a notebook; elsewhere the printed results show the progress."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
-    ) as bar:
+    bar = progress_bar(line_console(stderr=True), *columns)
+    if bar is None:
+        yield lambda count: None
+        return
+    with bar:
         task = bar.add_task("images", total=total)
-        yield lambda count: bar.advance(task, count)
+        yield lambda count: bar.update(task, advance=count, refresh=True)
 
 
 def _write_table(path: Path, predictions: dict[Path, list[Prediction]]) -> None:

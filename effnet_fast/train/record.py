@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 
 from effnet_fast.checkpoint import write_atomically
+from effnet_fast.consoles import line_console, progress_bar
 from effnet_fast.train.meters import Reading
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ class Recorder:
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self._work = work
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = line_console()
         self._clock = Clock(device)
         self._laps: list[tuple[Moment, Moment, Moment, int]] = []  # batch requested, delivered, trained on; its images
         self._images, self._seconds, self._waited = 0, 0.0, 0.0  # of the whole run
@@ -128,10 +128,8 @@ class Recorder:
         self._folder = folder
         self._lines = Lines(path, self.warn)
         self._events = SummaryWriter(folder / "tensorboard", purge_step=step)
-        self._bar: Progress | None = None
-        if self.console.is_terminal:
-            columns = (BarColumn(bar_width=10), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=self.console, transient=True)
+        self._bar = progress_bar(self.console, BarColumn(bar_width=10), TextColumn("{task.description}"))
+        if self._bar is not None:
             self._task = self._bar.add_task("starting", total=self.total_steps, completed=step)
             self._bar.start()
 
@@ -230,7 +228,7 @@ class Recorder:
             f"  ETA {_duration(self._work(row['step'], self.total_steps) * pace)}"
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], description=figures)
+            self._bar.update(self._task, completed=row["step"], description=figures, refresh=True)
         else:
             self.say(f"step {row['step']}/{self.total_steps}  {figures}")
 

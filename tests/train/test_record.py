@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from effnet_fast.train import record
@@ -152,9 +151,9 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_line_fits_80_columns(tmp_path, monkeypatch, capsys, clock, terminal):
-    monkeypatch.setattr(
-        record, "Console", lambda **options: Console(force_terminal=terminal, width=80, color_system=None, **options)
-    )
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    for name, value in {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
     kept = recorder(tmp_path)
     clock.seconds = 1.0
     kept.train(5, READING, 0.1, world=1)

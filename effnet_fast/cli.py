@@ -12,12 +12,15 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effnet_fast import __version__, config
 from effnet_fast.credentials import mask_credentials
 from effnet_fast.openmp import share_cores
 from effnet_fast.streams import quiet_streams
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,9 @@ class Verb:
         return {f"--{f.name}" for f in dataclasses.fields(self.settings) if str(f.type).startswith("list[str] |")}
 
 
-# Settings in which `~` and `$VARIABLE` are expanded.
-_PATHS = {
-    "data_dir", "save_dir", "pretrained", "resume", "checkpoint", "checkpoints", "run", "runs", "images",
-    "images_path", "labels", "output", "output_dir", "output_path", "export",
-}  # fmt: skip
-
 VERBS = {
     "train": Verb(config.TrainConfig, "training", "train"),
-    "eval": Verb(config.EvalConfig, "evaluation", "evaluate_checkpoint"),
+    "eval": Verb(config.EvalConfig, "evaluation", "evaluate"),
     "plot": Verb(config.PlotConfig, "show", "plot", positional="runs", positional_help="folders of runs"),
     "predict": Verb(
         config.PredictConfig,
@@ -91,6 +88,10 @@ def _main(args: list[str]) -> None:
         print(f"effnet-fast {__version__}")
         sys.exit(0)
     try:
+        flag, _, shell = args[0].partition("=")
+        if flag == "--print_completion":
+            print(completion_script(shell or " ".join(args[1:])))
+            sys.exit(0)
         sys.exit(_run(args[0], args[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -110,16 +111,21 @@ def _main(args: list[str]) -> None:
 def _overview() -> str:
     lines = ["usage: effnet-fast VERB [options]", "", "Train EfficientNets on small images, fast.", ""]
     lines += [f"  {name:8}{verb.summary}" for name, verb in VERBS.items()]
-    return "\n".join([*lines, "", "effnet-fast VERB --help lists the options of a verb; --version prints the version."])
+    lines += ["", "effnet-fast VERB --help lists the options of a verb; --version prints the version;"]
+    return "\n".join(
+        [*lines, "--print_completion SHELL prints a script for bash, zsh or fish that completes commands."]
+    )
 
 
 def _run(name: str, args: list[str]) -> int:
+    """Run a verb and return its exit status: the function's result, or the result's `status`; 0 if it has none."""
     if name not in VERBS:
         raise ValueError(f"unknown verb {name!r}; choose one of {', '.join(VERBS)}")
     verb = VERBS[name]
     settings = parse(verb, name, args)
     module = importlib.import_module(f"effnet_fast.run.{verb.module}")
-    return getattr(module, verb.function)(settings)
+    result = getattr(module, verb.function)(settings)
+    return result if isinstance(result, int) else getattr(result, "status", 0)
 
 
 def parse(verb: Verb, name: str, args: list[str]) -> Any:
@@ -128,7 +134,23 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
     Raises:
         ValueError: a flag is unknown or a value is invalid; the message is one line.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
+    from jsonargparse import ArgumentError
+
+    parser = _make_parser(verb, name)
+    if verb.leading and args and not args[0].startswith("-"):
+        args = [f"--{verb.leading}={args[0]}", *args[1:]]
+    args = _prepare_config_files(args)
+    try:
+        filled = _append_repeated_flags(_fill_bare_flags(args, verb.bare_flags), verb.repeated_flags)
+        values = parser.parse_args(filled).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"{_explain(error)} (effnet-fast {name} --help lists the options)") from error
+    values.pop("config")
+    return verb.settings(**values)
+
+
+def _make_parser(verb: Verb, name: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
     from yaml import YAMLError
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -140,26 +162,29 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
     parser.add_class_arguments(verb.settings, as_positional=False, skip={verb.positional} if verb.positional else None)
     if verb.positional:
         parser.add_argument(verb.positional, nargs="+", type=str, help=verb.positional_help)
-    if verb.leading and args and not args[0].startswith("-"):
-        args = [f"--{verb.leading}={args[0]}", *args[1:]]
-    args = _prepare_config_files(args)
-    try:
-        filled = _append_repeated_flags(_fill_bare_flags(args, verb.bare_flags), verb.repeated_flags)
-        values = parser.parse_args(filled).as_dict()
-    except ArgumentError as error:
-        raise ValueError(f"{_explain(error)} (effnet-fast {name} --help lists the options)") from error
-    values.pop("config")
-    return verb.settings(**{key: _expand(value) if key in _PATHS else value for key, value in values.items()})
+    return parser
 
 
-def _expand(value: Any) -> Any:
-    """Replace `~` and `$VARIABLE` in a path, in NAME=PATH, or in each item of a list; keep paths that exist."""
-    if isinstance(value, list):
-        return [_expand(item) for item in value]
-    if not isinstance(value, str) or os.path.exists(value):
-        return value
-    name, equals, path = value.rpartition("=")
-    return name + equals + os.path.expandvars(os.path.expanduser(path))
+def completion_script(shell: str) -> str:
+    """The script with which a shell completes verbs, flags, their choices and paths.
+
+    Raises:
+        ValueError: shtab does not support the shell.
+    """
+    import shtab
+    from jsonargparse import ArgumentParser
+
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise ValueError(f"--print_completion {shell!r}: use one of {', '.join(shtab.SUPPORTED_SHELLS)}")
+    parser = ArgumentParser(prog="effnet-fast")
+    verbs = parser.add_subcommands()
+    for name, verb in VERBS.items():
+        options = _make_parser(verb, name)
+        for action in options._actions:
+            if action.dest in config.PATHS:  # its type is text, which shtab cannot complete
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+        verbs.add_subcommand(name, options, help=verb.summary)
+    return parser.get_completion_script(f"shtab-{shell}")
 
 
 def _prepare_config_files(args: list[str]) -> list[str]:
@@ -176,7 +201,7 @@ def _prepare_config_files(args: list[str]) -> list[str]:
         elif not (flag == "--config" and equals):
             prepared.append(arg)
             continue
-        path = _expand(path)
+        path = config.expand(path)
         _check_settings_file(path)
         prepared.append(flag + equals + path)
     return prepared

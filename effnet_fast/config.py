@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 DatasetName = Literal["cifar100", "cifar10", "folder", "synthetic"]
 LoaderKind = Literal["dali", "resident", "torch"]
@@ -18,8 +21,13 @@ DeviceName = Literal["auto", "cuda", "cpu"]
 LayoutName = Literal["auto", "effnet-fast", "torchvision", "timm", "timm-tf", "efficientnet-pytorch"]
 DepthwiseInit = Literal["default", "identity"]
 Switch = Literal["auto", "yes", "no"]
-TestTimeAugmentation = Literal["none", "flip"]
 StepMode = Literal["auto", "eager", "compile", "graph"]
+
+# Settings in which `~` and `$VARIABLE` are expanded.
+PATHS = {
+    "data_dir", "save_dir", "pretrained", "resume", "checkpoint", "checkpoints", "run", "runs", "images",
+    "images_path", "labels", "output", "output_dir", "output_path", "export",
+}  # fmt: skip
 
 # YAML 1.1 reads the bare words no, off, yes and on as booleans.
 _YAML_BOOLEANS: dict[object, str] = {False: "no", True: "yes", "off": "no", "on": "yes"}
@@ -35,9 +43,69 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+class _Config:
+    """Base of the configs: converts values to plain ones, expands paths, and checks types, which dataclasses do not."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = _plain(getattr(self, name))
+            _require(_is_a(value, kind), f"--{name} must be {_describe(kind)}, not {value!r}")
+            object.__setattr__(self, name, expand(value) if name in PATHS else value)
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML can write it: a path as text, NumPy's numbers as Python's, a tuple as a list."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type: a class, a Literal, a union, or list[...]."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_a(value, option) for option in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, get_args(kind)[0]) for item in value)
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _describe(kind: Any) -> str:
+    """A type in words, for a message."""
+    if get_origin(kind) is Literal:
+        choices = list(map(str, get_args(kind)))
+        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_describe, get_args(kind)))
+    if get_origin(kind) is list:
+        return f"a list of {_describe(get_args(kind)[0])}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "True or False", NoneType: "None"}[kind]
+
+
+def expand(value: Any) -> Any:
+    """Replace `~` and `$VARIABLE` in a path, in NAME=PATH, or in each item of a list; keep paths that exist."""
+    if isinstance(value, list):
+        return [expand(item) for item in value]
+    if not isinstance(value, str) or os.path.exists(value):
+        return value
+    name, equals, path = value.rpartition("=")
+    return name + equals + os.path.expandvars(os.path.expanduser(path))
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a model, evaluate it after every epoch, and save curves and checkpoints in SAVE_DIR/RUN_NAME."""
+class TrainConfig(_Config):
+    """Train a model, evaluate it after every epoch, and save curves and checkpoints in SAVE_DIR/RUN_NAME.
+
+    >>> TrainConfig(dataset="cifar10", num_epochs=30).name
+    'efficientnet-b0-cifar10-0'
+    """
 
     model: str = "efficientnet-b0"
     """Architecture: efficientnet-b0 to efficientnet-b7, resnet50, resnet152 or densenet201."""
@@ -201,6 +269,7 @@ class TrainConfig:
     """Print the model, cost, data, steps and memory of the run, and exit."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
         object.__setattr__(self, "pretrained", self.pretrained or None)
         if (compiles := _YAML_BOOLEANS.get(self.compile, self.compile)) != "auto":
@@ -324,6 +393,9 @@ class SearchConfig(_FamilyConfig):
 
     Four stages, each resumable; all run if none is named: plan (list the candidates and their cost), run (train them,
     with any number of workers), collect (write one table), choose (pick the best and scale it).
+
+    >>> SearchConfig(dataset="cifar10", alpha="1.1..1.4", phi="1..3").phis
+    [1, 2, 3]
     """
 
     stage: Literal["all", "plan", "run", "collect", "choose"] = operational("all")
@@ -416,7 +488,11 @@ def span(name: str, text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class StudyConfig(_FamilyConfig):
-    """Compare five ways to scale B0: not at all, deeper, wider, higher resolution, and all three (compound)."""
+    """Compare five ways to scale B0: not at all, deeper, wider, higher resolution, and all three (compound).
+
+    >>> StudyConfig(dataset="cifar10", target_flops=6.4e7).targets
+    [64000000.0]
+    """
 
     target_flops: float | list[float] | None = None
     """Target MACs per image (fvcore's "flops") of each scaled model, met within 5 %; may be a list. Default: the
@@ -444,8 +520,12 @@ class StudyConfig(_FamilyConfig):
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Evaluate a checkpoint: loss, top-1, top-5, per-class accuracy (CSV) and confusion matrix (PNG)."""
+class EvalConfig(_Config):
+    """Evaluate a checkpoint: loss, top-1, top-5, per-class accuracy (CSV) and confusion matrix (PNG).
+
+    >>> EvalConfig("results/RUN/last.pt", split="val").weights
+    'auto'
+    """
 
     checkpoint: str
     """Checkpoint to evaluate, e.g. results/RUN/last.pt."""
@@ -459,9 +539,6 @@ class EvalConfig:
     """Images per forward pass."""
     limit_eval: int | None = None
     """Evaluate on only this many images (stratified, seeded)."""
-    tta: TestTimeAugmentation = "none"
-    """flip also evaluates the mean of the probabilities of each image and its mirror image, and prints it apart as
-    loss_tta, top1_tta and top5_tta; all other figures stay those of the images alone."""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
     """Autocast dtype; auto is bf16 on CUDA and no on the CPU. The bare flag means bf16."""
     loader: LoaderName = "auto"
@@ -474,12 +551,13 @@ class EvalConfig:
     """Folder for the CSV and the PNG; default: the checkpoint's folder."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
         _require(self.batch_size >= 1, f"--batch_size must be at least 1, not {self.batch_size}")
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(_Config):
     """Classify images, or all images of a folder: print the most probable classes."""
 
     checkpoint: str
@@ -492,14 +570,13 @@ class PredictConfig:
     """Number of classes to print per image."""
     batch_size: int = 64
     """Images per forward pass."""
-    tta: TestTimeAugmentation = "none"
-    """flip averages the probabilities of each image and its mirror image."""
     output: str | None = None
     """File for the predictions, .csv or .json."""
     device: DeviceName = "auto"
     """auto uses CUDA if a GPU is available."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("top", "batch_size"):
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         _require(
@@ -509,8 +586,12 @@ class PredictConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    """Export a checkpoint's model to safetensors, ONNX, torch.export or a folder for the Hugging Face hub."""
+class ExportConfig(_Config):
+    """Export a checkpoint's model to safetensors, ONNX, torch.export or a folder for the Hugging Face hub.
+
+    >>> ExportConfig("results/RUN/last.pt", format="onnx").layout
+    'effnet-fast'
+    """
 
     checkpoint: str
     """Checkpoint to export, e.g. results/RUN/best.pt."""
@@ -527,6 +608,7 @@ class ExportConfig:
     """Fold BatchNorm into the preceding convolutions: fewer operations, same logits; for inference only."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
             self.layout == "effnet-fast" or self.format in ("safetensors", "hub"),
             f"--layout {self.layout} is for --format safetensors or hub, not {self.format}",
@@ -538,7 +620,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class PlotConfig:
+class PlotConfig(_Config):
     """Plot the training curves of one or several runs in one figure, or the trials of a search."""
 
     runs: list[str]
@@ -549,7 +631,7 @@ class PlotConfig:
 
 
 @dataclass(frozen=True)
-class InfoConfig:
+class InfoConfig(_Config):
     """Print a model's parameters, MACs, FLOPs, activations, final feature map and memory."""
 
     model: str = "efficientnet-b0"
@@ -570,7 +652,7 @@ class InfoConfig:
 
 
 @dataclass(frozen=True)
-class CamConfig:
+class CamConfig(_Config):
     """Show where models look: class activation maps side by side, with scores and an HTML gallery."""
 
     images_path: str
@@ -626,6 +708,7 @@ class CamConfig:
     """auto continues an interrupted run in OUTPUT_PATH; no deletes its files and starts over."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
         object.__setattr__(self, "resume", _YAML_BOOLEANS.get(self.resume, self.resume))
         for name in ("batch_size", "gallery_images", "curve_steps"):
@@ -635,7 +718,7 @@ class CamConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Config):
     """Download, verify and summarize a data set, and write a sheet of sample images."""
 
     dataset: DatasetName = "cifar100"
@@ -651,7 +734,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(_Config):
     """Check this machine: GPU, driver, packages, kernels, loaders, ranks, disk; print what each auto will choose."""
 
     device: DeviceName = "auto"

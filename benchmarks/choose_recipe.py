@@ -33,7 +33,7 @@ def top1(config: TrainConfig) -> float:
     outcome = train_in(distributed.alone(config.device), config)
     if not outcome.finished:
         raise _Stopped
-    return outcome.result.get("ema_top1", outcome.result["top1"])
+    return outcome.top1
 
 
 def row(variant: str, config: TrainConfig, seeds: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import torch
 import effnet_fast
 from effnet_fast import cli
 from effnet_fast.config import TrainConfig
+from effnet_fast.outcome import metric
 from effnet_fast.run import training
 from effnet_fast.train.graph import unchanged
 
@@ -65,7 +66,7 @@ class Clock:
         now = time.perf_counter()
         self.evaluating += now - start
         row = evaluate.__self__.last_result  # type: ignore[attr-defined]
-        top1 = row.get("ema_top1", row["top1"])
+        top1 = metric(row, "top1")
         seconds = now - self.start
         self.history.append(
             {"epoch": progress.epoch, "top1": top1, "s": seconds, "s without evaluation": seconds - self.evaluating}
@@ -79,7 +80,7 @@ def one_run(config: TrainConfig, target: float) -> dict:
     clock = Clock(target)
     with mock.patch.object(training, "fit", clock.fit):
         try:
-            status = training.train(config)
+            status = training.train(config).status
         except _Reached:
             status = 0
     if status or not clock.history:

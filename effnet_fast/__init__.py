@@ -6,6 +6,7 @@ Names are imported on first use (PEP 562), so that `import effnet_fast` does not
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -13,45 +14,80 @@ from effnet_fast import openmp
 
 if TYPE_CHECKING:
     from effnet_fast import explain as explain
+    from effnet_fast.config import EvalConfig as EvalConfig
+    from effnet_fast.config import ExportConfig as ExportConfig
+    from effnet_fast.config import SearchConfig as SearchConfig
+    from effnet_fast.config import StudyConfig as StudyConfig
+    from effnet_fast.config import TrainConfig as TrainConfig
     from effnet_fast.model import create_model as create_model
     from effnet_fast.model import list_models as list_models
     from effnet_fast.model.trained import load as load
+    from effnet_fast.run.evaluation import evaluate as evaluate
+    from effnet_fast.run.export import export as export
+    from effnet_fast.run.search import search as search
+    from effnet_fast.run.study import study as study
+    from effnet_fast.run.training import train as train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "explain", "list_models", "load", "search", "study"]
+__all__ = [
+    "EvalConfig",
+    "ExportConfig",
+    "SearchConfig",
+    "StudyConfig",
+    "TrainConfig",
+    "__version__",
+    "create_model",
+    "evaluate",
+    "explain",
+    "export",
+    "list_models",
+    "load",
+    "search",
+    "study",
+    "train",
+]
 
 openmp.limit_threads()
 
+# Public name -> its module.
 _HOMES = {
-    "create_model": "effnet_fast.model",
-    "list_models": "effnet_fast.model",
+    **dict.fromkeys(("EvalConfig", "ExportConfig", "SearchConfig", "StudyConfig", "TrainConfig"), "effnet_fast.config"),
+    **dict.fromkeys(("create_model", "list_models"), "effnet_fast.model"),
+    "evaluate": "effnet_fast.run.evaluation",
+    "export": "effnet_fast.run.export",
     "load": "effnet_fast.model.trained",
+    "search": "effnet_fast.run.search",
+    "study": "effnet_fast.run.study",
+    "train": "effnet_fast.run.training",
 }
-_ROOMS = {"explain", "search"}
-# Verbs that Python can call, as module and function: `effnet_fast.search(SearchConfig(...))` returns a result.
-_VERBS = {"search": ("effnet_fast.run.search", "run_search"), "study": ("effnet_fast.run.study", "run_study")}
+_PACKAGES = {"explain", "search", "train"}
 
 
-class CallableRoom(ModuleType):
-    """A subpackage with the same name as a verb; calling the module runs the verb."""
+class CallablePackage(ModuleType):
+    """A subpackage with the name of a verb; calling it runs the verb.
 
-    def __call__(self, config: Any) -> Any:
-        return _verb(self.__name__.rpartition(".")[2])(config)
+    `effnet_fast.train` is the package as soon as anything imports it, so the package itself has to be callable.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _public(self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
-def _verb(name: str) -> Any:
-    module, function = _VERBS[name]
-    return getattr(importlib.import_module(module), function)
+def make_callable(package: str) -> None:
+    """Turn an imported subpackage, given by its full name, into a CallablePackage."""
+    sys.modules[package].__class__ = CallablePackage
+
+
+def _public(name: str) -> Any:
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _PACKAGES:
         return importlib.import_module(f"effnet_fast.{name}")
-    if name in _VERBS:
-        return _verb(name)
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return _public(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -24,12 +24,14 @@ GROUND = {
     "rendezvous",
     "streams",
     "openmp",
+    "consoles",
+    "outcome",
 }
 FLOOR = {"model", "data"} | GROUND
 VERBS = {"train", "search", "explain", "report"}
 # What each room may import besides itself; `effnet_fast` is __init__.py.
 MAY_IMPORT = {
-    "effnet_fast": {"model", "explain", "openmp"},
+    "effnet_fast": {"run", "explain", "model", "config", "openmp"},
     "__main__": {"cli"},
     "cli": {"run"} | GROUND,
     "run": VERBS | FLOOR,

@@ -22,6 +22,7 @@ from effnet_fast import cli, data
 from effnet_fast.run import search as searching
 from effnet_fast.run.training import Outcome
 from effnet_fast.search import measure, setup
+from examples import run_examples
 
 # Two candidates: alpha 1.2 and 1.25 round to one model.
 TINY = (
@@ -82,6 +83,11 @@ def test_files_of_a_search(finished):
     for name in (*pictures, "search.html", "journal.log"):
         assert (finished / name).stat().st_size > 1000
     assert (finished / "search.html").read_text().count("<img") == 3
+
+
+def test_example_of_search(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_examples("search")
 
 
 def test_search_from_python(finished):

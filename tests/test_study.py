@@ -10,6 +10,7 @@ from command_line import run
 from effnet_fast import checkpoint, cli
 from effnet_fast.run import study as studying
 from effnet_fast.run.training import Outcome
+from examples import run_examples
 
 TINY = (
     "study --dataset synthetic --output_stride 32 --limit_train 16 --limit_eval 20 --batch_size 8 --num_epochs 1 "
@@ -44,6 +45,11 @@ def test_index_points_to_checkpoints_of_the_paper_models(finished):
         architecture = checkpoint.load(finished / model["checkpoint"])["architecture"]
         factors.append([architecture[name] for name in ("depth", "width", "image_size", "output_stride")])
     assert factors == [[1, 1, 32, 32], [4, 1, 32, 32], [1, 2, 32, 32], [1, 1, 64, 32], [1.4, 1.2, 42, 32]]
+
+
+def test_example_of_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_examples("study")
 
 
 def test_study_from_python(finished):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 
 from effnet_fast import __version__
@@ -28,15 +30,43 @@ _FORMATS: dict[str, tuple[str, Callable[[Network, Mapping[str, str]], bytes]]] =
 }
 
 
-def export(config: ExportConfig) -> int:
+@dataclass(frozen=True)
+class ExportResult:
+    """Result of an export.
+
+    Attributes:
+        path: the file, or the folder for the Hugging Face hub.
+    """
+
+    path: Path
+
+    def model(self, device: str | torch.device = "auto") -> TrainedModel:
+        """Load the exported model; `onnx` and `torch-export` files are for other programs.
+
+        Raises:
+            ValueError: the export is not a safetensors file of this project's layout.
+        """
+        return load(self.path / "model.safetensors" if self.path.is_dir() else self.path, device=device)
+
+
+def export(config: ExportConfig) -> ExportResult:
     """Run `effnet-fast export`: write the model and the metadata needed to use it.
 
     Raises:
         ValueError, OSError: a user's mistake, in one line.
+
+    >>> from effnet_fast import ExportConfig, export
+    >>> result = export(ExportConfig("results/tiny/last.pt", format="safetensors"))
+    written: results/tiny/last.safetensors ...
+    >>> result.model().image_size
+    16
     """
     path = Path(config.checkpoint)
-    if config.format == "hub":
-        return _export_hub(config, path)
+    return ExportResult(_export_hub(config, path) if config.format == "hub" else _export_file(config, path))
+
+
+def _export_file(config: ExportConfig, path: Path) -> Path:
+    """Write the model to one file, of the layout timm also a config.json beside it, and return the file's path."""
     suffix, write = _FORMATS[config.format]
     output = Path(config.output) if config.output else path.with_suffix(suffix)
     if output.suffix != suffix:
@@ -46,15 +76,16 @@ def export(config: ExportConfig) -> int:
     check_writable(output.parent, "--output")
     trained = load(path, config.weights, "cpu", kernels="torch")
     if config.layout != "effnet-fast":
-        return _export_layout(config, trained, output)
+        _write_layout(config, trained, output)
+        return output
     if config.fold_batchnorm and not trained.folded:
         fold_batch_norms(trained.model)
         trained = dataclasses.replace(trained, folded=True)
     _write(output, write(trained.model, _metadata(trained)), trained)
-    return 0
+    return output
 
 
-def _export_layout(config: ExportConfig, trained: TrainedModel, output: Path) -> int:
+def _write_layout(config: ExportConfig, trained: TrainedModel, output: Path) -> None:
     content, settings = _weights_and_config(config, trained)
     if config.layout == "timm":
         file = output.parent / "config.json"
@@ -62,11 +93,10 @@ def _export_layout(config: ExportConfig, trained: TrainedModel, output: Path) ->
             raise ValueError(f"{file} is not timm's and would be overwritten: choose another folder with --output")
         write_json(file, settings)
     _write(output, content, trained)
-    return 0
 
 
-def _export_hub(config: ExportConfig, path: Path) -> int:
-    """Write a folder that `huggingface-cli upload` takes: weights, config.json and a model card."""
+def _export_hub(config: ExportConfig, path: Path) -> Path:
+    """Write a folder that `huggingface-cli upload` takes, with weights, config.json and a model card; return it."""
     if path.suffix == ".safetensors":
         raise ValueError(f"--format hub needs a run's checkpoint, whose results the model card lists, not {path}")
     folder = Path(config.output) if config.output else path.with_name(f"{path.stem}-hub")
@@ -77,7 +107,7 @@ def _export_hub(config: ExportConfig, path: Path) -> int:
     write_json(folder / "config.json", settings)
     write_atomically(folder / "README.md", card.encode(errors="backslashreplace"))
     _write(folder / "model.safetensors", content, trained)
-    return 0
+    return folder
 
 
 def _weights_and_config(config: ExportConfig, trained: TrainedModel) -> tuple[bytes, dict[str, Any]]:

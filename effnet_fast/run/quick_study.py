@@ -42,4 +42,4 @@ def find_or_train(config: CamConfig) -> tuple[Path, int]:
         "effnet-fast study on your images.",
         flush=True,
     )
-    return save_dir / settings.name, study(settings)
+    return save_dir / settings.name, study(settings).status

@@ -10,6 +10,7 @@ from pathlib import Path
 from effnet_fast import distributed, provenance
 from effnet_fast.checkpoint import write_atomically, write_json
 from effnet_fast.config import SearchConfig, TrainConfig, identity
+from effnet_fast.outcome import OnEvaluation, Outcome
 from effnet_fast.report.progress import Board
 from effnet_fast.report.table import Row, as_csv, as_text
 from effnet_fast.run.resolve import load_dataset, resolve_precision
@@ -19,7 +20,6 @@ from effnet_fast.search.choose import Choice, choose
 from effnet_fast.search.collect import check_any_complete, collect
 from effnet_fast.search.importance import importances, trial_rows
 from effnet_fast.search.plan import SearchPlan
-from effnet_fast.search.runs import OnEvaluation, Outcome
 from effnet_fast.search.scale_up import recipe, scaled_models
 from effnet_fast.search.setup import SearchSetup
 from effnet_fast.search.worker import Worker
@@ -49,17 +49,8 @@ class SearchResult:
     models: list[Row] = field(default_factory=list)
 
 
-def search(config: SearchConfig) -> int:
-    """Run `effnet-fast search [plan|run|collect|choose]`; return 0, or 128 + the signal number that stopped it.
-
-    Raises:
-        ValueError, OSError: the user's input is wrong; the message is one line.
-    """
-    return run_search(config).status
-
-
-def run_search(config: SearchConfig) -> SearchResult:
-    """Run the stages of a search; `effnet_fast.search` is this function.
+def search(config: SearchConfig) -> SearchResult:
+    """Run `effnet-fast search [plan|run|collect|choose]`.
 
     Raises:
         ValueError, OSError: the user's input is wrong; the message is one line.

@@ -15,7 +15,7 @@ from effnet_fast.run.resolve import load_dataset
 from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds
 from effnet_fast.run.training import train_in
 from effnet_fast.search.family import Family
-from effnet_fast.search.runs import failure_reason, final_top1
+from effnet_fast.search.runs import failure_reason
 from effnet_fast.search.study_runs import StudyRun, cost_row, index_row, result_row, study_models, study_runs
 
 
@@ -36,20 +36,17 @@ class StudyResult:
     runs: list[StudyRun]
 
 
-def study(config: StudyConfig) -> int:
-    """Run `effnet-fast study`; return 0, or 128 + the signal number that stopped it.
+def study(config: StudyConfig) -> StudyResult:
+    """Run `effnet-fast study`: train the models.
 
     Raises:
         ValueError, OSError: the user's input is wrong; the message is one line.
-    """
-    return run_study(config).status
 
-
-def run_study(config: StudyConfig) -> StudyResult:
-    """Train the models of a study; `effnet_fast.study` is this function.
-
-    Raises:
-        ValueError, OSError: the user's input is wrong; the message is one line.
+    >>> from effnet_fast import StudyConfig, study
+    >>> result = study(StudyConfig(dataset="synthetic", output_stride=32, dry_run=True, device="cpu"))
+    model ...
+    >>> [row["model"] for row in result.models]
+    ['baseline', 'deeper', 'wider', 'higher-resolution', 'compound']
     """
     world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
     try:
@@ -103,8 +100,8 @@ def _train(config: StudyConfig, world: World, family: Family, run: StudyRun, fol
     if outcome.finished:
         run.result = {
             "split": outcome.result["split"],
-            "top1": final_top1(outcome.result),
-            "loss": outcome.result["loss"],
+            "top1": outcome.top1,
+            "loss": outcome.loss,
             "seconds": training_seconds(folder / run.name),
         }
     return outcome.status

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +14,8 @@ from effnet_fast import checkpoint, distributed, provenance
 from effnet_fast.checkpoint import BadStep, Checkpoint
 from effnet_fast.config import TrainConfig
 from effnet_fast.distributed import World
+from effnet_fast.model.trained import TrainedModel, load
+from effnet_fast.outcome import OnEvaluation, Outcome, metric
 from effnet_fast.run import folder, rank_check
 from effnet_fast.run.build import Parts, build
 from effnet_fast.run.forecast import forecast, memory_advice, opening_lines
@@ -27,32 +28,54 @@ from effnet_fast.train.stop import SaveDue, Stop
 from effnet_fast.train.watchdog import Watchdog, watchdog
 from effnet_fast.train.writer import Writer
 
+if TYPE_CHECKING:
+    from effnet_fast.report.curves import Metrics
+
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a training run ended.
+class TrainResult(Outcome):
+    """Result of a training run: `top1`, `top5` and `loss` of its last evaluation, and the files in its folder.
 
     Attributes:
-        status: exit status, see `Stop.status`.
-        finished: all epochs are done.
-        result: row of the last evaluation: split, loss, top1, top5, and ema_* if there is a moving average.
+        folder: SAVE_DIR/RUN_NAME, which contains the checkpoints, metrics.jsonl and curves.png.
     """
 
-    status: int
-    finished: bool
-    result: dict[str, Any]
+    folder: Path
+
+    @property
+    def history(self) -> Metrics:
+        """The rows of metrics.jsonl: `history.train` at each logging interval, `history.eval` at each evaluation.
+
+        Raises:
+            OSError, ValueError: the run has not written metrics yet.
+        """
+        from effnet_fast.report.curves import read_metrics
+
+        return read_metrics(self.folder)
+
+    def model(self, device: str | torch.device = "auto") -> TrainedModel:
+        """Load the model of last.pt with its preprocessing; `effnet_fast.load` also reads best.pt.
+
+        Raises:
+            FileNotFoundError: the run has not written a checkpoint.
+        """
+        return load(self.folder / checkpoint.LAST, device=device)
 
 
-# Called on every rank after each evaluation, with the epochs done and the row; an exception ends the run.
-OnEvaluation = Callable[[int, dict[str, Any]], None]
+def train(config: TrainConfig, on_evaluation: OnEvaluation | None = None) -> TrainResult:
+    """Run `effnet-fast train`: train a model, or resume its training, and evaluate it.
 
+    After a signal, for example Ctrl-C, the run saves a checkpoint and returns; see `TrainResult.finished`.
 
-def train(config: TrainConfig) -> int:
-    """Run `effnet-fast train`; returns the exit status, see `Stop.status`.
+    Args:
+        config: settings.
+        on_evaluation: called on every rank after each evaluation, with the epochs done and the row of metrics.jsonl;
+            an exception ends the run.
 
     Raises:
         ValueError, OSError: mistakes of the user and faults of the machine, in one line each.
         FloatingPointError: the loss or the gradient is not finite.
+        The errors of `on_evaluation`.
     """
     # A longer timeout than the watchdog's, so that the watchdog reports first: its message is clearer.
     world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
@@ -62,8 +85,8 @@ def train(config: TrainConfig) -> int:
             plan = _plan(config, world)
             if world.is_main:
                 print(forecast(plan))
-            return 0
-        return train_in(world, config).status
+            return TrainResult(0, False, {}, run_folder(config))
+        return TrainResult(**vars(train_in(world, config, on_evaluation)), folder=run_folder(config))
     finally:
         distributed.shutdown()
 
@@ -219,7 +242,7 @@ class _Training:
         row["seconds"] = time.perf_counter() - start
         self.last_result = row
         self.recorder.evaluation(self.progress.step, row)
-        score = row.get("ema_top1", row["top1"])
+        score = metric(row, "top1")
         if self.plan.dataset.val is not None and score > self.progress.best:
             self.progress.best, self._is_best = score, True
         if self.on_evaluation is not None:

@@ -1,8 +1,17 @@
-"""Plan scaled models, assign them to workers, and choose the best by accuracy."""
+"""Plan scaled models, assign them to workers, and choose the best by accuracy.
 
-import sys
+The package is also a function, `effnet_fast.run.search.search`, which the command line calls too.
 
-from effnet_fast import CallableRoom
+>>> import effnet_fast
+>>> config = effnet_fast.SearchConfig(
+...     dataset="synthetic", alpha="1.2", beta="1.1", gamma="1.15", output_stride=32, stage="plan", device="cpu"
+... )
+>>> result = effnet_fast.search(config)
+name ...
+>>> [candidate.image_size for candidate in result.plan.candidates]
+[37]
+"""
 
-# Make this package callable: `effnet_fast.search(config)` runs the command of the same name.
-sys.modules[__name__].__class__ = CallableRoom
+from effnet_fast import make_callable
+
+make_callable(__name__)

@@ -1,28 +1,13 @@
-"""One run of a scaled model: its training config, its score, and why it failed."""
+"""One run of a scaled model: its training config, and why it failed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from effnet_fast.config import TrainConfig
-
-# Called after each evaluation with the number of finished epochs and the metrics row; an exception ends the run.
-OnEvaluation = Callable[[int, dict[str, Any]], None]
-
-
-class Outcome(Protocol):
-    """How a run ended; see `run.training.Outcome`."""
-
-    @property
-    def status(self) -> int: ...
-    @property
-    def finished(self) -> bool: ...
-    @property
-    def result(self) -> dict[str, Any]: ...
 
 
 def run_config(config: TrainConfig, model: dict[str, Any], **changes: Any) -> TrainConfig:
@@ -35,11 +20,6 @@ def run_config(config: TrainConfig, model: dict[str, Any], **changes: Any) -> Tr
     """
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     return TrainConfig(**(shared | model | changes))
-
-
-def final_top1(result: dict[str, Any]) -> float:
-    """Return top-1 in percent from an evaluation row: the EMA weights' if the run keeps an EMA."""
-    return result.get("ema_top1", result["top1"])
 
 
 def failure_reason(error: BaseException) -> str | None:

@@ -15,9 +15,10 @@ import torch
 
 from effnet_fast import checkpoint
 from effnet_fast.config import TrainConfig
+from effnet_fast.outcome import OnEvaluation, Outcome, metric
 from effnet_fast.search.family import Scale
 from effnet_fast.search.plan import SearchPlan
-from effnet_fast.search.runs import OnEvaluation, Outcome, failure_reason, final_top1
+from effnet_fast.search.runs import failure_reason
 from effnet_fast.search.setup import SearchSetup
 from effnet_fast.search.trials import COMPLETE, FAIL, PRUNED, RUNNING, Lost, Pruned, Task, Trials
 
@@ -72,8 +73,7 @@ class Worker:
                     self.trials.release(trial)
                     return outcome.status
                 measured = self._measure(task)
-            top1 = final_top1(outcome.result)
-            self._finish(trial, task, COMPLETE, f"val top-1 {top1:.2f} %", top1, **measured)
+            self._finish(trial, task, COMPLETE, f"val top-1 {outcome.top1:.2f} %", outcome.top1, **measured)
         except Lost:
             self.say(f"{task.run}: claimed by another worker")
         except Pruned:
@@ -92,7 +92,7 @@ class Worker:
 
     def _observer(self, trial: Trial, task: Task, lost: Event) -> OnEvaluation:
         def observe(epoch: int, row: dict[str, Any]) -> None:
-            top1 = final_top1(row)
+            top1 = metric(row, "top1")
             self.say(f"{task.run}: epoch {epoch}  val top-1 {top1:.2f} %")
             if lost.is_set():
                 raise Lost

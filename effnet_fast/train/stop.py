@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 from effnet_fast import distributed
@@ -59,6 +60,8 @@ class Stop:
 
     def __enter__(self) -> Stop:
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        if threading.current_thread() is not threading.main_thread():  # Python leaves signals to the main thread
+            ignored = set(self.SIGNALS)
         self._handlers = {n: signal.signal(n, self._handle) for n in self.SIGNALS if n not in ignored}
         return self
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -90,3 +91,16 @@ def test_ignored_sighup_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, handler)
+
+
+def test_a_thread_leaves_signals_to_the_main_thread():
+    """As when a server trains in a thread."""
+
+    def stopped():
+        with Stop(ALONE) as stop:
+            return stop.requested(1)
+
+    before = [signal.getsignal(number) for number in Stop.SIGNALS]
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(stopped).result() is False
+    assert [signal.getsignal(number) for number in Stop.SIGNALS] == before

@@ -21,6 +21,7 @@ DeviceName = Literal["auto", "cuda", "cpu"]
 LayoutName = Literal["auto", "effnet-fast", "torchvision", "timm", "timm-tf", "efficientnet-pytorch"]
 DepthwiseInit = Literal["default", "identity"]
 Switch = Literal["auto", "yes", "no"]
+TestTimeAugmentation = Literal["none", "flip"]
 StepMode = Literal["auto", "eager", "compile", "graph"]
 
 # Settings in which `~` and `$VARIABLE` are expanded.
@@ -539,6 +540,9 @@ class EvalConfig(_Config):
     """Images per forward pass."""
     limit_eval: int | None = None
     """Evaluate on only this many images (stratified, seeded)."""
+    tta: TestTimeAugmentation = "none"
+    """flip also evaluates the mean of the probabilities of each image and its mirror image, and prints it apart as
+    loss_tta, top1_tta and top5_tta; all other figures stay those of the images alone."""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
     """Autocast dtype; auto is bf16 on CUDA and no on the CPU. The bare flag means bf16."""
     loader: LoaderName = "auto"
@@ -570,6 +574,8 @@ class PredictConfig(_Config):
     """Number of classes to print per image."""
     batch_size: int = 64
     """Images per forward pass."""
+    tta: TestTimeAugmentation = "none"
+    """flip averages the probabilities of each image and its mirror image."""
     output: str | None = None
     """File for the predictions, .csv or .json."""
     device: DeviceName = "auto"

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+import effnet_fast
 from command_line import run
 from effnet_fast import checkpoint
 from effnet_fast.report.confusion import plot_confusion, write_per_class
@@ -65,6 +66,25 @@ def test_images_of_a_split(trained: Path, tmp_path: Path, capsys, flags: str, im
     assert re.search(rf"\({images} images; ", capsys.readouterr().out)
     (table,) = tmp_path.glob("*-per-class.csv")
     assert sum(int(row["images"]) for row in csv.DictReader(table.open())) == images
+
+
+def test_flipped_figures_are_apart(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> None:
+    line = f"eval --checkpoint {trained} --output_dir {tmp_path} {QUICK}"
+    run(line)
+    plain, _ = capsys.readouterr().out.splitlines()
+    table = (tmp_path / "test-per-class.csv").read_text()
+    run(f"{line} --tta flip")
+    same, flipped, _ = capsys.readouterr().out.splitlines()
+    assert same == plain
+    assert (tmp_path / "test-per-class.csv").read_text() == table
+    model = effnet_fast.load(trained, device="cpu")
+    files = sorted((data_dir / "test").rglob("*.png"))
+    views = [[Image.open(file), ImageOps.mirror(Image.open(file))] for file in files]
+    both = [
+        [dict(view)[file.parent.name] for view in model.predict(pair)] for file, pair in zip(files, views, strict=True)
+    ]
+    truth = np.mean(both, axis=1)  # the probability of the true class of two
+    assert f"loss_tta {-np.log(truth).mean():.4f}  top1_tta {100 * np.mean(truth > 0.5):.2f} %" in flipped
 
 
 @pytest.fixture

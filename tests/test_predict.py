@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import effnet_fast
 from command_line import run
@@ -59,6 +59,21 @@ def test_predict_from_python_equals_evaluation(trained: Path, pictures: Path) ->
     assert probabilities == sorted(probabilities, reverse=True)
     everything = predictor.predict([Image.open(files[0])], top=1000)
     assert sum(p.probability for p in everything[0]) == pytest.approx(1)
+
+
+def test_flipping_averages_the_predictions_of_both_views(trained: Path, pictures: Path, capsys) -> None:
+    path = next(pictures.rglob("*.png"))
+    model = effnet_fast.load(trained, device="cpu")
+    views = Image.open(path), ImageOps.mirror(Image.open(path))
+    plain, mirrored = (dict(best) for best in model.predict(views, top=100))
+    (averaged,) = model.predict(path, top=100, tta="flip")
+    assert plain != mirrored
+    expected = {label: (p + mirrored[label]) / 2 for label, p in plain.items()}
+    assert dict(averaged) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    run(f"predict --checkpoint {trained} {path} --tta flip --top 1 --device cpu")
+    assert f"{averaged[0].label} {100 * averaged[0].probability:.1f} %" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="tta 'crop': choose none or flip"):
+        model.predict(path, tta="crop")
 
 
 def test_image_and_folder(trained: Path, pictures: Path, capsys) -> None:

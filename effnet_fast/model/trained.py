@@ -17,6 +17,7 @@ from effnet_fast.data.image import preprocess
 from effnet_fast.model.blocks import Kernels
 from effnet_fast.model.network import Network
 from effnet_fast.model.serialize import fold_batch_norms
+from effnet_fast.model.tta import with_tta
 from effnet_fast.model.weights import read_safetensors
 from effnet_fast.model.zoo import from_description
 
@@ -78,30 +79,31 @@ class TrainedModel:
         batch = torch.stack([self.preprocess(image) for image in images])
         return batch.contiguous(memory_format=torch.channels_last).to(self.device)
 
-    def predict(self, images: Picture | Sequence[Picture], top: int = 5) -> list[list[Prediction]]:
-        """Classify images in one forward pass.
+    def predict(self, images: Picture | Sequence[Picture], top: int = 5, tta: str = "none") -> list[list[Prediction]]:
+        """Classify images in one batch.
 
         Args:
             images: PIL images or paths of image files. A single one counts as a sequence of one.
             top: classes to return of each image, at least 1.
+            tta: flip averages the probabilities of each image and its mirror image, see `tta.FlipAverage`.
 
         Returns:
             For each image its `top` most probable classes, the most probable first.
 
         Raises:
-            ValueError: an image cannot be read, or `top` is below 1.
+            ValueError: an image cannot be read, `top` is below 1, or `tta` is neither none nor flip.
         """
         if not isinstance(images, Sequence) or isinstance(images, str):
             images = [images]
-        return self.classify(self.prepare(images), top) if images else []
+        return self.classify(self.prepare(images), top, tta) if images else []
 
     @torch.no_grad()
-    def classify(self, batch: Tensor, top: int = 5) -> list[list[Prediction]]:
+    def classify(self, batch: Tensor, top: int = 5, tta: str = "none") -> list[list[Prediction]]:
         """Classify a batch from `prepare`; see `predict`."""
         if top < 1:
             raise ValueError(f"top must be at least 1, not {top}")
         with torch.cuda.device_of(batch):  # Triton launches on the current device
-            probabilities = self.model(batch).float().softmax(1)
+            probabilities = with_tta(self.model, tta)(batch).float().softmax(1)
         best = probabilities.topk(min(top, len(self.classes)))
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[Prediction(self.classes[i], p) for i, p in zip(*row, strict=True)] for row in rows]

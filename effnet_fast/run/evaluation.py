@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from effnet_fast import data, distributed
 from effnet_fast.checkpoint import Checkpoint
@@ -15,6 +16,7 @@ from effnet_fast.data.choose_loader import choose_loader, make_loader
 from effnet_fast.data.dataset import limit
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.model.trained import TrainedModel, from_checkpoint
+from effnet_fast.model.tta import with_tta
 from effnet_fast.run.output import check_writable
 from effnet_fast.run.resolve import loader_dtype, resolve_precision, set_backends, worker_count
 from effnet_fast.run.restore import config_of
@@ -29,14 +31,18 @@ class EvalResult(Result):
     Attributes:
         classes: names of the classes, in the order of the confusion matrix.
         folder: folder with SPLIT-per-class.csv and SPLIT-confusion.png.
+        tta: the figures with test-time augmentation; None if the config has none.
     """
 
     classes: tuple[str, ...]
     folder: Path
+    tta: Result | None = None
 
 
 def evaluate(config: EvalConfig) -> EvalResult:
     """Run `effnet-fast eval`: print loss, top-1 and top-5; write per-class accuracy (CSV) and confusion matrix (PNG).
+
+    The figures of `--tta` are printed on a line of their own.
 
     Raises:
         ValueError, OSError: a user's mistake, in one line.
@@ -60,19 +66,28 @@ def evaluate(config: EvalConfig) -> EvalResult:
     precision = resolve_precision(str(config.mixed_precision), device)
     kind, reason = choose_loader(config.loader, split, device)
     loader = make_loader(kind, split, _loader_spec(config, trained, len(split), loader_dtype(precision, device)))
-    result = evaluate_model(
-        trained.model, loader.epoch(0), num_classes=len(trained.classes), precision=precision, device=device
-    )
+
+    def measure(model: nn.Module) -> Result:
+        classes = len(trained.classes)
+        return evaluate_model(model, loader.epoch(0), num_classes=classes, precision=precision, device=device)
+
+    result = measure(trained.model)
+    averaged = None if config.tta == "none" else measure(with_tta(trained.model, config.tta))
     loader.close()
     print(
         f"{path}: {config.split} loss {result.loss:.4f}  top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %"
         f"  ({result.images} images; {reason})"
     )
+    if averaged is not None:
+        print(
+            f"{path}: {config.split} with --tta {config.tta}: loss_tta {averaged.loss:.4f}  top1_tta "
+            f"{averaged.top1:.2f} %  top5_tta {averaged.top5:.2f} %"
+        )
     table, picture = folder / f"{config.split}-per-class.csv", folder / f"{config.split}-confusion.png"
     write_per_class(table, trained.classes, result.confusion.numpy())
     plot_confusion(picture, trained.classes, result.confusion.numpy())
     print(f"written: {table}, {picture}")
-    return EvalResult(**vars(result), classes=trained.classes, folder=folder)
+    return EvalResult(**vars(result), classes=trained.classes, folder=folder, tta=averaged)
 
 
 def _load_split(config: EvalConfig, checkpoint: Checkpoint) -> Split:

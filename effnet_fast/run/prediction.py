@@ -36,7 +36,7 @@ def predict(config: PredictConfig) -> int:
         with _progress(len(paths)) as advance:
             for start in range(0, len(paths), config.batch_size):
                 batch = paths[start : start + config.batch_size]
-                new = _predict_readable(model, batch, config.top)
+                new = _predict_readable(model, batch, config)
                 predictions |= new
                 for path, best in new.items():
                     print(f"{printable(path)}  " + "  ".join(f"{label} {100 * p:.1f} %" for label, p in best))
@@ -68,7 +68,9 @@ def _image_files(named: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _predict_readable(model: TrainedModel, paths: Sequence[Path], top: int) -> dict[Path, list[Prediction]]:
+def _predict_readable(
+    model: TrainedModel, paths: Sequence[Path], config: PredictConfig
+) -> dict[Path, list[Prediction]]:
     """Classify the images that can be read; the others are listed on stderr."""
     inputs = {}
     for path in paths:
@@ -78,7 +80,8 @@ def _predict_readable(model: TrainedModel, paths: Sequence[Path], top: int) -> d
             print(f"warning: skipped: {error}", file=sys.stderr)
     if not inputs:
         return {}
-    return dict(zip(inputs, model.classify(torch.cat(list(inputs.values())), top), strict=True))
+    batch = torch.cat(list(inputs.values()))
+    return dict(zip(inputs, model.classify(batch, config.top, config.tta), strict=True))
 
 
 @contextmanager

@@ -40,18 +40,19 @@ inline int64_t vectors(int64_t channels) {
   return at::divup(channels, LANES);
 }
 
-// The taps [k * k, C] of one vector of channels.
+// Copies the taps [k * k, C] of channels begin to end to `packed`, [vector][k * k][LANES]. Returns `packed`.
 template <int K>
-struct Taps {
-  Vec tap[K * K];
-  Taps(const float* taps, int64_t c, int64_t first, int lanes) {
-    for (int t = 0; t < K * K; ++t) tap[t] = load(taps + t * c + first, lanes);
-  }
-};
+inline const float* pack_taps(const float* taps, int64_t c, int64_t begin, int64_t end, float* packed) {
+  for_blocks<1>(begin, end, [&](auto block) {
+    float* to = packed + (block.c - begin) * K * K;
+    for (int t = 0; t < K * K; ++t) store(to + t * LANES, block.load(taps + t * c, 0));
+  });
+  return packed;
+}
 
-// Sums of P adjacent outputs; rows[ty] + offset is the first input of the first of them.
+// Sums of P adjacent outputs; rows[ty] + offset is the first input of the first of them; taps are packed.
 template <int K, int S, int P>
-inline void convolve(const float* const* rows, int64_t offset, const Vec* tap, Vec* sums) {
+inline void convolve(const float* const* rows, int64_t offset, const float* taps, Vec* sums) {
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) sums[p] = Vec(0.f);
 #pragma GCC unroll 8
@@ -59,7 +60,7 @@ inline void convolve(const float* const* rows, int64_t offset, const Vec* tap, V
     const float* row = rows[ty] + offset;
     Vec t[K];
 #pragma GCC unroll 8
-    for (int tx = 0; tx < K; ++tx) t[tx] = tap[ty * K + tx];
+    for (int tx = 0; tx < K; ++tx) t[tx] = load(taps + (ty * K + tx) * LANES);
     if constexpr (S == 1) {
 #pragma GCC unroll 16
       for (int j = 0; j < P + K - 1; ++j) {
@@ -143,6 +144,7 @@ inline void depthwise_forward_tasks(
     const int64_t group = part / bands.count(), begin = spans.begin(span), end = spans.end(span);
     const int64_t row_size = vectors(end - begin) * columns * LANES;
     float* buffer = scratch<0>(K * row_size);
+    const float* packed = pack_taps<K>(weights, c, begin, end, scratch<1>(vectors(end - begin) * K * K * LANES));
     ShiftedSums sums_of[SPAN];
     for (int64_t n = groups.begin(group); n < groups.end(group); ++n) {
       int64_t filled = first * S;  // the first padded row that is not in the buffer yet
@@ -158,14 +160,13 @@ inline void depthwise_forward_tasks(
         const bool fresh = n == groups.begin(group) && ho == first;
         for_blocks<1>(begin, end, [&](auto block) {
           const int64_t v = (block.c - begin) / LANES;
-          const Taps<K> tap(weights, c, block.c, block.n);
           const float* rows[K];
           for (int ty = 0; ty < K; ++ty) rows[ty] = buffer + (ho * S + ty) % K * row_size + v * columns * LANES;
           ShiftedSums stats = sums_of[v];
           for_strips(0, shape.wo, [&](int64_t wo, auto width) {
             constexpr int P = decltype(width)::value;
             Vec sums[P];
-            convolve<K, S, P>(rows, wo * S * LANES, tap.tap, sums);
+            convolve<K, S, P>(rows, wo * S * LANES, packed + v * K * K * LANES, sums);
             if (fresh && wo == 0) stats.shift = rounded<T>(sums[0]);
 #pragma GCC unroll 8
             for (int p = 0; p < P; ++p) {
@@ -288,7 +289,7 @@ inline void fill_gradients(
 // input through row `ty` of the taps; column p + K - 1 - tx of it contributes to input p.
 template <int K, int P>
 inline void convolve_backward(
-    const float* const* rows, int64_t offset, const float* acts, const Vec* tap, Vec* dtap, Vec* sums) {
+    const float* const* rows, int64_t offset, const float* acts, const float* taps, Vec* dtap, Vec* sums) {
   Vec a[P];
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
@@ -301,7 +302,7 @@ inline void convolve_backward(
     Vec t[K], dt[K];
 #pragma GCC unroll 8
     for (int tx = 0; tx < K; ++tx) {
-      t[tx] = tap[ty * K + tx];
+      t[tx] = load(taps + (ty * K + tx) * LANES);
       dt[tx] = dtap[ty * K + tx];
     }
 #pragma GCC unroll 16
@@ -349,6 +350,7 @@ inline void depthwise_backward_tasks(
     float* buffer = scratch<0>(K * row_size + 2 * w * LANES);
     float* acts = buffer + K * row_size;
     float* slopes = acts + w * LANES;
+    const float* packed = pack_taps<K>(weights, c, begin, end, scratch<1>(vectors(end - begin) * K * K * LANES));
     GradientSums<K> group_sums[SPAN];
     for (int64_t n = groups.begin(group); n < groups.end(group); ++n) {
       GradientSums<K> image_sums[SPAN];  // per image, so that chains of additions stay short
@@ -374,7 +376,6 @@ inline void depthwise_backward_tasks(
           } else {
             for (int64_t j = 0; j < w; ++j) store(acts + j * LANES, block.load(maps + line + j * c, 0));
           }
-          const Taps<K> tap(weights, c, block.c, block.n);
           const float* rows[K];
           for (int ty = 0; ty < K; ++ty) rows[ty] = buffer + (hi + K - 1 - ty) % K * row_size + v * columns * LANES;
           GradientSums<K>& sum = image_sums[v];
@@ -383,7 +384,8 @@ inline void depthwise_backward_tasks(
           for_strips<WIDEST_BACKWARD<K>>(0, w, [&](int64_t wi, auto width) {
             constexpr int P = decltype(width)::value;
             Vec da[P];
-            convolve_backward<K, P>(rows, wi * LANES, acts + wi * LANES, tap.tap, sum.dtap, da);
+            convolve_backward<K, P>(
+                rows, wi * LANES, acts + wi * LANES, packed + v * K * K * LANES, sum.dtap, da);
 #pragma GCC unroll 8
             for (int p = 0; p < P; ++p) {
               if (norm != nullptr) {

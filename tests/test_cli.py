@@ -135,6 +135,13 @@ def test_mistake_is_one_line(capsys, line, words):
     assert words in mistake(capsys, line)
 
 
+def test_bounds_of_label_smoothing(capsys):
+    for value in (0.0, 0.4, 0.99):
+        assert settings(f"--label_smoothing {value}").label_smoothing == value
+    for value in ("-0.1", "1", "1.5"):
+        assert "--label_smoothing must be from 0 to below 1" in mistake(capsys, f"train --label_smoothing {value}")
+
+
 def test_invalid_yaml(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("learning_rate: [")
     mistake(capsys, f"train --config {tmp_path / 'bad.yaml'}")

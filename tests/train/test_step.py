@@ -91,6 +91,18 @@ def test_a_batch_that_is_not_mixed_trains_as_without_mixing():
     assert_equal(models[0].state_dict(), models[1].state_dict())
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.4, 0.99])
+def test_label_smoothing_spreads_its_share_over_all_classes(smoothing):
+    """Szegedy et al. 2016, section 7."""
+    model = network()
+    images, labels = batch()
+    target = (1 - smoothing) * F.one_hot(labels, 10) + smoothing / 10
+    expected = -(target * model(images).log_softmax(1)).sum(1).mean()
+    step = make_step(model, label_smoothing=smoothing)
+    step(images, labels, 0)
+    assert step.meters.read().loss == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_accumulated_passes_add_up():
     whole, pieces = network(), network()
     for model in (whole, pieces):

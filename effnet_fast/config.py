@@ -150,6 +150,11 @@ class TrainConfig(_Config):
     """With both, the probability that a mixed batch uses CutMix, 0 to 1."""
     ema_decay: float = 0.0
     """Decay per step of the exponential moving average (EMA) of the weights, e.g. 0.9995; 0 is off."""
+    precise_bn_images: Literal["auto"] | int = "auto"
+    """Precise BN (Wu and Johnson 2021): re-estimate BatchNorm statistics, of the weights and of their EMA, on this many
+    training images before the last evaluation; whole batches, at most an epoch; 0 is off. The images have the full size
+    and are not mixed. auto is 50 batches if the run mixes or resizes images, else 0. Runs too short for running
+    statistics do it before each evaluation, with auto too. best.pt holds the statistics that its evaluation used."""
     clip_grad: float = 5.0
     """Maximum norm of the gradient; 0 is off."""
     grad_accumulation: int = 1
@@ -287,6 +292,10 @@ class TrainConfig(_Config):
             "batch_size", "num_epochs", "grad_accumulation", "log_every_steps", "keep_last", "eval_every_epochs"
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        _require(
+            self.precise_bn_images == "auto" or self.precise_bn_images >= 0,
+            f"--precise_bn_images must be auto, or a number of images from 0, not {self.precise_bn_images}",
+        )
         for name in ("learning_rate", "weight_decay", "warmup_epochs", "mixup", "cutmix", "clip_grad", "rotation"):
             _require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
         for name in ("save_every_steps", "save_every_minutes", "hang_timeout", "num_workers", "time_budget"):

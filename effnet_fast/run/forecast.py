@@ -8,7 +8,7 @@ import torch
 
 from effnet_fast.precision import activation_bytes
 from effnet_fast.run.build import Parts, build_model
-from effnet_fast.run.plan import CALIBRATION_BATCHES, Plan
+from effnet_fast.run.plan import Plan
 
 if TYPE_CHECKING:
     from effnet_fast.model.complexity import Complexity
@@ -67,10 +67,11 @@ def opening_lines(plan: Plan, parts: Parts) -> list[str]:
     ]
     if config.resize_schedule:
         lines.append(resizing(plan))
-    if plan.recalibrates(architecture.bn_momentum):
+    if batches := plan.precise_bn_batches(architecture.bn_momentum, last=True):
+        is_short = plan.precise_bn_batches(architecture.bn_momentum, last=False) > 0
+        reason, when = (f"a short run ({plan.steps} steps): ", "each") if is_short else ("", "the last")
         lines.append(
-            f"a short run ({plan.steps} steps): BatchNorm statistics are re-estimated on "
-            f"{min(CALIBRATION_BATCHES, plan.steps_per_epoch)} training batches before each evaluation"
+            f"{reason}BatchNorm statistics are re-estimated on {batches} training batches before {when} evaluation"
         )
     if plan.accumulation != config.grad_accumulation:
         lines.append(

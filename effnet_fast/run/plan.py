@@ -30,7 +30,7 @@ from effnet_fast.train.resizing import ImageSizes, image_sizes
 # Re-estimate BatchNorm statistics before each evaluation if the run is shorter than this many of their time constants
 # (1 / momentum steps).
 STALE_TIME_CONSTANTS = 20
-CALIBRATION_BATCHES = 50
+AUTO_PRECISE_BN_BATCHES = 50
 
 # `--sync_batchnorm auto` shares statistics among ranks up to this many images per rank and pass.
 MOST_SHARED_IMAGES = 32
@@ -106,9 +106,24 @@ class Plan:
         """The split that the curves show: val if there is one, else test."""
         return "val" if self.dataset.val is not None else "test"
 
-    def recalibrates(self, bn_momentum: float) -> bool:
-        """Whether BatchNorm statistics are re-estimated before each evaluation, since the run is short."""
-        return self.steps * bn_momentum < STALE_TIME_CONSTANTS
+    def precise_bn_batches(self, bn_momentum: float, last: bool) -> int:
+        """Training batches on which BatchNorm statistics are re-estimated before an evaluation; 0 for none.
+
+        So the last evaluation may score higher than earlier ones, which use running statistics. best.pt holds the
+        statistics that its own evaluation used, so that the file reaches its score.
+
+        Args:
+            bn_momentum: momentum of the running statistics.
+            last: whether it is the evaluation at the end of the run; others do so only if the run is short.
+        """
+        config = self.config
+        is_short = self.steps * bn_momentum < STALE_TIME_CONSTANTS
+        if config.precise_bn_images == "auto":
+            differs = config.mixup > 0 or config.cutmix > 0 or config.resize_schedule is not None
+            batches = AUTO_PRECISE_BN_BATCHES if is_short or differs else 0
+        else:
+            batches = -(-config.precise_bn_images // config.batch_size)
+        return min(batches, self.steps_per_epoch) if is_short or last else 0
 
     @property
     def arithmetic(self) -> str:

@@ -19,10 +19,11 @@ from effnet_fast.outcome import OnEvaluation, Outcome, metric
 from effnet_fast.run import folder, rank_check
 from effnet_fast.run.build import Parts, build
 from effnet_fast.run.forecast import forecast, memory_advice, opening_lines
-from effnet_fast.run.plan import CALIBRATION_BATCHES, Plan, make_plan, run_folder
+from effnet_fast.run.plan import Plan, make_plan, run_folder
 from effnet_fast.run.resume import find_checkpoint
-from effnet_fast.train.evaluate import Batches, Result, evaluate, recalibrate
+from effnet_fast.train.evaluate import Batches, Result, evaluate
 from effnet_fast.train.loop import Hooks, fit
+from effnet_fast.train.precise_bn import precise_bn
 from effnet_fast.train.record import Recorder
 from effnet_fast.train.stop import SaveDue, Stop
 from effnet_fast.train.watchdog import Watchdog, watchdog
@@ -251,10 +252,10 @@ class _Training:
     def _evaluate_weights(self) -> Result:
         plan, model = self.plan, self.parts.model
         shared: dict[str, Any] = {"precision": plan.precision, "device": plan.world.device}
-        if plan.recalibrates(model.architecture.bn_momentum):
+        if count := plan.precise_bn_batches(model.architecture.bn_momentum, last=self.progress.finished):
             batches = self.parts.loader.epoch(self.progress.epoch)
             watched = self.watchdog.watch(batches, "estimating BatchNorm statistics")
-            recalibrate(model, watched, CALIBRATION_BATCHES, **shared)
+            precise_bn(model, watched, count, **shared)
         batches = self.watchdog.watch(self.parts.eval_loader.epoch(0), "evaluation")
         return evaluate(model, batches, num_classes=len(plan.dataset.classes), **shared)
 

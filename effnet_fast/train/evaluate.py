@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnet_fast import distributed
-from effnet_fast.model import batch_norms
 from effnet_fast.precision import autocast
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -72,27 +70,6 @@ def evaluate(model: nn.Module, batches: Batches, *, num_classes: int, precision:
         raise ValueError("there are no images to evaluate on")
     loss, top5_hits = sums.tolist()
     return Result(loss / count, 100 * int(table.trace()) / count, 100 * top5_hits / count, table)
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, batches: Batches, count: int, *, precision: str, device: torch.device) -> None:
-    """Re-estimate BatchNorm statistics as the mean over `count` training batches (Wu and Johnson 2021).
-
-    The running averages of a short run lag behind the weights: with momentum 0.01 they average over some 100 steps.
-    Frozen layers keep their statistics.
-    """
-    norms = [norm for norm in batch_norms(model) if norm.weight.requires_grad]
-    momenta = [norm.momentum for norm in norms]
-    with evaluating(model):
-        for norm in norms:
-            norm.train()
-        for i, (images, _) in enumerate(islice(batches, count)):
-            for norm in norms:
-                norm.momentum = 1 / (i + 1)
-            with autocast(precision, device):
-                model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""ResNet and DenseNet: sizes, names, stems, freezing, recalibration, folding."""
+"""ResNet and DenseNet: sizes, names, stems, freezing, precise BN, folding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from effnet_fast.model.blocks import Conv, ConvNormAct, Kernels, MBConv, Style
 from effnet_fast.model.complexity import model_costs
 from effnet_fast.model.reference import Bottleneck, ReferenceArchitecture
 from effnet_fast.model.serialize import fold_batch_norms
-from effnet_fast.train.evaluate import recalibrate
+from effnet_fast.train.precise_bn import precise_bn
 
 KERNELS: tuple[Kernels, ...] = ("triton", "torch")
 PARAMETERS = {"resnet50": 25_557_032, "resnet152": 60_192_808, "densenet201": 20_013_928}
@@ -126,19 +126,19 @@ def test_triton_equals_torch() -> None:
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_recalibration_with_both_kernels(kernels: Kernels) -> None:
+def test_precise_bn_with_both_kernels(kernels: Kernels) -> None:
     style = Style(kernels=kernels)
     model = nn.Sequential(ConvNormAct(3, 4, 3, style=style), MBConv(4, 4, 3, 1, 2, style=style))
     images = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    recalibrate(model, [(images, torch.zeros(2))], 1, precision="no", device=torch.device("cpu"))
+    precise_bn(model, [(images, torch.zeros(2))], 1, precision="no", device=torch.device("cpu"))
     assert all(norm.running_mean.any() for norm in batch_norms(model))
 
 
-def test_recalibration_skips_frozen_layers() -> None:
+def test_precise_bn_skips_frozen_layers() -> None:
     model = create_model("efficientnet-b0", 5, 16, width=0.25, depth=0.3)
     model.freeze("stages.0")
     batches = [(torch.randn(4, 3, 16, 16), torch.zeros(4))]
-    recalibrate(model, batches, 1, precision="no", device=torch.device("cpu"))
+    precise_bn(model, batches, 1, precision="no", device=torch.device("cpu"))
     moved = [bool(norm.running_mean.any()) for norm in batch_norms(model)]
     frozen = len(batch_norms(model.stem)) + len(batch_norms(model.stages[0]))
     assert moved == [False] * frozen + [True] * (len(moved) - frozen)

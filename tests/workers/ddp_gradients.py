@@ -1,7 +1,8 @@
 """Run under torchrun with a path and `torch`, `cpp` or `triton`: one backward pass on this rank's part of a batch.
 
-Rank 0 saves gradients and statistics: of EfficientNet-B0 on PyTorch's operators in two types, or of a narrow model on
-the kernels in float32, which Triton's interpreter can do in a minute.
+Rank 0 saves gradients, statistics, and statistics re-estimated on four batches, which the ranks share: of
+EfficientNet-B0 on PyTorch's operators in two types, or of a narrow model on the kernels in float32, which Triton's
+interpreter can do in a minute.
 """
 
 import sys
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from effnet_fast import distributed
 from effnet_fast.model import Architecture, EfficientNet, batch_norms
 from effnet_fast.run.build import data_parallel
+from effnet_fast.train.precise_bn import precise_bn
 
 B0 = Architecture(num_classes=10, output_stride=32, dropout=0.0, drop_path=0.0)
 NARROW = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, dropout=0.0, drop_path=0.0)
@@ -30,7 +32,13 @@ def gradients(
         wrapped = data_parallel(model, static_graph=True)
     logits = wrapped(images.chunk(world.size)[world.rank])
     F.cross_entropy(logits, labels.chunk(world.size)[world.rank]).backward()
-    return {f"{name}.grad": p.grad.clone() for name, p in model.named_parameters()} | dict(model.named_buffers())
+    result = {f"{name}.grad": p.grad.clone() for name, p in model.named_parameters()}
+    result |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for norm in batch_norms(model):
+        norm.synchronised = False
+    batches = [(batch, None) for batch in images.chunk(4)][world.rank :: world.size]
+    precise_bn(model, batches, 4, precision="no", device=world.device)
+    return result | {f"precise.{name}": buffer for name, buffer in model.named_buffers()}
 
 
 torch.set_num_threads(1)

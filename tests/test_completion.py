@@ -54,6 +54,16 @@ def test_completing_in_bash(scripts, typed, completed):
     assert printed.split() == completed
 
 
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+@pytest.mark.parametrize(
+    ("typed", "completed"), [("tra", "train"), ("train --num_ep", "--num_epochs"), ("train --optimizer ada", "adamw")]
+)
+def test_completing_in_fish(scripts, typed, completed):
+    command = ["fish", "--no-config", "-c", 'source $argv[1]; complete -C "$argv[2]"']
+    printed = subprocess.run([*command, scripts / "fish", f"effnet-fast {typed}"], capture_output=True, text=True)
+    assert [line.split("\t")[0] for line in printed.stdout.splitlines() if line] == [completed]
+
+
 @pytest.mark.parametrize("line", ["--print_completion", "--print_completion ksh", "--print_completion=ksh"])
 def test_unknown_shell(line, capsys):
     run(line, expected=2)

@@ -50,31 +50,52 @@ def test_a_terminal_gets_a_bar_above_which_lines_are_printed():
     assert "a line" in printed
 
 
-@pytest.mark.parametrize("has_widgets", [True, False])
-def test_a_notebook_gets_a_widget(tmp_path, monkeypatch, has_widgets):
-    """Beside lines in the cell's plain output; a log file gets its lines."""
+def execute(cells, folder):
+    """Run cells; returns the texts and the number of widgets that each printed."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipywidgets")
-    cells = (
-        CELLS
-        if has_widgets
-        else [
-            "import sys; sys.modules['ipywidgets'] = None",
-            CELLS[0],
-            "print(progress_bar(line_console(), BarColumn()))",
-        ]
-    )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    resources = {"metadata": {"path": str(tmp_path)}}
+    resources = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
     texts = [[output["text"] for output in cell.outputs if output.output_type == "stream"] for cell in notebook.cells]
     widgets = [
         sum("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cell.outputs)
         for cell in notebook.cells
     ]
-    if not has_widgets:
-        assert (texts, widgets) == ([[], [], ["None\n"]], [0, 0, 0])
-        return
+    return texts, widgets
+
+
+def test_a_notebook_gets_a_widget(tmp_path):
+    """Beside lines in the cell's plain output; a log file gets its lines."""
+    texts, widgets = execute(CELLS, tmp_path)
     assert widgets == [0, 1, 0, 1]
     assert texts == [[], ["a line\n"], [], []]
     assert (tmp_path / "log.txt").read_text() == "None\na line of the log\n"
+
+
+def test_a_notebook_without_ipywidgets_gets_lines(tmp_path):
+    hidden = "import sys; sys.modules['ipywidgets'] = None"
+    texts, widgets = execute([hidden, CELLS[0], "print(progress_bar(line_console(), BarColumn()))"], tmp_path)
+    assert (texts, widgets) == ([[], [], ["None\n"]], [0, 0, 0])
+
+
+@pytest.mark.slow  # trains in a kernel
+def test_training_in_a_notebook(tmp_path):
+    train = """
+import effnet_fast
+result = effnet_fast.train(effnet_fast.TrainConfig(
+    dataset="synthetic", image_size=16, width=0.25, depth=0.3, limit_train=64, limit_eval=32, batch_size=32,
+    num_epochs=2, device="cpu", kernels="torch", log_every_steps=1, run_name="tiny",
+))
+"""
+    mistake = """
+try:
+    effnet_fast.train(effnet_fast.TrainConfig(model="efficientnet-b8"))
+except ValueError as error:
+    print(error)
+"""
+    (first, second), widgets = execute([train, mistake], tmp_path)
+    assert widgets == [1, 0]
+    assert "epoch 2  test loss" in "".join(first)
+    assert "step 1/4" not in "".join(first), "the bar shows the steps"
+    assert "did you mean efficientnet-b" in "".join(second)

@@ -128,7 +128,7 @@ def test_mistakes(trained: Path, tmp_path: Path, capsys) -> None:
         f"--checkpoint {trained} {tmp_path}/nowhere.png": "there is no image or folder at",
         f"--checkpoint {trained} {tmp_path}/empty": "holds no image",
         f"--checkpoint {trained} {tmp_path} --output table.txt": ".csv or .json",
-        f"--checkpoint {trained} {trained} --output {tmp_path}/no/where.csv": "choose another place with --output",
+        f"--checkpoint {trained} {trained} --output {tmp_path}/no/where.csv": "choose another --output",
         f"--checkpoint {tmp_path}/nowhere.pt {trained.parent}/curves.png": "there is no checkpoint",
     }
     for line, message in lines.items():

@@ -531,7 +531,7 @@ class StudyConfig(_FamilyConfig):
 
 @dataclass(frozen=True)
 class EvalConfig(_Config):
-    """Evaluate a checkpoint: loss, top-1, top-5, per-class accuracy (CSV) and confusion matrix (PNG).
+    """Evaluate a checkpoint: accuracy, macro-F1, calibration, superclasses, confused pairs, worst images.
 
     >>> EvalConfig("results/RUN/last.pt", split="val").weights
     'auto'
@@ -561,7 +561,7 @@ class EvalConfig(_Config):
     device: DeviceName = "auto"
     """auto uses CUDA if a GPU is available."""
     output_dir: str | None = None
-    """Folder for the CSV and the PNG; default: the checkpoint's folder."""
+    """Folder for the JSON, the tables and the pictures; default: the checkpoint's folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +74,10 @@ def test_images_of_a_split(trained: Path, tmp_path: Path, capsys, flags: str, im
 def test_flipped_figures_are_apart(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> None:
     line = f"eval --checkpoint {trained} --output_dir {tmp_path} {QUICK}"
     run(line)
-    plain, _ = capsys.readouterr().out.splitlines()
+    plain, *_ = capsys.readouterr().out.splitlines()
     table = (tmp_path / "test-per-class.csv").read_text()
     run(f"{line} --tta flip")
-    same, flipped, _ = capsys.readouterr().out.splitlines()
+    same, flipped, *_ = capsys.readouterr().out.splitlines()
     assert same == plain
     assert (tmp_path / "test-per-class.csv").read_text() == table
     model = effnet_fast.load(trained, device="cpu")
@@ -85,6 +88,38 @@ def test_flipped_figures_are_apart(trained: Path, data_dir: Path, tmp_path: Path
     ]
     truth = np.mean(both, axis=1)  # the probability of the true class of two
     assert f"loss_tta {-np.log(truth).mean():.4f}  top1_tta {100 * np.mean(truth > 0.5):.2f} %" in flipped
+
+
+def test_report(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> None:
+    """The files of the report; the figures on two ranks are those on one. Of 9 images, one rank has a padded batch."""
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    write_images(folder / "test" / "cat", 1)
+    line = f"eval --checkpoint {trained} --data_dir {folder} --batch_size 2 {QUICK}"
+    run(f"{line} --output_dir {tmp_path}/one")
+    printed = capsys.readouterr().out
+    one = json.loads((tmp_path / "one" / "test-evaluation.json").read_text())
+    assert f"macro-F1 {one['macro_f1']:.2f} %  expected calibration error {one['ece']:.2f} %" in printed
+    endings = "confused-pairs.csv confusion.png evaluation.json per-class.csv reliability.png worst.png"
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {f"test-{ending}" for ending in endings.split()}
+    assert sum(row["images"] for row in one["reliability"]) == one["images"] == len(one["worst"]) == 9
+    losses = [row["loss"] for row in one["worst"]]
+    assert losses == sorted(losses, reverse=True)
+    assert np.mean(losses) == pytest.approx(one["loss"])
+    for row in one["worst"]:
+        assert Path(row["file"]).parent.name == row["true"]
+        assert row["loss"] == pytest.approx(-np.log(row["true_probability"]))
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "effnet_fast", *line.split(), "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("macro-F1") == 1
+    two = json.loads((tmp_path / "two" / "test-evaluation.json").read_text())
+    assert two["confusion"] == one["confusion"]
+    assert [row["file"] for row in two["worst"]] == [row["file"] for row in one["worst"]]
+    for name in ("loss", "top1", "top5", "macro_f1", "ece"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
 @pytest.fixture

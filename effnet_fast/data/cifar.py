@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from effnet_fast.data.archive import Archive, fetch, read
-from effnet_fast.data.dataset import ArraySplit, Dataset
+from effnet_fast.data.dataset import ArraySplit, Dataset, Superclasses
 
 _SIZE = 32  # pixels of each side
 
@@ -33,6 +34,7 @@ class Source:
         train, test: names of the files with images.
         meta: name of the file with class names.
         label_key, classes_key: keys of labels and class names in those files.
+        coarse_label_key, coarse_classes_key: the same of superclasses; None if the data set has none.
         mean, std: of each channel over the training images, for pixels scaled to 0..1.
     """
 
@@ -45,6 +47,8 @@ class Source:
     classes_key: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    coarse_label_key: str | None = None
+    coarse_classes_key: str | None = None
 
 
 CIFAR100 = Source(
@@ -67,6 +71,8 @@ CIFAR100 = Source(
     classes_key="fine_label_names",
     mean=(0.5071, 0.4865, 0.4409),
     std=(0.2673, 0.2564, 0.2762),
+    coarse_label_key="coarse_labels",
+    coarse_classes_key="coarse_label_names",
 )
 
 CIFAR10 = Source(
@@ -97,7 +103,7 @@ CIFAR10 = Source(
 
 
 def load_cifar(name: Literal["cifar10", "cifar100"], data_dir: Path, download: bool = True) -> Dataset:
-    """Load CIFAR-10, or CIFAR-100 with its fine labels; download it if it is missing.
+    """Load CIFAR-10, or CIFAR-100 with its fine labels and superclasses; download it if it is missing.
 
     Args:
         name: which of the two.
@@ -117,10 +123,22 @@ def load_source(source: Source, data_dir: Path, download: bool = True) -> Datase
     """Load any data set with CIFAR's layout; see `load_cifar`."""
     folder = fetch(source.archive, data_dir, download)
 
+    @cache
     def contents(name: str) -> dict[str, Any]:
         return unpickle(read(source.archive, folder, name), folder / name)
 
-    classes = _class_names(contents(source.meta).get(source.classes_key), folder / source.meta)
+    def names_of(key: str) -> tuple[str, ...]:
+        return _class_names(contents(source.meta).get(key), folder / source.meta)
+
+    def superclasses() -> Superclasses | None:
+        if source.coarse_label_key is None or source.coarse_classes_key is None:
+            return None
+        names, path = names_of(source.coarse_classes_key), folder / source.test[0]
+        fine = _labels(contents(path.name), source.label_key, len(classes), path)
+        coarse = _labels(contents(path.name), source.coarse_label_key, len(names), path)
+        return Superclasses(names, _coarse_of_fine(fine, coarse, len(classes), path))
+
+    classes = names_of(source.classes_key)
 
     def split(names: tuple[str, ...]) -> ArraySplit:
         parts = [_split(contents(name), source.label_key, len(classes), folder / name) for name in names]
@@ -137,6 +155,7 @@ def load_source(source: Source, data_dir: Path, download: bool = True) -> Datase
         test=split(source.test),
         native_size=_SIZE,
         fingerprint=fingerprint,
+        superclasses=superclasses(),
     )
 
 
@@ -147,15 +166,28 @@ def _class_names(names: object, path: Path) -> tuple[str, ...]:
 
 
 def _split(contents: dict[str, Any], label_key: str, classes: int, path: Path) -> ArraySplit:
-    data, labels = contents.get("data"), contents.get(label_key)
-    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < classes for label in labels):
-        raise ValueError(f"{path} contains no {label_key} from 0 to {classes - 1}")
+    data, labels = contents.get("data"), _labels(contents, label_key, classes, path)
     if not isinstance(data, _Array) or data.shape != (len(labels), 3 * _SIZE * _SIZE):
         raise ValueError(
             f"{path} does not contain {len(labels)} images of {_SIZE} x {_SIZE} pixels, one for each label"
         )
     images = data.array().reshape(-1, 3, _SIZE, _SIZE).transpose(0, 2, 3, 1)
     return ArraySplit(np.ascontiguousarray(images), np.array(labels, np.int64))
+
+
+def _labels(contents: dict[str, Any], key: str, classes: int, path: Path) -> list[int]:
+    labels = contents.get(key)
+    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < classes for label in labels):
+        raise ValueError(f"{path} contains no {key} from 0 to {classes - 1}")
+    return labels
+
+
+def _coarse_of_fine(fine: list[int], coarse: list[int], classes: int, path: Path) -> tuple[int, ...]:
+    """The superclass of each class, from the two labels of each image."""
+    pairs = sorted(set(zip(fine, coarse, strict=True)))
+    if [label for label, _ in pairs] != list(range(classes)):
+        raise ValueError(f"{path} does not give each of the {classes} classes one superclass")
+    return tuple(superclass for _, superclass in pairs)
 
 
 def _text(value: bytes | str) -> str:

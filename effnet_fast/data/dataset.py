@@ -81,6 +81,18 @@ class FileSplit:
 Split = ArraySplit | FileSplit
 
 
+class Superclasses(NamedTuple):
+    """A coarser grouping of the classes.
+
+    Attributes:
+        names: names of the superclasses.
+        of_class: superclass of each class, indexed by label.
+    """
+
+    names: tuple[str, ...]
+    of_class: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A data set, with everything that training and inference need to know about it.
@@ -91,6 +103,7 @@ class Dataset:
         mean, std: of each channel, for pixels scaled to 0..1.
         train, test: the published splits.
         val: images held out of train, or the data set's own validation split, or None.
+        superclasses: the 20 of CIFAR-100; None if the data set has none.
         native_size: side of the original images in pixels (32 for CIFAR); `--image_size auto` scales it.
         fingerprint: hex digest of all images and labels in order, before images are held out or limited.
     """
@@ -104,6 +117,7 @@ class Dataset:
     native_size: int
     fingerprint: str
     val: Split | None = None
+    superclasses: Superclasses | None = None
 
 
 def stratified(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:

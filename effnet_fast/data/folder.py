@@ -67,7 +67,9 @@ def load_folder(data_dir: Path, on_bad_image: Literal["skip", "fail"] = "skip") 
         std=deviation(mean, square),
         native_size=min(_LARGEST_NATIVE_SIZE, int(np.median([row.short_side for row in train]))),
         fingerprint=_fingerprint(classes, splits.values(), examined),
-        **splits,
+        train=splits["train"],
+        test=splits["test"],
+        val=splits.get("val"),
     )
 
 

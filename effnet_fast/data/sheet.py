@@ -31,7 +31,7 @@ def sample_sheet(dataset: Dataset, path: Path, rows: int = 4, columns: int = 10)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for cell, i in enumerate(shown):
         x, y = _GAP + cell % columns * (_CELL + _GAP), _GAP + cell // columns * (_CELL + _CAPTION + _GAP)
-        sheet.paste(_square(_picture(dataset.train, int(first[i]))), (x, y))
+        sheet.paste(_square(picture_at(dataset.train, int(first[i]))), (x, y))
         caption = dataset.classes[labels[i]]
         while draw.textlength(caption, font) > _CELL:
             caption = caption[:-1]
@@ -49,7 +49,7 @@ def save_images(split: Split, classes: Sequence[str], folder: Path) -> None:
     for index, label in enumerate(split.labels):
         path = folder / classes[label] / f"{index:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _picture(split, index).save(path)
+        picture_at(split, index).save(path)
 
 
 def summarize(dataset: Dataset) -> str:
@@ -66,7 +66,12 @@ def summarize(dataset: Dataset) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _picture(split: Split, index: int) -> Image.Image:
+def picture_at(split: Split, index: int) -> Image.Image:
+    """The image at a position of a split, whole and upright.
+
+    Raises:
+        ValueError: its file cannot be read.
+    """
     if isinstance(split, ArraySplit):
         return Image.fromarray(split.images[index])
     return load_image(split.files[index].path)

@@ -1,10 +1,11 @@
-"""Accuracy by class as CSV, and the confusion matrix as a picture."""
+"""Accuracy by class and the most confused pairs as CSV, and the confusion matrix as a picture."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rcParams
@@ -16,9 +17,11 @@ from numpy.typing import NDArray
 
 from effnet_fast.report import picture
 from effnet_fast.report.fonts import drawable, text_style
+from effnet_fast.report.table import Row
 
 MOST_NAMES = 120  # with more classes, the axis has no class names: they would be too small to read
 LISTED = 20  # rows of each list beside the matrix
+_LINE = 52  # characters of 9 points that fit beside the matrix
 
 
 def write_per_class(path: str | Path, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
@@ -31,20 +34,65 @@ def write_per_class(path: str | Path, classes: Sequence[str], confusion: NDArray
     Raises:
         ValueError: the path cannot be written.
     """
+    _write_csv(path, ["class", "images", "correct", "top1"], per_class(classes, confusion))
+
+
+def per_class(classes: Sequence[str], confusion: NDArray[np.int64]) -> list[Row]:
+    """Return one row per class: class, images, correct, top1 (percent; None if the class has no images)."""
     _check(classes, confusion)
+    return [
+        {"class": name, "images": images, "correct": correct, "top1": 100 * correct / images if images else None}
+        for name, images, correct in zip(classes, confusion.sum(1).tolist(), confusion.diagonal().tolist(), strict=True)
+    ]
+
+
+def write_confused_pairs(path: str | Path, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
+    """Write a CSV row for each pair of classes that is ever confused; see `confused_pairs`.
+
+    Raises:
+        ValueError: the path cannot be written.
+    """
+    _write_csv(path, ["true", "predicted", "images", "share"], confused_pairs(classes, confusion, confusion.size))
+
+
+def confused_pairs(classes: Sequence[str], confusion: NDArray[np.int64], count: int) -> list[Row]:
+    """Return the most confused pairs: true and predicted class, images, and their share of the true class in percent.
+
+    See `most_confused`.
+    """
+    _check(classes, confusion)
+    shares = _shares(confusion)
+    return [
+        {
+            "true": classes[true],
+            "predicted": classes[predicted],
+            "images": int(confusion[true, predicted]),
+            "share": 100 * float(shares[true, predicted]),
+        }
+        for true, predicted in most_confused(confusion, count)
+    ]
+
+
+def _write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
-            writer.writerow(["class", "images", "correct", "top1"])
-            for name, images, correct in zip(classes, confusion.sum(1), confusion.diagonal(), strict=True):
-                writer.writerow([name, images, correct, f"{100 * correct / images:.2f}" if images else ""])
+            writer.writerow(columns)
+            writer.writerows([_rounded(row[name]) for name in columns] for row in rows)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
 
-def plot_confusion(path: str | Path, classes: Sequence[str], confusion: NDArray[np.int64]) -> None:
+def _rounded(value: Any) -> Any:
+    """Percentages with two decimals."""
+    return f"{value:.2f}" if isinstance(value, float) else value
+
+
+def plot_confusion(
+    path: str | Path, classes: Sequence[str], confusion: NDArray[np.int64], noun: str = "classes"
+) -> None:
     """Draw the confusion matrix, each row divided by its sum, with the most confused pairs and classes beside it.
 
     The colour scale is logarithmic, because on a linear one the diagonal hides confusions of a few percent.
@@ -53,6 +101,7 @@ def plot_confusion(path: str | Path, classes: Sequence[str], confusion: NDArray[
         path: picture to write, .png, .svg or .pdf.
         classes: K names.
         confusion: int64 [K, K], number of images by true class (row) and predicted class (column).
+        noun: what the classes are called in the title.
 
     Raises:
         ValueError: there are no images, or the path has another suffix or cannot be written.
@@ -64,17 +113,17 @@ def plot_confusion(path: str | Path, classes: Sequence[str], confusion: NDArray[
         raise ValueError("a confusion matrix needs at least one image: evaluate on more")
     names = [drawable(name) for name in classes]
     with text_style(names):
-        picture.save(_draw(names, confusion), path)
+        picture.save(_draw(names, confusion, noun), path)
 
 
-def _draw(classes: Sequence[str], confusion: NDArray[np.int64]) -> Figure:
+def _draw(classes: Sequence[str], confusion: NDArray[np.int64], noun: str) -> Figure:
     figure = Figure(figsize=(16, 12), dpi=140, layout="constrained")
     matrix, listing = figure.subplots(1, 2, width_ratios=(3.4, 1))
     _draw_matrix(figure, matrix, classes, confusion)
     _list_worst(listing, classes, confusion)
     images = confusion.sum()
     top1 = 100 * confusion.trace() / images
-    figure.suptitle(f"Confusion matrix: {images:,} images, {len(classes)} classes, top-1 {top1:.2f} %", fontsize=14)
+    figure.suptitle(f"Confusion matrix: {images:,} images, {len(classes)} {noun}, top-1 {top1:.2f} %", fontsize=14)
     return figure
 
 
@@ -130,9 +179,8 @@ def _list_worst(axes: Axes, classes: Sequence[str], confusion: NDArray[np.int64]
     evaluated = np.flatnonzero(confusion.sum(1))
     lowest = evaluated[np.argsort(percent.diagonal()[evaluated], kind="stable")][:LISTED]
     accuracies = [f"{percent[k, k]:5.1f} %  {classes[k]}" for k in lowest]
+    lines = ["Most confused: true → predicted", *(pairs or ["none"]), "", "Lowest top-1", *accuracies]
+    size = min(9, 9 * _LINE / max(map(len, lines)))
     families = ["monospace", *rcParams["font.family"]]
-    for top, title, lines in ((1, "Most confused: true → predicted", pairs), (0.5, "Lowest top-1", accuracies)):
-        axes.text(0, top, title, va="top", fontsize=12)
-        body = "\n".join(lines) or "none"
-        axes.text(0, top - 0.025, body, va="top", family=families, fontsize=9, linespacing=1.7)
+    axes.text(0, 1, "\n".join(lines), va="top", family=families, fontsize=size, linespacing=1.6)
     axes.axis("off")

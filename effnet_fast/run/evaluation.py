@@ -15,34 +15,39 @@ from effnet_fast.data import Dataset, Split
 from effnet_fast.data.choose_loader import choose_loader, make_loader
 from effnet_fast.data.dataset import limit
 from effnet_fast.data.loader import LoaderSpec
+from effnet_fast.distributed import World
 from effnet_fast.model.trained import TrainedModel, from_checkpoint
 from effnet_fast.model.tta import with_tta
+from effnet_fast.run.eval_report import Evaluated, describe, make_report, write_report
 from effnet_fast.run.output import check_writable
 from effnet_fast.run.resolve import loader_dtype, resolve_precision, set_backends, worker_count
 from effnet_fast.run.restore import config_of
-from effnet_fast.train.evaluate import Result
-from effnet_fast.train.evaluate import evaluate as evaluate_model
+from effnet_fast.train.evaluate import Predictions, Result, predict_logits
 
 
 @dataclass(frozen=True)
 class EvalResult(Result):
-    """Result of `effnet_fast.evaluate`: loss, top1, top5, the confusion matrix, and where its table and picture are.
+    """Result of `effnet_fast.evaluate`: loss, top1, top5, the confusion matrix, and where its tables and pictures are.
 
     Attributes:
+        macro_f1: mean of the classes' F1, percent.
+        ece: expected calibration error, percent.
         classes: names of the classes, in the order of the confusion matrix.
-        folder: folder with SPLIT-per-class.csv and SPLIT-confusion.png.
+        folder: folder with the files of the report, SPLIT-evaluation.json among them.
         tta: the figures with test-time augmentation; None if the config has none.
     """
 
+    macro_f1: float
+    ece: float
     classes: tuple[str, ...]
     folder: Path
     tta: Result | None = None
 
 
 def evaluate(config: EvalConfig) -> EvalResult:
-    """Run `effnet-fast eval`: print loss, top-1 and top-5; write per-class accuracy (CSV) and confusion matrix (PNG).
+    """Run `effnet-fast eval`: print and write the figures of a split, on any number of ranks.
 
-    The figures of `--tta` are printed on a line of their own.
+    The figures of `--tta` are printed on a line of their own; the report is about the model without it.
 
     Raises:
         ValueError, OSError: a user's mistake, in one line.
@@ -53,54 +58,70 @@ def evaluate(config: EvalConfig) -> EvalResult:
     >>> result.images, result.confusion.shape, result.top1 <= result.top5
     (32, torch.Size([100, 100]), True)
     """
-    from effnet_fast.report.confusion import plot_confusion, write_per_class
+    world = distributed.init(config.device)
+    try:
+        return _evaluate(config, world)
+    finally:
+        distributed.shutdown()
 
+
+def _evaluate(config: EvalConfig, world: World) -> EvalResult:
     path = Path(config.checkpoint)
     checkpoint = Checkpoint.read(path)
     folder = Path(config.output_dir) if config.output_dir else path.parent
-    check_writable(folder, "--output_dir", create=True)
-    device = distributed.choose_device(config.device)
+    distributed.on_main(lambda: check_writable(folder, "--output_dir", create=True))
     set_backends(deterministic=False)
-    split = _load_split(config, checkpoint)
-    trained = from_checkpoint(checkpoint, config.weights, device)
-    precision = resolve_precision(str(config.mixed_precision), device)
-    kind, reason = choose_loader(config.loader, split, device)
-    loader = make_loader(kind, split, _loader_spec(config, trained, len(split), loader_dtype(precision, device)))
-
-    def measure(model: nn.Module) -> Result:
-        classes = len(trained.classes)
-        return evaluate_model(model, loader.epoch(0), num_classes=classes, precision=precision, device=device)
-
-    result = measure(trained.model)
-    averaged = None if config.tta == "none" else measure(with_tta(trained.model, config.tta))
-    loader.close()
-    print(
-        f"{path}: {config.split} loss {result.loss:.4f}  top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %"
-        f"  ({result.images} images; {reason})"
-    )
+    dataset = _load_dataset(config, checkpoint)
+    split = _split(config, checkpoint, dataset)
+    trained = from_checkpoint(checkpoint, config.weights, world.device)
+    predictions, reason = _predict(config, world, trained, trained.model, split)
+    averaged = None
+    if config.tta != "none":
+        averaged = _predict(config, world, trained, with_tta(trained.model, config.tta), split)[0].result()
+    evaluated = Evaluated(config.split, split, trained.classes, dataset.superclasses, predictions)
+    report, result = make_report(evaluated), predictions.result()
     if averaged is not None:
+        report |= {"loss_tta": averaged.loss, "top1_tta": averaged.top1, "top5_tta": averaged.top5}
+    if world.is_main:
         print(
-            f"{path}: {config.split} with --tta {config.tta}: loss_tta {averaged.loss:.4f}  top1_tta "
-            f"{averaged.top1:.2f} %  top5_tta {averaged.top5:.2f} %"
+            f"{path}: {config.split} loss {report['loss']:.4f}  top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %"
+            f"  ({result.images} images; {reason})"
         )
-    table, picture = folder / f"{config.split}-per-class.csv", folder / f"{config.split}-confusion.png"
-    write_per_class(table, trained.classes, result.confusion.numpy())
-    plot_confusion(picture, trained.classes, result.confusion.numpy())
-    print(f"written: {table}, {picture}")
-    return EvalResult(**vars(result), classes=trained.classes, folder=folder, tta=averaged)
+        if averaged is not None:
+            print(
+                f"{path}: {config.split} with --tta {config.tta}: loss_tta {averaged.loss:.4f}  top1_tta "
+                f"{averaged.top1:.2f} %  top5_tta {averaged.top5:.2f} %"
+            )
+        print(describe(report))
+        print(f"written: {', '.join(map(str, write_report(evaluated, report, folder)))}")
+    figures = {name: report[name] for name in ("loss", "macro_f1", "ece")}
+    return EvalResult(**vars(result) | figures, classes=trained.classes, folder=folder, tta=averaged)
 
 
-def _load_split(config: EvalConfig, checkpoint: Checkpoint) -> Split:
-    """Load the images to evaluate.
+def _predict(
+    config: EvalConfig, world: World, trained: TrainedModel, model: nn.Module, split: Split
+) -> tuple[Predictions, str]:
+    """The predictions of `model` on a split, and the reason for the choice of the loader."""
+    precision = resolve_precision(str(config.mixed_precision), world.device)
+    kind, reason = choose_loader(config.loader, split, world.device)
+    dtype = loader_dtype(precision, world.device)
+    loader = make_loader(kind, split, _loader_spec(config, world, trained, len(split), dtype))
+    try:
+        predictions = predict_logits(
+            model, loader.epoch(0), images=len(split), precision=precision, device=world.device
+        )
+    finally:
+        loader.close()
+    return predictions, reason
+
+
+def _split(config: EvalConfig, checkpoint: Checkpoint, dataset: Dataset) -> Split:
+    """The images to evaluate.
 
     Raises:
-        ValueError: the classes differ from the checkpoint's; the split does not exist, or cannot be drawn again because
-            the data differ; a limit is invalid.
-        OSError: the data set cannot be read.
+        ValueError: the split does not exist, or a limit is invalid.
     """
     settings = config_of(checkpoint)
-    dataset = _load_dataset(config, settings)
-    _check_dataset(config, settings, checkpoint, dataset)
     split = getattr(dataset, config.split)
     if split is None:
         raise ValueError(
@@ -112,9 +133,16 @@ def _load_split(config: EvalConfig, checkpoint: Checkpoint) -> Split:
     return split
 
 
-def _load_dataset(config: EvalConfig, settings: TrainConfig) -> Dataset:
+def _load_dataset(config: EvalConfig, checkpoint: Checkpoint) -> Dataset:
+    """Load the data set, with the run's validation images held out if they are needed.
+
+    Raises:
+        ValueError: the classes differ from the checkpoint's, or a split cannot be drawn again because the data differ.
+        OSError: the data set cannot be read.
+    """
+    settings = config_of(checkpoint)
     try:
-        return data.load_dataset(
+        dataset = data.load_dataset(
             settings.dataset,
             config.data_dir or settings.data_dir,
             seed=settings.seed,
@@ -126,6 +154,8 @@ def _load_dataset(config: EvalConfig, settings: TrainConfig) -> Dataset:
         if config.data_dir is not None:
             raise
         raise FileNotFoundError(f"{error}; if the run's data set has moved, name its folder with --data_dir") from error
+    _check_dataset(config, settings, checkpoint, dataset)
+    return dataset
 
 
 def _check_dataset(config: EvalConfig, settings: TrainConfig, checkpoint: Checkpoint, dataset: Dataset) -> None:
@@ -145,17 +175,19 @@ def _check_dataset(config: EvalConfig, settings: TrainConfig, checkpoint: Checkp
         )
 
 
-def _loader_spec(config: EvalConfig, trained: TrainedModel, images: int, dtype: torch.dtype) -> LoaderSpec:
+def _loader_spec(
+    config: EvalConfig, world: World, trained: TrainedModel, images: int, dtype: torch.dtype
+) -> LoaderSpec:
     return LoaderSpec(
-        batch_size=min(config.batch_size, images),
+        batch_size=min(config.batch_size, -(-images // world.size)),
         image_size=trained.image_size,
         mean=trained.mean,
         std=trained.std,
-        device=trained.device,
+        device=world.device,
         dtype=dtype,
         seed=0,
-        rank=0,
-        world=1,
+        rank=world.rank,
+        world=world.size,
         num_workers=worker_count(config.num_workers),
         augment=None,
     )

@@ -26,16 +26,20 @@ from effnet_fast.data.cifar import CIFAR10, Source, load_cifar, load_source, unp
 from effnet_fast.data.dataset import channel_statistics
 
 FOLDER = "tiny-python"
+SUPERCLASSES = (0, 0, 1)
 
 
 def batch(count: int, seed: int) -> bytes:
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-    return pickle.dumps({b"data": images, b"fine_labels": rng.integers(0, 3, count).tolist()}, protocol=4)
+    labels = rng.integers(0, 3, count).tolist()
+    coarse = [SUPERCLASSES[label] for label in labels]
+    return pickle.dumps({b"data": images, b"fine_labels": labels, b"coarse_labels": coarse}, protocol=4)
 
 
 def contents() -> dict[str, bytes]:
-    meta = pickle.dumps({b"fine_label_names": [b"ant", b"bee", b"cat"]}, protocol=4)
+    names = {b"fine_label_names": [b"ant", b"bee", b"cat"], b"coarse_label_names": [b"insect", b"mammal"]}
+    meta = pickle.dumps(names, protocol=4)
     return {"train": batch(40, 1), "test": batch(10, 2), "meta": meta, "readme.html": b"not unpacked"}
 
 
@@ -63,9 +67,9 @@ def source_of(tarball: bytes, url: str = "http://127.0.0.1:9/tiny.tar.gz") -> So
     """The source of a tarball; nothing listens on port 9."""
     files = {name: hashlib.md5(content).hexdigest() for name, content in contents().items() if name != "readme.html"}
     archive = Archive("TINY", url, hashlib.md5(tarball).hexdigest(), FOLDER, files)
-    return Source(
-        "tiny", archive, ("train",), ("test",), "meta", "fine_labels", "fine_label_names", (0.5,) * 3, (0.3,) * 3
-    )
+    keys = "meta", "fine_labels", "fine_label_names"
+    coarse = "coarse_labels", "coarse_label_names"
+    return Source("tiny", archive, ("train",), ("test",), *keys, (0.5,) * 3, (0.3,) * 3, *coarse)
 
 
 TARBALL = pack()
@@ -86,6 +90,7 @@ def check(dataset) -> None:
     assert np.array_equal(dataset.train.images.transpose(0, 3, 1, 2).reshape(40, 3072), expected[b"data"])
     assert dataset.train.labels.tolist() == expected[b"fine_labels"]
     assert len(dataset.test) == 10
+    assert dataset.superclasses == (("insect", "mammal"), SUPERCLASSES)
 
 
 def refusal(kind: type[Exception], *args, **kwargs) -> str:
@@ -467,6 +472,11 @@ def test_files_with_other_contents_are_refused(tmp_path, file, content, message)
 
 def test_cifar100_as_published(cifar100_dir):
     dataset = load_cifar("cifar100", cifar100_dir, download=False)
+    assert dataset.superclasses is not None
+    names, of_class = dataset.superclasses
+    assert np.bincount(of_class).tolist() == [5] * 20
+    trees = {name for name, i in zip(dataset.classes, of_class, strict=True) if names[i] == "trees"}
+    assert trees == {"maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"}
     assert dataset.train.images.shape == (50000, 32, 32, 3)
     assert dataset.test.images.shape == (10000, 32, 32, 3)
     assert np.bincount(dataset.train.labels).tolist() == [500] * 100

@@ -140,6 +140,9 @@ class TrainConfig(_Config):
     """Epochs of linear warm-up from zero, capped at a quarter of the run; one-cycle has its own."""
     label_smoothing: float = 0.1
     """Label smoothing, from 0 to below 1."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the training loss, for classes of uneven size; balanced is n / (k * n_c) for n training
+    images, n_c of them of the class, and k classes, as in scikit-learn."""
     mixup: float = 0.0
     """Alpha of the Beta distribution of mixup; 0 is off."""
     cutmix: float = 0.0

@@ -124,6 +124,10 @@ def mistake(capsys, line):
         ("train --dataset synthetic --batch_size 999999", "larger than the"),
         ("train --dataset synthetic --batch_size 32 --grad_accumulation 5", "must divide evenly"),
         ("train --dataset synthetic --limit_train 5 --batch_size 8", "larger than the 5 training images"),
+        (
+            "train --dataset synthetic --limit_train 48 --batch_size 8 --class_weights balanced",
+            "has no training image, so it has no weight",
+        ),
         ("eval --checkpoint nowhere.pt", "there is no checkpoint at nowhere.pt"),
         ("eval", "checkpoint"),
         ("plot nowhere", "nowhere"),

@@ -49,7 +49,7 @@ def trained(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(data_dir.parent)
         run(
             f"train --dataset folder --data_dir {data_dir.name} --width 0.25 --depth 0.3 --batch_size 4 --num_epochs 1 "
-            f"--val_fraction 0.25 --limit_train 12 --save_dir {folder} --run_name tiny {QUICK}"
+            f"--val_fraction 0.25 --limit_train 12 --class_weights balanced --save_dir {folder} --run_name tiny {QUICK}"
         )
     return folder / "tiny" / "last.pt"
 

@@ -159,6 +159,23 @@ def limit(split: Split, count: int, seed: int) -> Split:
     return split.take(stratified(split.labels, count, seed))
 
 
+def balanced_weights(labels: NDArray[np.int64], classes: tuple[str, ...]) -> tuple[float, ...]:
+    """Weight of each class, n / (k n_c) for n images, n_c of them of the class, and k classes (King and Zeng 2001).
+
+    These are scikit-learn's `class_weight="balanced"`. Their mean over the images is 1.
+
+    Raises:
+        ValueError: a class has no image.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    if len(empty := np.flatnonzero(counts == 0)):
+        raise ValueError(
+            f"--class_weights balanced: class {classes[empty[0]]} has no training image, so it has no weight; use a "
+            "larger --limit_train, or leave --class_weights out"
+        )
+    return tuple((len(labels) / (len(classes) * counts)).tolist())
+
+
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     """Move a stratified share of the training images to `val`.
 

@@ -150,6 +150,7 @@ def _build_step(plan: Plan, model: Network) -> Step:
         clip_grad=config.clip_grad,
         accumulation=plan.accumulation,
         label_smoothing=config.label_smoothing,
+        class_weights=plan.class_weights,
         mixup=config.mixup,
         cutmix=config.cutmix,
         mixup_prob=config.mixup_prob,

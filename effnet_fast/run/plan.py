@@ -9,6 +9,7 @@ from pathlib import Path
 from effnet_fast.config import LoaderKind, TrainConfig, resize_stages
 from effnet_fast.data import Dataset
 from effnet_fast.data.augment_params import Augment
+from effnet_fast.data.dataset import balanced_weights
 from effnet_fast.distributed import World
 from effnet_fast.model import default_output_stride, model_name, variant
 from effnet_fast.model.blocks import Kernels
@@ -53,6 +54,7 @@ class Plan:
         steps_per_epoch: optimizer steps.
         accumulation: forward and backward passes per step.
         max_images_per_pass: most images per pass on one rank; kept when the number of ranks changes.
+        class_weights: weight of each class in the training loss, or None.
         augment: augmentation of the training images.
         kernels: auto, triton, cpp or torch; torch where the Triton kernels fail their self-check.
         loader, loader_reason: kind of the loader, and why in one line.
@@ -73,6 +75,7 @@ class Plan:
     steps_per_epoch: int
     accumulation: int
     max_images_per_pass: int
+    class_weights: tuple[float, ...] | None
     augment: Augment
     kernels: Kernels
     loader: LoaderKind
@@ -194,6 +197,7 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
         steps_per_epoch=steps_per_epoch,
         accumulation=accumulation,
         max_images_per_pass=max_images or config.batch_size // (world.size * accumulation),
+        class_weights=class_weights(config, dataset),
         augment=augment,
         kernels=resolve_kernels(config.kernels, world.device),
         loader=loader,
@@ -223,6 +227,17 @@ def accumulation_steps(config: TrainConfig, world_size: int, max_images: int | N
     if max_images is None:
         return passes
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= max_images)
+
+
+def class_weights(config: TrainConfig, dataset: Dataset) -> tuple[float, ...] | None:
+    """Weight of each class in the training loss, None for no weights.
+
+    Raises:
+        ValueError: a class has no training image.
+    """
+    if config.class_weights == "none":
+        return None
+    return balanced_weights(dataset.train.labels, dataset.classes)
 
 
 def augmentation(config: TrainConfig) -> Augment:

@@ -67,6 +67,7 @@ class StepOptions:
         clip_grad: largest norm of the gradient; 0 is off.
         accumulation: forward and backward passes per step, each on an equal part of the batch.
         label_smoothing: share of the target spread over all classes.
+        class_weights: weight of each class in the loss; None weighs all alike.
         mixup, cutmix, mixup_prob, mixup_switch_prob: see `Mixing`.
         ema_decay: see `Ema`; 0 keeps no average.
         seed: seed of mixing, dropout and stochastic depth.
@@ -80,6 +81,7 @@ class StepOptions:
     clip_grad: float = 5.0
     accumulation: int = 1
     label_smoothing: float = 0.1
+    class_weights: tuple[float, ...] | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
     mixup_prob: float = 1.0
@@ -123,6 +125,8 @@ class Step:
             options.mixup, options.cutmix, options.mixup_prob, options.mixup_switch_prob, options.seed, world.rank
         )
         self.ema = Ema(module, options.ema_decay) if options.ema_decay > 0 else None
+        weights = options.class_weights
+        self.class_weights = None if weights is None else torch.tensor(weights, device=world.device)
         self.meters = Meters(world.device)
         self.scale = LossScale(world.device, enabled=options.precision == "fp16")
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -188,11 +192,23 @@ class Step:
             self._count(loss.detach(), logits.detach(), torch.where(target >= 0.5, y, partner))
 
     def _loss(self, logits: Tensor, labels: Tensor, partners: Tensor, target: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
+        loss = self._label_loss(logits, labels)
         if not self.mixing.active:
             return loss
-        other = F.cross_entropy(logits, partners, label_smoothing=self.options.label_smoothing)
-        return torch.lerp(other, loss, target)
+        return torch.lerp(self._label_loss(logits, partners), loss, target)
+
+    def _label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean over images of the smoothed cross-entropy times the weight of the label's class.
+
+        The weight multiplies an image's whole loss, as if the data set had the image that many times. PyTorch's
+        `weight=` multiplies the terms of the smoothed target instead, which pulls every image towards rare classes. It
+        also divides by the sum of the batch's weights, so a step would depend on how accumulation and ranks split it.
+        """
+        smoothing = self.options.label_smoothing
+        if self.class_weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        losses = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+        return (losses * self.class_weights[labels]).mean()
 
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.meters.add_batch(loss * len(labels), (logits.argmax(1) == labels).sum(), len(labels))

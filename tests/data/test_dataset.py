@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effnet_fast.data import ArraySplit, Dataset, FileSplit, load_dataset
-from effnet_fast.data.dataset import ImageFile, channel_statistics, hold_out, limit, stratified
+from effnet_fast.data.dataset import ImageFile, balanced_weights, channel_statistics, hold_out, limit, stratified
 from effnet_fast.data.sheet import sample_sheet, summarize
 
 
@@ -76,6 +76,16 @@ def test_limit_keeps_images_and_labels_together():
     assert len(split) == 9
     assert [int(path.parent.name) for path in split.paths] == split.labels.tolist()
     assert all(file.orientation == 1 + int(file.path.stem) % 8 for file in split.files)
+
+
+def test_balanced_weights():
+    """n / (k n_c), as scikit-learn's class_weight="balanced"; their mean over images is 1."""
+    labels = np.array([0] * 6 + [1] * 1 + [2] * 2)
+    weights = balanced_weights(labels, ("cat", "dog", "horse"))
+    assert weights == (9 / (3 * 6), 9 / (3 * 1), 9 / (3 * 2))
+    assert np.mean(np.array(weights)[labels]) == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"class fox has no training image"):
+        balanced_weights(labels, ("cat", "dog", "horse", "fox"))
 
 
 def test_hold_out_partitions_the_training_images():

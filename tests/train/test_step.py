@@ -103,14 +103,41 @@ def test_label_smoothing_spreads_its_share_over_all_classes(smoothing):
     assert step.meters.read().loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_accumulated_passes_add_up():
+def test_a_class_weight_repeats_images():
+    """Weights 1, 2, 3, ... give the loss of a data set that has the images of each class that many times."""
+    model = network().eval()
+    images, labels = batch()
+    weights = tuple(float(label + 1) for label in range(10))
+    copies = torch.arange(8).repeat_interleave(labels + 1)
+    logits = model(images)
+    expected = F.cross_entropy(logits[copies], labels[copies], label_smoothing=0.1, reduction="sum") / 8
+    step = make_step(model, class_weights=weights)
+    step(images, labels, 0)
+    assert step.meters.read().loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_class_weights_of_mixed_targets():
+    """Each of the two labels has its own weight; without smoothing this is PyTorch's weighted cross-entropy."""
+    model = network().eval()
+    images, labels = batch()
+    weights = torch.linspace(0.2, 3, 10)
+    step = make_step(model, cutmix=1.0, label_smoothing=0.0, class_weights=tuple(weights.tolist()))
+    numbers = torch.tensor(step.mixing.draw(4, 8)).float()
+    target = numbers[1] * F.one_hot(labels, 10) + (1 - numbers[1]) * F.one_hot(labels.flip(0), 10)
+    expected = F.cross_entropy(model(mix_images(images, numbers)), target, weight=weights)
+    step(images, labels, 4)
+    assert step.meters.read().loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("class_weights", [None, (1.0, 0.5) * 5])
+def test_accumulated_passes_add_up(class_weights):
     whole, pieces = network(), network()
     for model in (whole, pieces):
         for module in model:
             if isinstance(module, BatchNorm):
                 module.eval()  # pieces have statistics of their own
-    make_step(whole)(*batch(), 0)
-    make_step(pieces, accumulation=4)(*batch(), 0)
+    make_step(whole, class_weights=class_weights)(*batch(), 0)
+    make_step(pieces, class_weights=class_weights, accumulation=4)(*batch(), 0)
     for a, b in zip(whole.parameters(), pieces.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 

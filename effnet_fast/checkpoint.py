@@ -80,6 +80,7 @@ class Checkpoint(StepState):
         ranks: a dict per rank, with its BatchNorm statistics if ranks do not share them.
         images_per_pass: images of one forward pass on one rank; None in old files.
         launch: identifier of the torchrun or Slurm job that wrote the file; None without one.
+        temperatures: temperature of `ema` and `raw` weights, as far as `eval --calibrate` has fit them.
         schedule_start: step at which the learning-rate schedule starts; above 0 in a run that adds epochs to another.
     """
 
@@ -95,6 +96,7 @@ class Checkpoint(StepState):
     images_per_pass: int | None = None
     launch: str | None = None
     schedule_start: int = 0
+    temperatures: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, resumable: bool = False) -> Self:
@@ -136,6 +138,16 @@ def _channels(path: Path, name: str, values: Any) -> Channels:
 def save(path: Path, state: dict[str, Any]) -> None:
     """Serialise a checkpoint and write it with `write_atomically`; raises its errors."""
     write_atomically(path, serialise(state))
+
+
+def store_temperature(path: Path, weights: str, temperature: float) -> None:
+    """Store the temperature of the `ema` or `raw` weights in a checkpoint; the rest of its content stays.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: see `load` and `write_atomically`.
+    """
+    state = load(path)
+    save(path, state | {"temperatures": state.get("temperatures", {}) | {weights: temperature}})
 
 
 def serialise(state: dict[str, Any]) -> memoryview:

@@ -555,6 +555,9 @@ class EvalConfig(_Config):
     tta: TestTimeAugmentation = "none"
     """flip also evaluates the mean of the probabilities of each image and its mirror image, and prints it apart as
     loss_tta, top1_tta and top5_tta; all other figures stay those of the images alone."""
+    calibrate: bool = False
+    """Fit a temperature (Guo et al. 2017) to all validation images of the run, report the calibration error on SPLIT
+    without and with it, and store it in the checkpoint; predict and export then use it."""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
     """Autocast dtype; auto is bf16 on CUDA and no on the CPU. The bare flag means bf16."""
     loader: LoaderName = "auto"
@@ -570,6 +573,10 @@ class EvalConfig(_Config):
         super().__post_init__()
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
         _require(self.batch_size >= 1, f"--batch_size must be at least 1, not {self.batch_size}")
+        _require(
+            not self.calibrate or self.split != "val",
+            "--calibrate fits the temperature to the val images, so it cannot report on them: use --split test",
+        )
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,60 @@ def test_report(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> None:
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
+def test_calibrate(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> None:
+    """The temperature is fitted to the 10 val images, reported on the 8 test images, and kept by every verb."""
+    path, files = tmp_path / "last.pt", sorted((data_dir / "test").rglob("*.png"))
+    shutil.copy(trained, path)
+    before = effnet_fast.load(path, device="cpu")
+    assert before.temperature == 1
+    run(f"eval --checkpoint {path} --calibrate {QUICK}")
+    report = json.loads((tmp_path / "test-evaluation.json").read_text())
+    printed = capsys.readouterr().out
+    assert "fitted to 10 val images; on test: expected calibration error" in printed
+    assert f"stored in {path}" in printed
+    calibration = report["calibration"]
+    assert (report["images"], calibration["fitted_to"], calibration["fitted_images"]) == (8, "val", 10)
+
+    after = effnet_fast.load(path, device="cpu")
+    assert after.temperature == report["temperature"] != 1
+    batch = after.prepare(files)
+    with torch.no_grad():
+        logits = before.model(batch)
+    torch.testing.assert_close(after.probabilities(batch), (logits / report["temperature"]).softmax(1))
+    assert [best[0].label for best in after.predict(files)] == [best[0].label for best in before.predict(files)]
+    truth = torch.tensor([after.classes.index(file.parent.name) for file in files])
+    for figures, temperature in ((calibration["before"], 1.0), (report, report["temperature"])):
+        expected = torch.nn.functional.cross_entropy(logits / temperature, truth)
+        assert figures["loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+    old, new = checkpoint.load(trained), checkpoint.load(path)
+    assert new.pop("temperatures") == {"raw": report["temperature"]}
+    assert old.pop("temperatures") == {}
+    assert repr(new) == repr(old)
+    run(f"eval --checkpoint {path} --output_dir {tmp_path}/again {QUICK}")
+    again = json.loads((tmp_path / "again" / "test-evaluation.json").read_text())
+    assert (again["ece"], again["temperature"]) == (pytest.approx(report["ece"]), report["temperature"])
+    run(f"export --checkpoint {path} --format hub --output {tmp_path}/hub")
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["temperature"] == report["temperature"]
+    assert effnet_fast.load(tmp_path / "hub" / "model.safetensors", device="cpu").temperature == report["temperature"]
+
+
+def test_calibrate_needs_other_images(trained: Path, tmp_path: Path, capsys) -> None:
+    state = checkpoint.load(trained)
+    state["config"]["val_fraction"] = 0.0
+    del state["temperatures"]  # as in files of older versions
+    torch.save(state, tmp_path / "last.pt")
+    assert effnet_fast.load(tmp_path / "last.pt", device="cpu").temperature == 1
+    for line, message in (
+        (f"--checkpoint {tmp_path}/last.pt", "the run held out none (--val_fraction 0)"),
+        (f"--checkpoint {trained} --split val", "so it cannot report on them: use --split test"),
+    ):
+        run(f"eval --calibrate {line} {QUICK}", expected=2)
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
+
+
 @pytest.fixture
 def changed(data_dir: Path, tmp_path: Path) -> Path:
     """The data set with one more training image."""

@@ -162,6 +162,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "classes": [f"class-{i}" for i in range(10)],
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.3, 0.25],
+        "temperatures": {"raw": 2.0},
         "result": {"split": "test", "loss": 0.51234, "top1": 87.654, "top5": 99.5},
     }
     path = tmp_path_factory.mktemp("published") / "last.pt"
@@ -177,9 +178,10 @@ def test_layouts_of_other_libraries(published: Path, tmp_path: Path, layout: str
     output = tmp_path / "model.safetensors"
     run(f"export --checkpoint {published} --layout {layout} --output {output}")
     tensors, images = load_file(output), torch.randn(2, 3, 64, 64)
-    expected = effnet_fast.load(published, device="cpu").model
+    model = effnet_fast.load(published, device="cpu").model
     with torch.no_grad():
-        torch.testing.assert_close(ORACLES[layout](tensors, images), expected(images), rtol=1e-4, atol=1e-4)
+        expected = model(images) / 2  # at the model's temperature
+        torch.testing.assert_close(ORACLES[layout](tensors, images), expected, rtol=1e-4, atol=1e-4)
     if layout == "torchvision":
         assert not (tmp_path / "config.json").exists()
         return
@@ -189,7 +191,7 @@ def test_layouts_of_other_libraries(published: Path, tmp_path: Path, layout: str
     assert config["pretrained_cfg"]["mean"] == [0.5, 0.4, 0.3]
     again = create_model("efficientnet-b0", 10, 64, output_stride=32, pretrained=output).eval()
     with torch.no_grad():
-        torch.testing.assert_close(again(images), expected(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_config_json_of_another_library_is_kept(published: Path, tmp_path: Path, capsys) -> None:
@@ -236,8 +238,10 @@ def test_hub_folder(published: Path, tmp_path: Path, layout: str) -> None:
         "output_stride": 32,
     }
     assert ", ".join(f"class-{i}" for i in range(10)) in card
+    assert "calibrated by a temperature of 2.0000:\n" in card
     if layout == "effnet-fast":
-        assert effnet_fast.load(folder / "model.safetensors", device="cpu").classes[9] == "class-9"
+        loaded = effnet_fast.load(folder / "model.safetensors", device="cpu")
+        assert (loaded.classes[9], loaded.temperature) == ("class-9", 2)
 
 
 def test_hub_results(trained: Path, tmp_path: Path, capsys) -> None:

@@ -64,8 +64,7 @@ def _explain_by(
     model: ExplainedModel, inputs: Tensor, files: Sequence[ImageFile], config: CamConfig
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """Return unscaled maps [N, h, w] and, for each image, the model's prediction and scores."""
-    with torch.no_grad():
-        probabilities = model.trained.model(inputs).float().softmax(1)
+    probabilities = model.trained.probabilities(inputs)
     confidence, predicted = probabilities.max(1)
     targets = _targets(model, predicted, files, config.target)
     try:

@@ -39,6 +39,13 @@ def fold_batch_norms(model: Network) -> None:
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+@torch.no_grad()
+def divide_logits(model: Network, divisor: float) -> None:
+    """Divide the classifier's weights by a number, in place, and so the logits."""
+    for parameter in model.classifier.parameters():
+        parameter.div_(divisor)
+
+
 def to_safetensors(model: Network, metadata: Mapping[str, str]) -> bytes:
     """Serialize the state dict and the metadata as a safetensors file."""
     from safetensors.torch import save

@@ -46,6 +46,7 @@ class TrainedModel:
         image_size: side of the model's input, in pixels.
         mean, std: of each channel, for pixels scaled to 0..1.
         folded: whether BatchNorm is folded into the convolutions, so that the model cannot be trained further.
+        temperature: divides the logits before the softmax; 1 unless `eval --calibrate` has fit it.
     """
 
     model: Network
@@ -54,6 +55,7 @@ class TrainedModel:
     mean: Channels
     std: Channels
     folded: bool = False
+    temperature: float = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -102,11 +104,16 @@ class TrainedModel:
         """Classify a batch from `prepare`; see `predict`."""
         if top < 1:
             raise ValueError(f"top must be at least 1, not {top}")
-        with torch.cuda.device_of(batch):  # Triton launches on the current device
-            probabilities = with_tta(self.model, tta)(batch).float().softmax(1)
-        best = probabilities.topk(min(top, len(self.classes)))
+        best = self.probabilities(batch, tta).topk(min(top, len(self.classes)))
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[Prediction(self.classes[i], p) for i, p in zip(*row, strict=True)] for row in rows]
+
+    @torch.no_grad()
+    def probabilities(self, batch: Tensor, tta: str = "none") -> Tensor:
+        """Probabilities of the classes at the model's temperature: float32 [N, K] for a batch from `prepare`."""
+        with torch.cuda.device_of(batch):  # Triton launches on the current device
+            logits = with_tta(self.model, tta)(batch).float()
+        return (logits / self.temperature).softmax(1)
 
 
 def load(
@@ -152,11 +159,17 @@ def from_checkpoint(
         raise ValueError("the run kept no moving average (--ema_decay 0); use --weights raw")
     try:
         # The average has parameters and running statistics only; the rest comes from the raw weights.
-        average = {} if weights == "raw" or checkpoint.ema is None else checkpoint.ema
+        used = weights_used(checkpoint, weights)
+        average = (checkpoint.ema or {}) if used == "ema" else {}
         model = _build(checkpoint.architecture, {**checkpoint.model, **average}, kernels)
-        return _trained(model, vars(checkpoint), device)
+        return _trained(model, vars(checkpoint) | {"temperature": checkpoint.temperatures.get(used, 1.0)}, device)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError("the checkpoint holds no model, or one of another version") from error
+
+
+def weights_used(checkpoint: Checkpoint, weights: str) -> str:
+    """Which weights of a checkpoint `auto`, `ema` or `raw` means: `ema` or `raw`."""
+    return "raw" if weights == "raw" or checkpoint.ema is None else "ema"
 
 
 def _from_export(path: Path, device: torch.device, kernels: Kernels) -> TrainedModel:
@@ -193,4 +206,5 @@ def _trained(model: Network, facts: Mapping[str, Any], device: torch.device, fol
         tuple(facts["mean"]),
         tuple(facts["std"]),
         folded,
+        float(facts.get("temperature", 1.0)),  # files of older versions have none
     )

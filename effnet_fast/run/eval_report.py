@@ -33,7 +33,7 @@ class Evaluated:
         classes, superclasses: see `data.Dataset`.
         predictions: of the readable images.
         temperature: divides the logits; 1 if the model was not calibrated.
-        fitted_on: validation images on which the temperature was just fit; None if it was not.
+        fitted_to: validation images to which the temperature has just been fitted; None if it has not.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Evaluated:
     superclasses: Superclasses | None
     predictions: Predictions
     temperature: float = 1.0
-    fitted_on: int | None = None
+    fitted_to: int | None = None
 
 
 def make_report(evaluated: Evaluated) -> dict[str, Any]:
@@ -84,9 +84,10 @@ def _rows(bins: Reliability) -> list[Row]:
 
 def _calibration(evaluated: Evaluated) -> dict[str, Any] | None:
     """The figures without the temperature, to compare with those of the report."""
-    if evaluated.temperature == 1 and evaluated.fitted_on is None:
+    if evaluated.temperature == 1 and evaluated.fitted_to is None:
         return None
-    return {"fitted_on": evaluated.fitted_on, "before": _probabilistic(evaluated.predictions, 1.0)}
+    fitted = {"fitted_to": None if evaluated.fitted_to is None else "val", "fitted_images": evaluated.fitted_to}
+    return {**fitted, "before": _probabilistic(evaluated.predictions, 1.0)}
 
 
 def _superclasses(superclasses: Superclasses | None, confusion: np.ndarray) -> dict[str, Any] | None:
@@ -177,10 +178,11 @@ def describe(report: dict[str, Any]) -> str:
     """The report in a few lines."""
     lines = [f"macro-F1 {report['macro_f1']:.2f} %  expected calibration error {report['ece']:.2f} % ({BINS} bins)"]
     if report["calibration"] is not None:
-        before = report["calibration"]["before"]
+        before, fitted = report["calibration"]["before"], report["calibration"]["fitted_images"]
+        origin = "of the checkpoint" if fitted is None else f"fitted to {fitted:,} val images"
         lines.append(
-            f"temperature {report['temperature']:.4f}: expected calibration error {before['ece']:.2f} % -> "
-            f"{report['ece']:.2f} %, loss {before['loss']:.4f} -> {report['loss']:.4f}"
+            f"temperature {report['temperature']:.4f} {origin}; on {report['split']}: expected calibration error "
+            f"{before['ece']:.2f} % -> {report['ece']:.2f} %, loss {before['loss']:.4f} -> {report['loss']:.4f}"
         )
     if report["superclasses"] is not None:
         rows = [row for row in report["superclasses"]["classes"] if row["images"]]

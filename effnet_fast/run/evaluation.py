@@ -9,19 +9,21 @@ import torch
 from torch import nn
 
 from effnet_fast import data, distributed
-from effnet_fast.checkpoint import Checkpoint
+from effnet_fast.checkpoint import Checkpoint, store_temperature
 from effnet_fast.config import EvalConfig, TrainConfig
 from effnet_fast.data import Dataset, Split
 from effnet_fast.data.choose_loader import choose_loader, make_loader
 from effnet_fast.data.dataset import limit
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.distributed import World
-from effnet_fast.model.trained import TrainedModel, from_checkpoint
+from effnet_fast.model.trained import TrainedModel, from_checkpoint, weights_used
 from effnet_fast.model.tta import with_tta
 from effnet_fast.run.eval_report import Evaluated, describe, make_report, write_report
+from effnet_fast.run.folder import locked
 from effnet_fast.run.output import check_writable
 from effnet_fast.run.resolve import loader_dtype, resolve_precision, set_backends, worker_count
 from effnet_fast.run.restore import config_of
+from effnet_fast.train.calibration import fit_temperature
 from effnet_fast.train.evaluate import Predictions, Result, predict_logits
 
 
@@ -58,9 +60,13 @@ def evaluate(config: EvalConfig) -> EvalResult:
     >>> result.images, result.confusion.shape, result.top1 <= result.top5
     (32, torch.Size([100, 100]), True)
     """
-    world = distributed.init(config.device)
+    world, path = distributed.init(config.device), Path(config.checkpoint)
     try:
-        return _evaluate(config, world)
+        if not config.calibrate or not path.is_file():
+            return _evaluate(config, world)
+        # A run that is still training would replace the checkpoint.
+        with locked(path.parent, "leave --calibrate out"):
+            return _evaluate(config, world)
     finally:
         distributed.shutdown()
 
@@ -78,7 +84,14 @@ def _evaluate(config: EvalConfig, world: World) -> EvalResult:
     averaged = None
     if config.tta != "none":
         averaged = _predict(config, world, trained, with_tta(trained.model, config.tta), split)[0].result()
-    evaluated = Evaluated(config.split, split, trained.classes, dataset.superclasses, predictions)
+    temperature, fitted_to = trained.temperature, None
+    if config.calibrate:
+        assert dataset.val is not None
+        validation, _ = _predict(config, world, trained, trained.model, dataset.val)
+        temperature, fitted_to = fit_temperature(validation), len(validation.labels)
+    evaluated = Evaluated(
+        config.split, split, trained.classes, dataset.superclasses, predictions, temperature, fitted_to
+    )
     report, result = make_report(evaluated), predictions.result()
     if averaged is not None:
         report |= {"loss_tta": averaged.loss, "top1_tta": averaged.top1, "top5_tta": averaged.top5}
@@ -94,6 +107,9 @@ def _evaluate(config: EvalConfig, world: World) -> EvalResult:
             )
         print(describe(report))
         print(f"written: {', '.join(map(str, write_report(evaluated, report, folder)))}")
+        if config.calibrate:
+            store_temperature(path, weights_used(checkpoint, config.weights), temperature)
+            print(f"the temperature is stored in {path}: predict, cam, export and eval use it")
     figures = {name: report[name] for name in ("loss", "macro_f1", "ece")}
     return EvalResult(**vars(result) | figures, classes=trained.classes, folder=folder, tta=averaged)
 
@@ -146,7 +162,7 @@ def _load_dataset(config: EvalConfig, checkpoint: Checkpoint) -> Dataset:
             settings.dataset,
             config.data_dir or settings.data_dir,
             seed=settings.seed,
-            val_fraction=0.0 if config.split == "test" else settings.val_fraction,
+            val_fraction=0.0 if config.split == "test" and not config.calibrate else settings.val_fraction,
             on_bad_image=settings.on_bad_image,
             download=config.data_dir is not None,  # the run's own folder had the data: do not download it again
         )
@@ -155,6 +171,11 @@ def _load_dataset(config: EvalConfig, checkpoint: Checkpoint) -> Dataset:
             raise
         raise FileNotFoundError(f"{error}; if the run's data set has moved, name its folder with --data_dir") from error
     _check_dataset(config, settings, checkpoint, dataset)
+    if config.calibrate and dataset.val is None:
+        raise ValueError(
+            "--calibrate fits the temperature to validation images, and the run held out none (--val_fraction 0): "
+            "train with --val_fraction 0.1, for example"
+        )
     return dataset
 
 
@@ -167,11 +188,13 @@ def _check_dataset(config: EvalConfig, settings: TrainConfig, checkpoint: Checkp
             f"{len(checkpoint.classes)} others ({expected}, ...): give the --data_dir of its data set"
         )
     # Which training images were held out, or left out by a limit, depends on all of them.
-    is_drawn = config.split == "train" or (config.split == "val" and settings.val_fraction > 0)
+    remedy = "leave --calibrate out" if config.calibrate else "use --split test"
+    drawn = "val" if config.calibrate else config.split
+    is_drawn = drawn == "train" or (drawn == "val" and settings.val_fraction > 0)
     if is_drawn and dataset.fingerprint != checkpoint.fingerprint:
         raise ValueError(
-            f"{source} is not the data that {path} was trained on (the images or labels differ), so its {config.split} "
-            "split cannot be drawn again: restore the data, or use --split test"
+            f"{source} is not the data that {path} was trained on (the images or labels differ), so its {drawn} "
+            f"split cannot be drawn again: restore the data, or {remedy}"
         )
 
 

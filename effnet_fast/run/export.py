@@ -16,7 +16,7 @@ from effnet_fast import __version__
 from effnet_fast.checkpoint import Checkpoint, write_atomically, write_json
 from effnet_fast.config import ExportConfig
 from effnet_fast.model import Network
-from effnet_fast.model.serialize import fold_batch_norms, to_onnx, to_safetensors, to_torch_export
+from effnet_fast.model.serialize import divide_logits, fold_batch_norms, to_onnx, to_safetensors, to_torch_export
 from effnet_fast.model.trained import TrainedModel, load
 from effnet_fast.model.weights.timm import make_config, read_config
 from effnet_fast.model.weights.write import to_foreign
@@ -116,6 +116,7 @@ def _weights_and_config(config: ExportConfig, trained: TrainedModel) -> tuple[by
         return to_safetensors(trained.model, _metadata(trained)), {"library_name": "effnet_fast", **_facts(trained)}
     if trained.folded:
         raise ValueError(f"{config.checkpoint} has its BatchNorm folded, which --layout {config.layout} needs")
+    divide_logits(trained.model, trained.temperature)  # other libraries know no temperature
     foreign = to_foreign(trained.model, config.layout)
     features = trained.model.classifier.in_features
     settings = make_config(
@@ -143,4 +144,5 @@ def _facts(trained: TrainedModel) -> dict[str, Any]:
         "mean": trained.mean,
         "std": trained.std,
         "folded": trained.folded,
+        "temperature": trained.temperature,
     }

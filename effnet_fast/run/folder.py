@@ -20,15 +20,19 @@ PATIENCE = 10.0  # seconds
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, advice: str = "choose another --run_name") -> Iterator[None]:
     """Create and lock the run folder; on exit, remove it again if the run wrote nothing.
+
+    Args:
+        folder: the run folder.
+        advice: what to do instead of waiting if another run holds the lock.
 
     Raises:
         OSError: on all ranks, if another run holds the lock or the folder is not writable.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / ".lock")
-    distributed.on_main(lambda: _acquire(lock, folder))
+    distributed.on_main(lambda: _acquire(lock, folder, advice))
     try:
         yield
     finally:
@@ -37,7 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _acquire(lock: FileLock, folder: Path) -> None:
+def _acquire(lock: FileLock, folder: Path, advice: str) -> None:
     with checkpoint.writing_to(folder), contextlib.suppress(NotImplementedError):  # a file system without locks
         try:
             while not lock.is_locked or not Path(lock.lock_file).exists():  # another run may just have removed it
@@ -45,9 +49,7 @@ def _acquire(lock: FileLock, folder: Path) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire(timeout=PATIENCE)
         except Timeout as error:
-            raise OSError(
-                f"another run is at work in {folder}: wait for its end, or choose another --run_name"
-            ) from error
+            raise OSError(f"another run is at work in {folder}: wait for its end, or {advice}") from error
 
 
 def _remove_unused(created: list[Path], lock_file: Path) -> None:

@@ -22,6 +22,7 @@ LayoutName = Literal["auto", "effnet-fast", "torchvision", "timm", "timm-tf", "e
 DepthwiseInit = Literal["default", "identity"]
 Switch = Literal["auto", "yes", "no"]
 TestTimeAugmentation = Literal["none", "flip"]
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 StepMode = Literal["auto", "eager", "compile", "graph"]
 
 # Settings in which `~` and `$VARIABLE` are expanded.
@@ -272,6 +273,9 @@ class TrainConfig(_Config):
     longer than compilation takes."""
     log_every_steps: int = operational(50)
     """Optimizer steps between two progress lines and rows of metrics.jsonl."""
+    tracker: str = operational("tensorboard")
+    """Where the figures of a run go besides metrics.jsonl: tensorboard, wandb and mlflow, separated by commas, or none.
+    wandb and mlflow read their own environment variables."""
     time_budget: float = operational(0.0)
     """Evaluate, save and stop after this many seconds of training; 0 is no limit."""
     dry_run: bool = operational(False)
@@ -331,6 +335,8 @@ class TrainConfig(_Config):
         _require(0 < self.layer_decay <= 1, f"--layer_decay must be above 0 and at most 1, not {self.layer_decay}")
         _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
         resize_stages(self.resize_schedule)
+        unknown = [name for name in self.trackers if name not in TRACKERS]
+        _require(not unknown, f"--tracker {self.tracker}: choose among {', '.join(TRACKERS)}, or none")
         for name, given in (
             ("pretrained_layout", self.pretrained_layout != "auto"),
             ("allow_unmatched", self.allow_unmatched),
@@ -352,6 +358,11 @@ class TrainConfig(_Config):
     def name(self) -> str:
         """The run's folder name."""
         return self.run_name or f"{self.model}-{self.dataset}-{self.seed}"
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `tracker`."""
+        return [] if self.tracker == "none" else [name.strip() for name in self.tracker.split(",")]
 
 
 def resize_stages(schedule: str | None) -> list[tuple[int, float]]:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from effnet_fast import checkpoint, distributed, provenance
 from effnet_fast.config import TrainConfig
+from effnet_fast.train import trackers
 
 # Worker processes of a killed run hold its lock until they notice and exit, which takes a few seconds.
 PATIENCE = 10.0  # seconds
@@ -82,7 +83,7 @@ def prepare(folder: Path, config: TrainConfig, resumed: Path | None) -> None:
 
 def _remove_earlier_run(folder: Path) -> None:
     old = checkpoint.generations(folder / checkpoint.LAST)
-    for path in [*old, *(folder / name for name in (checkpoint.BEST, "metrics.jsonl"))]:
+    for path in [*old, *(folder / name for name in (checkpoint.BEST, "metrics.jsonl", trackers.IDS))]:
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 

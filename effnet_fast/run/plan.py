@@ -24,7 +24,7 @@ from effnet_fast.run.resolve import (
 )
 from effnet_fast.run.restore import config_of
 from effnet_fast.run.resume import Resumed, of_this_version
-from effnet_fast.train import optim
+from effnet_fast.train import optim, trackers
 from effnet_fast.train.loop import Progress
 from effnet_fast.train.resizing import ImageSizes, image_sizes
 
@@ -152,6 +152,7 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
     variant(config.model)
     if config.optimizer in optim.APEX:
         optim.apex_class(config.optimizer)
+    trackers.check_installed(config.trackers)
     max_images = None if resumed is None else resumed.checkpoint.images_per_pass
     accumulation = accumulation_steps(config, world.size, max_images)
 

@@ -26,6 +26,7 @@ from effnet_fast.train.loop import Hooks, fit
 from effnet_fast.train.precise_bn import precise_bn
 from effnet_fast.train.record import Recorder
 from effnet_fast.train.stop import SaveDue, Stop
+from effnet_fast.train.trackers import TrackedRun, Trackers
 from effnet_fast.train.watchdog import Watchdog, watchdog
 from effnet_fast.train.writer import Writer
 
@@ -135,10 +136,25 @@ class _Training:
         self._is_best = False
 
     def run(self) -> Outcome:
-        plan, config = self.plan, self.plan.config
+        plan = self.plan
         resumed_path = None if plan.resumed is None else plan.resumed.path
         # All checks have passed, so files of an earlier run may be removed now.
-        distributed.on_main(lambda: folder.prepare(plan.folder, config, resumed_path))
+        distributed.on_main(lambda: folder.prepare(plan.folder, plan.config, resumed_path))
+        with self._open_trackers() as trackers:
+            outcome = self._train(trackers)
+            files = [plan.folder / name for name in ("config.yaml", "environment.json", "metrics.jsonl", "curves.png")]
+            trackers.add_files([file for file in files if file.exists()])
+            trackers.status = outcome.status
+        return outcome
+
+    def _open_trackers(self) -> Trackers:
+        config, is_main = self.plan.config, self.plan.world.is_main
+        facts = dataclasses.asdict(config) | provenance.environment() if is_main else {}
+        tracked = TrackedRun(self.plan.folder, config.name, facts, self.progress.step)
+        return Trackers(config.trackers if is_main else [], tracked, Recorder.warn)
+
+    def _train(self, trackers: Trackers) -> Outcome:
+        plan, config = self.plan, self.plan.config
         self.recorder = Recorder(
             plan.folder,
             main=plan.world.is_main,
@@ -146,6 +162,7 @@ class _Training:
             step=self.progress.step,
             total_steps=plan.steps,
             steps_per_epoch=plan.steps_per_epoch,
+            trackers=trackers,
             work=plan.sizes.pixels,
         )
         for line in opening_lines(plan, self.parts):
@@ -277,6 +294,5 @@ class _Training:
             plot_curves([plan.folder], plan.folder / "curves.png")
         except ValueError as error:  # a full disk; the checkpoints are safe, and `effnet-fast plot` draws it later
             self.recorder.warn(f"warning: {error}")
-        names = ("last.pt", "best.pt", "curves.png", "metrics.jsonl")
-        written = [name for name in names if (plan.folder / name).exists()]
-        print(f"in {plan.folder}: {', '.join(written)}, tensorboard/, config.yaml, environment.json")
+        names = ("last.pt", "best.pt", "curves.png", "metrics.jsonl", "tensorboard/", "config.yaml", "environment.json")
+        print(f"in {plan.folder}: {', '.join(name for name in names if (plan.folder / name).exists())}")

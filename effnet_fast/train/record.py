@@ -1,4 +1,4 @@
-"""Record a run: metrics.jsonl, TensorBoard events, and progress lines on the console."""
+"""Record a run: metrics.jsonl, trackers, and progress lines on the console."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, TextColumn
 from effnet_fast.checkpoint import write_atomically
 from effnet_fast.consoles import line_console, progress_bar
 from effnet_fast.train.meters import Reading
+from effnet_fast.train.trackers import Trackers
 
 T = TypeVar("T")
 Moment = Any  # seconds, or a CUDA event
@@ -44,10 +44,6 @@ class Clock:
     def seconds(self, start: Moment, end: Moment) -> float:
         """Seconds between two time stamps; the device must have passed both."""
         return start.elapsed_time(end) / 1000 if self.on_gpu else end - start
-
-
-# Below this many free bytes, write no TensorBoard events: a full disk kills TensorBoard's thread.
-_MIN_FREE_BYTES = 1 << 20
 
 
 class Lines:
@@ -93,6 +89,7 @@ class Recorder:
         step: optimizer steps done so far. Rows of later steps, left by a killed run, are deleted.
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps per epoch.
+        trackers: get the figures of each row too.
         work: maps steps FIRST and END to the work of steps FIRST to END - 1, in any unit, for the estimated time.
     """
 
@@ -105,11 +102,13 @@ class Recorder:
         step: int,
         total_steps: int,
         steps_per_epoch: int,
+        trackers: Trackers | None = None,
         work: Callable[[int, int], float] = lambda first, end: end - first,
     ) -> None:
         self.main = main
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
+        self._trackers = trackers
         self._work = work
         self.console = line_console()
         self._clock = Clock(device)
@@ -120,14 +119,10 @@ class Recorder:
             self._open(folder, step)
 
     def _open(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         path = folder / "metrics.jsonl"
         rows = _rows_until(path, step)
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._folder = folder
         self._lines = Lines(path, self.warn)
-        self._events = SummaryWriter(folder / "tensorboard", purge_step=step)
         self._bar = progress_bar(self.console, BarColumn(bar_width=10), TextColumn("{task.description}"))
         if self._bar is not None:
             self._task = self._bar.add_task("starting", total=self.total_steps, completed=step)
@@ -193,7 +188,8 @@ class Recorder:
         if self.main:
             self.console.print(text)
 
-    def warn(self, text: str) -> None:
+    @staticmethod
+    def warn(text: str) -> None:
         """Print a line on stderr, above the progress bar if there is one."""
         print(text, file=sys.stderr, flush=True)
 
@@ -201,21 +197,17 @@ class Recorder:
         if self.main:
             if self._bar is not None:
                 self._bar.stop()
-            with contextlib.suppress(OSError):  # metrics.jsonl has the same rows
-                self._events.close()
             self._lines.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         if not self.main:
             return
         self._lines.add(json.dumps(row))
-        if shutil.disk_usage(self._folder).free < _MIN_FREE_BYTES:
-            return
-        group = row["split"] if row["kind"] == "eval" else "train"
-        for name, value in row.items():
-            if isinstance(value, float) and name != "epoch":
-                with contextlib.suppress(OSError):  # a quota, which disk_usage does not show
-                    self._events.add_scalar(f"{group}/{name}", value, row["step"])
+        if self._trackers is not None:
+            group = row["split"] if row["kind"] == "eval" else "train"
+            figures = {f"{group}/{name}": value for name, value in row.items() if isinstance(value, float)}
+            figures.pop(f"{group}/epoch")
+            self._trackers.log(figures, row["step"])
 
     def _show(self, row: dict[str, Any]) -> None:
         if not self.main:

@@ -10,13 +10,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from effnet_fast.train import record
 from effnet_fast.train.meters import Reading
 from effnet_fast.train.resizing import ImageSizes
+from effnet_fast.train.trackers import TrackedRun, Trackers
 
 READING = Reading(loss=2.0, top1=50.0, images=24, grad_norm=1.0, skipped=0, bad_step=None)
 
 
-def recorder(folder, step=0, main=True):
+def recorder(folder, step=0, main=True, trackers=None):
     device = torch.device("cpu")
-    return record.Recorder(folder, main=main, device=device, step=step, total_steps=10, steps_per_epoch=5)
+    return record.Recorder(
+        folder, main=main, device=device, step=step, total_steps=10, steps_per_epoch=5, trackers=trackers
+    )
 
 
 def rows(folder):
@@ -130,10 +133,11 @@ def test_cuda_events_measure_the_time(tmp_path, monkeypatch, loading, computing,
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):
-    kept = recorder(tmp_path)
-    kept.train(5, READING, 0.1, world=1)
-    kept.evaluation(5, {"split": "val", "loss": 1.0, "top1": 60.0, "top5": 80.0, "seconds": 1.0})
-    kept.close()
+    with Trackers(["tensorboard"], TrackedRun(tmp_path, "run", {}, 0), pytest.fail) as trackers:
+        kept = recorder(tmp_path, trackers=trackers)
+        kept.train(5, READING, 0.1, world=1)
+        kept.evaluation(5, {"split": "val", "loss": 1.0, "top1": 60.0, "top5": 80.0, "seconds": 1.0})
+        kept.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Scalars("train/top1")[0].value == 50.0

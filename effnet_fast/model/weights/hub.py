@@ -90,9 +90,10 @@ def _download(repository: Repository, file: str) -> Path | None:
     try:
         return Path(hub.hf_hub_download(repository.name, file, revision=repository.revision))
     except errors.EntryNotFoundError as error:
-        if file == _SETTINGS:  # the names of the tensors and of the repository must do
+        is_offline = isinstance(error, errors.LocalEntryNotFoundError)
+        if file == _SETTINGS and (not is_offline or _is_known_absent(repository, file)):
             return None
-        if isinstance(error, errors.LocalEntryNotFoundError):
+        if is_offline:
             raise OSError(
                 f"{repository} is not in the cache, and the Hugging Face Hub cannot be reached: connect to the network "
                 "for the first run (HF_HUB_OFFLINE unset), or give --pretrained a file or a downloaded folder"
@@ -115,6 +116,14 @@ def _download(repository: Repository, file: str) -> Path | None:
         ) from error
     except Exception as error:  # the errors of its HTTP library, which changed between versions
         _raise_download_error(repository, error)
+
+
+def _is_known_absent(repository: Repository, file: str) -> bool:
+    """Whether the cache has recorded that this commit has no such file."""
+    import huggingface_hub as hub
+
+    found = hub.try_to_load_from_cache(repository.name, file, revision=repository.revision)
+    return found is hub._CACHED_NO_EXIST
 
 
 def _raise_download_error(repository: Repository, error: Exception) -> NoReturn:

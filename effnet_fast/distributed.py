@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from effnet_fast.internals import internal
+
 
 @dataclass(frozen=True)
 class World:
@@ -117,7 +119,7 @@ def key_value_store() -> dist.Store | None:
     """A new connection to the ranks' key-value store; None in a world of one."""
     if world_size() == 1:
         return None
-    return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    return internal("torch.distributed.distributed_c10d._get_default_store")().clone()
 
 
 def is_main() -> bool:

@@ -21,7 +21,7 @@ import torch
 from effnet_fast import __version__
 from effnet_fast.credentials import mask_credentials
 
-_PACKAGES = ("triton", "nvidia-dali-cuda120", "numpy")
+_PACKAGES = ("triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy")
 # Packages whose internals this project relies on, with the versions of constraints.txt.
 TESTED = {"torch": "2.13.0", "triton": "3.7.1", "optuna": "5.0.0"}
 _SOURCES = {".py", ".cpp", ".h"}

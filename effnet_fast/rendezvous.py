@@ -14,14 +14,19 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
-from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
+
+from effnet_fast.internals import internal
+
+_ROOM = "torch.distributed.elastic.rendezvous"
+C10dRendezvousBackend = internal(f"{_ROOM}.c10d_rendezvous_backend.C10dRendezvousBackend")
+create_handler = internal(f"{_ROOM}.dynamic_rendezvous.create_handler")
+parse_rendezvous_endpoint = internal(f"{_ROOM}.utils.parse_rendezvous_endpoint")
+matches_machine_hostname = internal(f"{_ROOM}.utils._matches_machine_hostname")
 
 DEFAULT_PORT = 29400  # c10d's
 
 
-class _Backend(C10dRendezvousBackend):
+class _Backend(C10dRendezvousBackend):  # type: ignore[misc, valid-type]
     @property
     def name(self) -> str:
         return "bound"
@@ -36,7 +41,7 @@ def _create(parameters: RendezvousParameters) -> RendezvousHandler:
     host, port = parse_rendezvous_endpoint(parameters.endpoint, DEFAULT_PORT)
     is_host = parameters.get_as_bool("is_host")
     if is_host is None:
-        is_host = _matches_machine_hostname(host)
+        is_host = matches_machine_hostname(host)
     timeout = timedelta(seconds=parameters.get_as_int("read_timeout", 60) or 60)
     store = _serve(host, port, timeout) if is_host else None
     if store is None:  # another process hosts the store

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from effnet_fast import internals
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, KERNELS = ROOT / "effnet_fast", ROOT / "kernels" / "effnet_kernels"
@@ -17,6 +20,7 @@ FOLDERS = ("effnet_fast", "kernels", "launchers", "benchmarks", "tests")
 GROUND = {
     "config",
     "credentials",
+    "internals",
     "checkpoint",
     "precision",
     "distributed",
@@ -39,7 +43,7 @@ MAY_IMPORT = {
     **dict.fromkeys(("explain", "search"), FLOOR | {"report"}),
     "model": GROUND | {"data", "effnet_kernels"},
     "data": GROUND,
-    **{room: {"credentials"} for room in GROUND},
+    **{room: {"credentials", "provenance", "internals"} for room in GROUND},
     "effnet_kernels": set(),
 }
 # Slow to import, so imported only in the functions that need them.
@@ -213,6 +217,25 @@ def test_network_and_pickles_have_one_place_each():
         assert ("allow_pickle", "True") not in keywords_of_call, f"{name_of(path)}:{node.lineno}"
     unsafe = {"pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "eval", "exec", "os.system"}
     assert [name_of(path) for path, node in calls if ast.unparse(node.func) in unsafe] == []
+
+
+def test_private_names_of_packages_are_in_internals():
+    """A new torch may lack them; internals.py then says so in one line."""
+    private = {
+        f"{name_of(path)}:{node.lineno}: {ast.unparse(node)}"
+        for path in SOURCES
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Attribute)
+        and re.match(r"(torch|dist|triton|optuna)\.(\w+\.)*_[a-z]\w*$", ast.unparse(node))
+        and node.attr not in internals.OPERATORS
+    }
+    imported = {
+        f"{name_of(path)}:{i.line}: {i.target}"
+        for path in SOURCES
+        for i in imports_of(path)
+        if re.match(r"(torch|triton|optuna)\..*(^|\.)_", i.target)
+    }
+    assert not private | imported
 
 
 MAX_FILE_LINES, MAX_CLASS_LINES, MAX_ARGUMENTS = 400, 220, 10

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from effnet_fast import provenance
+from effnet_fast import internals, provenance
+from effnet_fast.provenance import TESTED
 from marks import needs_installation
 
 ROOT = Path(__file__).parents[1]
@@ -231,6 +232,18 @@ def test_newer_versions_than_tested_are_one_line(monkeypatch, installed, newer):
         if newer
         else None
     )
+
+
+def test_a_version_without_a_private_name_is_one_line(monkeypatch):
+    internals.check_operators()
+    monkeypatch.setattr(internals, "OPERATORS", ("_foreach_gone_",))
+    message = rf"torch .* has no torch._foreach_gone_, which effnet_fast uses: pip install torch=={TESTED['torch']}"
+    with pytest.raises(ValueError, match=message):
+        internals.check_operators()
+    with pytest.raises(ValueError, match=r"optuna .* has no optuna.storages.gone.Backend"):
+        internals.internal("optuna.storages.gone.Backend")
+    with pytest.raises(ModuleNotFoundError):
+        internals.internal("no_such_package.name")
 
 
 def test_trains_without_triton_and_dali(tmp_path):

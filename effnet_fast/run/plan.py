@@ -11,6 +11,7 @@ from effnet_fast.data import Dataset
 from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.dataset import balanced_weights
 from effnet_fast.distributed import World
+from effnet_fast.internals import check_operators
 from effnet_fast.model import default_output_stride, model_name, variant
 from effnet_fast.model.blocks import Kernels
 from effnet_fast.model.weights import Weights, find_weights
@@ -153,6 +154,7 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
     if config.optimizer in optim.APEX:
         optim.apex_class(config.optimizer)
     trackers.check_installed(config.trackers)
+    check_operators()
     max_images = None if resumed is None else resumed.checkpoint.images_per_pass
     accumulation = accumulation_steps(config, world.size, max_images)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effnet_fast.credentials import mask_credentials
+from effnet_fast.internals import internal
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -31,10 +32,10 @@ def open_storage(folder: Path, storage: str, lease_seconds: float) -> BaseStorag
     """
     import optuna
     from optuna import storages
-    from optuna.storages.journal import JournalFileBackend
 
     if storage == JOURNAL:
-        return storages.JournalStorage(JournalFileBackend(str(folder / "journal.log")))
+        backend = internal("optuna.storages.journal.JournalFileBackend")
+        return storages.JournalStorage(backend(str(folder / "journal.log")))
     advice = (
         "give `journal` or a database URL such as sqlite:///search.db or postgresql://host/name (with its driver "
         "installed)"

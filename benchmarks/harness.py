@@ -55,6 +55,7 @@ class Case:
     batch_size: int = 256
     dtype: str = "bfloat16"
     num_classes: int = 100
+    width: float = 1.0
 
     @property
     def precision(self) -> str:
@@ -113,7 +114,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 def make_model(case: Case) -> nn.Module:
     """The case's model, on the device."""
     torch.manual_seed(0)
-    model = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
+    model = create_model(case.model, case.num_classes, case.image_size, case.output_stride, width=case.width)
     return model.to(DEVICE)
 
 

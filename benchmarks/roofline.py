@@ -4,10 +4,12 @@ Computed from the model's shapes: the least bytes and FLOPs of a step, fused as 
 their time at a chip's copy bandwidth and matrix rate, and the share of that speed that a measured step reaches. Without
 `--chip` bandwidth and rate are measured here; with it they come from the data sheet, and no GPU is needed.
 
-Passes over maps, forward and backward together; a pass reads or writes N * C * H * W elements once:
+Passes over maps, forward and backward together; a pass reads or writes N * C * H * W elements once. On a GPU:
 - expansion (1x1): x read, e written; de and x read again for the weight, de read for the input, dx written: 3 x + 3 e
 - between the 1x1 convolutions, by the mbconv op: 7 e + 10 d; without expansion 3 e + 10 d
 - projection (1x1): 3 d + 3 p; its BatchNorm, with the residual: 8 p, and 1 p more
+On a CPU a block is one op (kernels/effnet_kernels/cpu/README.md): 3 x + 6 e + 7 d + 7 p, without expansion 3 e.
+On both:
 - head: as an expansion, then BatchNorm, Swish and the mean, which writes no map: 2 forward, 4 backward
 - stem: 2 x (its input has no gradient) + 3 y, then BatchNorm and Swish: 3 forward, 5 backward
 Weights: float32, read forward and backward, gradient written, and five passes of SGD with momentum.
@@ -27,11 +29,20 @@ from effnet_fast.model.blocks import ConvNormAct, MBConv
 from effnet_fast.model.efficientnet import EfficientNet
 
 WEIGHT_BYTES = 8 * 4  # of one parameter in a step
-# kernels/README.md counts 10 E + 13 D for a block with its 1x1 convolutions, of which these take 3 E and 3 D.
-OP_E, OP_D = 7, 10
-PROJECTION_NORM = 8
 HEAD_NORM = 6
 STEM_NORM = 8
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes of a block over the maps before (e) and after (d) the depthwise convolution, and after the projection."""
+
+    e: int
+    d: int
+    projected: int
+
+
+PASSES = {"cuda": Passes(10, 13, 11), "cpu": Passes(6, 7, 7)}
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,12 @@ class Layer:
         return max(self.bytes / (bandwidth * 1e9), self.flops / rate)
 
 
-def layers(model: EfficientNet, case: Case) -> list[Layer]:
-    """The layers of a training step in order, from the shapes of a forward pass on the meta device."""
+def layers(model: EfficientNet, case: Case, device: str = "cuda") -> list[Layer]:
+    """The layers of a training step in order, from the shapes of a forward pass on the meta device.
+
+    Args:
+        device: cuda or cpu, whose kernels' passes are counted.
+    """
     meta_model = model.to("meta").train()
     shapes: dict[int, tuple[int, int]] = {}  # of a convolution: values read and written, for the whole batch
 
@@ -81,7 +96,7 @@ def layers(model: EfficientNet, case: Case) -> list[Layer]:
     result = [_stem(meta_model.stem, shapes, width)]
     for i, stage in enumerate(meta_model.stages):
         for j, block in enumerate(stage):
-            result.append(_block(f"stage {i + 1}.{j + 1}", block, shapes, width))
+            result.append(_block(f"stage {i + 1}.{j + 1}", block, shapes, width, PASSES[device]))
     result.append(_head(meta_model, shapes, width, case.batch_size))
     return result
 
@@ -103,18 +118,16 @@ def _stem(stem: ConvNormAct, shapes: dict, width: int) -> Layer:
     return Layer("stem", passes * width + _parameters(stem), _flops(stem, shapes, passes=2))
 
 
-def _block(name: str, block: MBConv, shapes: dict, width: int) -> Layer:
-    """10 E + 13 D with both 1x1 convolutions, and the passes over the block's narrow ends."""
+def _block(name: str, block: MBConv, shapes: dict, width: int, count: Passes) -> Layer:
     e, d = shapes[id(block.depthwise.conv)]
     projected = shapes[id(block.project.conv)][1]
-    passes = OP_E * e + (OP_D + 3) * d + (3 + PROJECTION_NORM + block.residual) * projected
+    passes = count.d * d + (count.projected + block.residual) * projected
     flops = _flops(block.depthwise, shapes) + _flops(block.project, shapes)
     if isinstance(block.expand, ConvNormAct):
-        passes += 3 * shapes[id(block.expand.conv)][0] + 3 * e
+        passes += 3 * shapes[id(block.expand.conv)][0] + count.e * e
         flops += _flops(block.expand, shapes)
     else:
-        # No BatchNorm before the convolution: x read forward, dD, x and dx backward; no statistics, no dE applied.
-        passes -= (OP_E - 3) * e
+        passes += 3 * e  # x read forward and backward, dx written
     return Layer(name, passes * width + _parameters(block), flops)
 
 
@@ -195,7 +208,7 @@ def main(argv: list[str]) -> None:
     model = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
     if not isinstance(model, EfficientNet):
         raise ValueError(f"--model {case.model}: the roofline is that of EfficientNet's blocks; name one of those")
-    step_layers = layers(model, case)
+    step_layers = layers(model, case, "cuda" if args.chip else harness.DEVICE)
     rows = rows_of(step_layers, bandwidth, rate)
     least = bound(step_layers, bandwidth, rate)
     header = f"{case}; {source}: {bandwidth:.0f} GB/s, {rate / 1e12:.2f} TFLOP/s"

@@ -27,6 +27,7 @@ import pointwise  # noqa: E402
 import report  # noqa: E402
 import roofline  # noqa: E402
 import scaling  # noqa: E402
+import step_cost  # noqa: E402
 import step_profile  # noqa: E402
 import throughput  # noqa: E402
 import time_to_accuracy  # noqa: E402
@@ -374,6 +375,26 @@ def test_scaling_over_two_ranks(tmp_path):
         assert row["img/s"] == pytest.approx(ranks * row["batch a rank"] / row["ms"] * 1e3)
         assert 0 <= row["communication"] < 1
     assert rows["weak", 2]["efficiency"] == pytest.approx(rows["weak", 2]["img/s"] / (2 * rows["weak", 1]["img/s"]))
+
+
+def test_step_cost(tmp_path, monkeypatch):
+    out, picture = tmp_path / "cost.json", tmp_path / "cost.png"
+    monkeypatch.setattr(step_cost, "FACTORS", {"batch size": (0.5, 1), "resolution": (0.5, 1), "width": (0.5, 1)})
+    monkeypatch.setattr(step_cost.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda: 10.0)
+    monkeypatch.setattr(harness, "matrix_rate", lambda dtype: 1e11)
+    step_cost.rates.cache_clear()
+    step_cost.main([*SMALL, "--rounds", "2", "--out", str(out), "--picture", str(picture)])
+    rows = {(row["axis"], row["value"]): row for row in read(out)["rows"]}
+    assert list(rows) == [("batch size", 2), ("batch size", 4), ("resolution", 16), ("resolution", 32), ("width", 0.5),
+                          ("width", 1.0)]  # fmt: skip
+    assert all(0 < row["ms p20"] <= row["ms p50"] <= row["ms p80"] for row in rows.values())
+    for axis, small, large in (("batch size", 2, 4), ("resolution", 16, 32), ("width", 0.5, 1.0)):
+        assert rows[axis, small]["floor ms"] < rows[axis, large]["floor ms"]
+    assert picture.stat().st_size > 5000
+    step_cost.rates.cache_clear()
+    with pytest.raises(ValueError, match="EfficientNet's blocks"):
+        step_cost.main(["--model", "resnet50"])
 
 
 def test_crowd(tmp_path):

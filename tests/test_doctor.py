@@ -136,21 +136,21 @@ def test_a_check_runs_once_per_key(monkeypatch, cache):
     calls = counted(monkeypatch, "graph", "ok", "fine")
     for _ in range(2):
         verdicts._local_verdict.cache_clear()
-        assert verdicts.works("graph", GPU, "--step auto is compile")
+        assert verdicts.passes_check("graph", GPU, "--step auto is compile")
     assert len(calls) == 1
     monkeypatch.setattr(verdicts.provenance, "source_digest", lambda: "other code")
     verdicts._local_verdict.cache_clear()
-    verdicts.works("graph", GPU, "")
+    verdicts.passes_check("graph", GPU, "")
     assert len(calls) == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"name": "graph"}', '{"other": 1}'])
 def test_torn_and_foreign_cache_files_are_ignored(monkeypatch, cache, content):
     calls = counted(monkeypatch, "graph", "ok", "fine")
-    verdicts.works("graph", GPU, "")
+    verdicts.passes_check("graph", GPU, "")
     next(cache.iterdir()).write_text(content)
     verdicts._local_verdict.cache_clear()
-    assert verdicts.works("graph", GPU, "")
+    assert verdicts.passes_check("graph", GPU, "")
     assert len(calls) == 2
 
 
@@ -158,7 +158,7 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EFFNET_FAST_CACHE", str(tmp_path / "file"))
     counted(monkeypatch, "graph", "ok", "fine")
-    assert verdicts.works("graph", GPU, "")
+    assert verdicts.passes_check("graph", GPU, "")
 
 
 @pytest.mark.parametrize(("answer", "graph"), [("ok", True), ("broken", False), ("absent", False)])

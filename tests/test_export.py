@@ -72,11 +72,11 @@ def test_same_logits_for_any_batch(trained: Path, tmp_path: Path, kind: str, fol
         logits, metadata = RUNTIMES[kind](output, images)
         with torch.no_grad():
             np.testing.assert_allclose(logits, model(torch.from_numpy(images)).numpy(), rtol=1e-4, atol=1e-4)
-    saved, facts = checkpoint.load(trained), {name: json.loads(value) for name, value in metadata.items()}
-    assert {name: facts[name] for name in ("classes", "mean", "std", "architecture")} == {
+    saved, stored = checkpoint.load(trained), {name: json.loads(value) for name, value in metadata.items()}
+    assert {name: stored[name] for name in ("classes", "mean", "std", "architecture")} == {
         name: saved[name] for name in ("classes", "mean", "std", "architecture")
     }
-    assert (facts["image_size"], facts["folded"]) == (32, folded)
+    assert (stored["image_size"], stored["folded"]) == (32, folded)
 
 
 def test_weights_flag(trained: Path, tmp_path: Path) -> None:
@@ -223,10 +223,10 @@ def test_hub_folder(published: Path, tmp_path: Path, layout: str) -> None:
     folder = tmp_path / "hub"
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     _, front_matter, card = (folder / "README.md").read_text().split("---\n", 2)
-    facts = yaml.safe_load(front_matter)
-    assert facts["library_name"] == ("timm" if layout == "timm" else "effnet_fast")
-    assert facts["datasets"] == ["cifar10"]
-    (result,) = facts["model-index"][0]["results"]
+    metadata = yaml.safe_load(front_matter)
+    assert metadata["library_name"] == ("timm" if layout == "timm" else "effnet_fast")
+    assert metadata["datasets"] == ["cifar10"]
+    (result,) = metadata["model-index"][0]["results"]
     assert (result["metrics"][0]["value"], result["dataset"]["split"]) == (87.65, "test")
     assert "| top-1 accuracy (%) | 87.65 |\n| top-5 accuracy (%) | 99.50 |\n| loss | 0.5123 |\n\n" in card
     recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])

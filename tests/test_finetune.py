@@ -160,5 +160,5 @@ def test_reference_models_train_and_evaluate(model: str, tmp_path: Path, capsys)
 
 def test_info_of_a_reference_model(capsys) -> None:
     run("info --model resnet50 --num_classes 100 --json")
-    facts = json.loads(capsys.readouterr().out)
-    assert (facts["parameters"], facts["output_stride"], facts["image_size"]) == (23_705_252, 8, 32)
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["parameters"], printed["output_stride"], printed["image_size"]) == (23_705_252, 8, 32)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,10 +12,12 @@ from PIL import Image
 from command_line import run
 from effnet_fast import checkpoint, create_model, provenance
 from effnet_fast.run.resolve import compiling_pays, worker_count
+from effnet_fast.train.step import Step
 
 TINY = (
-    "train --dataset synthetic --output_stride 32 --limit_train 96 --limit_eval 40 --batch_size 16 --num_epochs 2 "
-    "--learning_rate 0.05 --log_every_steps 2 --loader resident --num_workers 1 --device cpu"
+    "train --dataset synthetic --output_stride 32 --width 0.25 --depth 0.3 --limit_train 96 --limit_eval 40 "
+    "--batch_size 16 --num_epochs 2 --learning_rate 0.05 --log_every_steps 2 --loader resident --num_workers 1 "
+    "--device cpu"
 )
 
 
@@ -49,7 +49,7 @@ def test_files_of_a_run(finished):
 
 def test_the_checkpoint_is_a_plain_dict(finished):
     state = torch.load(finished / "last.pt", weights_only=True)
-    model = create_model("efficientnet-b0", output_stride=32)
+    model = create_model("efficientnet-b0", output_stride=32, width=0.25, depth=0.3)
     assert state["model"].keys() == model.state_dict().keys()
     model.load_state_dict(state["model"])
     assert state["ema"].keys() == state["model"].keys()
@@ -150,13 +150,13 @@ def test_dry_run(tmp_path, capsys):
     run(f"{TINY} --save_dir {tmp_path / 'none'} --dry_run")
     printed = capsys.readouterr().out
     assert not (tmp_path / "none").exists()
-    for words in ("4,135,648 parameters", "MACs", "96 train", "12 (2 epochs x 6)", "MiB"):
+    for words in ("199,020 parameters", "MACs", "96 train", "12 (2 epochs x 6)", "MiB"):
         assert words in printed
 
 
 def test_time_budget_then_resume(tmp_path, capsys):
     line = f"{TINY} --save_dir {tmp_path} --run_name brief --zero_init_residual --depthwise_init identity"
-    run(f"{line} --time_budget 0.01")
+    run(f"{line} --time_budget 0.001")
     assert "time is up at step 1 of 12" in capsys.readouterr().out
     assert rows(tmp_path / "brief", "eval")
     run(line)
@@ -187,20 +187,6 @@ def weights(folder):
     return {f"{group}.{name}": t for group in ("model", "ema") for name, t in state[group].items()}
 
 
-def start(line):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "effnet_fast", *line.split()], stdout=subprocess.PIPE, text=True, env=environment
-    )
-
-
-def wait_for_step(process, step):
-    for line in process.stdout:
-        if line.startswith(f"step {step}/"):
-            return
-    raise AssertionError("the run ended before that step")
-
-
 def test_evaluate_every_few_epochs(tmp_path):
     run(f"{TINY} --save_dir {tmp_path} --run_name r --num_epochs 5 --eval_every_epochs 2")
     steps = rows(tmp_path / "r", "train")[-1]["step"] // 5
@@ -208,17 +194,23 @@ def test_evaluate_every_few_epochs(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_signal_saves_and_exits(tmp_path, number, code):
-    line = f"{TINY} --save_dir {tmp_path} --run_name stopped --num_epochs 100000 --log_every_steps 1"
-    process = start(line)
-    wait_for_step(process, 2)
-    process.send_signal(number)
-    output, _ = process.communicate()
-    assert process.returncode == code
-    assert "the same command resumes from there" in output
+def test_signal_saves_and_exits(tmp_path, capsys, monkeypatch, number, code):
+    step = Step.__call__
+
+    def interrupted(self, images, labels, number_of_step, *rest):
+        if number_of_step == 2:
+            os.kill(os.getpid(), number)
+        return step(self, images, labels, number_of_step, *rest)
+
+    monkeypatch.setattr(Step, "__call__", interrupted)
+    handler = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    try:
+        run(f"{TINY} --save_dir {tmp_path} --run_name stopped", expected=code)
+    finally:
+        signal.signal(number, handler)
+    assert "stopped at step 3 of 12; the same command resumes from there" in capsys.readouterr().out
     progress = checkpoint.load(tmp_path / "stopped" / "last.pt")["progress"]
-    assert progress["step"] >= 2
-    assert not progress["finished"]
+    assert (progress["step"], progress["finished"]) == (3, False)
 
 
 @pytest.mark.parametrize(
@@ -294,12 +286,12 @@ def test_one_image_per_pass_and_one_pixel_are_refused(tmp_path, capsys, dry_run)
 
 
 def test_one_image_per_pass_trains_on_a_larger_map(tmp_path):
-    flags = "--output_stride 16 --num_epochs 1 --limit_train 4 --width 0.25 --depth 0.3"
+    flags = "--output_stride 16 --num_epochs 1 --limit_train 4"
     run(f"{ONE_PIXEL} {flags} --save_dir {tmp_path} --run_name larger")
     assert checkpoint.load(tmp_path / "larger" / "last.pt")["progress"]["finished"]
 
 
-SMALL = f"{TINY} --width 0.25 --depth 0.3 --ema_decay 0.9 --log_every_steps 1"
+SMALL = f"{TINY} --ema_decay 0.9 --log_every_steps 1"
 
 
 @pytest.fixture(scope="module")

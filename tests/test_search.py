@@ -134,7 +134,7 @@ def test_choice_and_confidence(finished):
     rows = json.loads((finished / "candidates.json").read_text())["candidates"]
     best = max(rows, key=lambda row: (row["top1_mean"], -row["macs"]))
     assert chosen["name"] == best["name"]
-    assert chosen["confidence"].startswith("not separable at n = 1")
+    assert chosen["confidence"].startswith("no test is possible with one seed")
 
 
 def test_recipes_of_models_within_the_limits(finished, capsys):

@@ -242,7 +242,7 @@ def _normalise(images: Any, inputs: dict[str, Any], spec: LoaderSpec) -> Any:
     return images
 
 
-class _Lent:
+class _HeldBatches:
     """Keeps CUDA batches alive until the work that the consumer has queued on them is done.
 
     DALI reuses a batch's memory as soon as the last reference is gone, even if that work is still pending. A consumer
@@ -257,7 +257,7 @@ class _Lent:
         self._in_use: deque[tuple[Tensor, ...]] = deque()
         self._ending: deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = deque()
 
-    def lend(self, batch: tuple[Tensor, ...]) -> None:
+    def add(self, batch: tuple[Tensor, ...]) -> None:
         self._in_use.append(batch)
         if len(self._in_use) > self._LAG:
             event = torch.cuda.Event()
@@ -281,7 +281,7 @@ class DaliLoader(Loader):
             self._graph_spec = dataclasses.replace(spec, augment=None, dtype=torch.uint8)
         self._source = Source(split, self.shard, self._graph_spec)
         self._pipeline: Pipeline | None = None
-        self._lent = _Lent()
+        self._held = _HeldBatches()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(start, self.steps):
@@ -340,7 +340,7 @@ class DaliLoader(Loader):
         self._source.scheduled.popleft()
         batch = torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor())
         if self.spec.device.type == "cuda":
-            self._lent.lend(batch)
+            self._held.add(batch)
         return batch
 
     # -- files that DALI cannot decode

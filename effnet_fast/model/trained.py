@@ -198,13 +198,13 @@ def _build(description: dict[str, Any], state: Mapping[str, Tensor], kernels: Ke
     return model
 
 
-def _trained(model: Network, facts: Mapping[str, Any], device: torch.device, folded: bool = False) -> TrainedModel:
+def _trained(model: Network, metadata: Mapping[str, Any], device: torch.device, folded: bool = False) -> TrainedModel:
     return TrainedModel(
         model.to(device).eval(),
-        tuple(facts["classes"]),
+        tuple(metadata["classes"]),
         model.architecture.image_size,
-        tuple(facts["mean"]),
-        tuple(facts["std"]),
+        tuple(metadata["mean"]),
+        tuple(metadata["std"]),
         folded,
         float(facts.get("temperature", 1.0)),  # files of older versions have none
     )

@@ -16,9 +16,9 @@ from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.model import ModelOptions, Network, batch_norms, from_description, model_from_options, recompute_blocks
 from effnet_fast.run.plan import Plan
-from effnet_fast.run.rank_check import about_model, agree
+from effnet_fast.run.rank_check import about_model, compare_ranks
 from effnet_fast.run.resolve import compile_model, loader_dtype, set_backends, worker_count
-from effnet_fast.run.resume import of_this_version
+from effnet_fast.run.resume import explain_checkpoint_errors
 from effnet_fast.train.evaluate import evaluating
 from effnet_fast.train.optim import make_optimizer
 from effnet_fast.train.schedule import Schedule, make_schedule
@@ -58,13 +58,13 @@ def build(plan: Plan) -> Parts:
     if plan.compile:
         torch.compiler.reset()  # models of earlier runs in this process count against the limit of recompilations
     model = build_model(plan, plan.world.device)
-    agree(about_model(model))
+    compare_ranks(about_model(model))
     step = _build_step(plan, model)
     loader = make_loader(plan.loader, dataset.train, _loader_spec(plan, plan.augment))
     eval_images = dataset.val if dataset.val is not None else dataset.test
     parts = Parts(model, step, loader, make_loader(plan.loader, eval_images, _loader_spec(plan, None)))
     if plan.resumed is not None:
-        with of_this_version(plan.resumed.path):
+        with explain_checkpoint_errors(plan.resumed.path):
             _restore(plan, parts)
     return parts
 
@@ -74,7 +74,7 @@ def build_model(plan: Plan, device: torch.device) -> Network:
     config = plan.config
     torch.manual_seed(config.seed)
     if plan.resumed is not None:
-        with of_this_version(plan.resumed.path):
+        with explain_checkpoint_errors(plan.resumed.path):
             model = from_description(plan.resumed.checkpoint.architecture, plan.kernels)
     else:
         model = _new_model(plan)

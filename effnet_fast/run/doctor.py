@@ -15,13 +15,13 @@ from effnet_fast.distributed import World
 from effnet_fast.model.blocks import kernels_in_use
 from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_precision, resolve_step
 from effnet_fast.run.self_check import CHECKS
-from effnet_fast.run.verdicts import forget, verdict
+from effnet_fast.run.verdicts import clear_cache, verdict
 
 
 def doctor(config: DoctorConfig) -> int:
     """Run `effnet-fast doctor`; returns 1 if something is broken, else 0."""
     device = distributed.choose_device(config.device)
-    forget(device)
+    clear_cache(device)
     checks = []
     for name in CHECKS:
         check = verdict(name, device)
@@ -39,7 +39,7 @@ def doctor(config: DoctorConfig) -> int:
         print()
         for flag, choice in choices.items():
             print(f"--{flag} auto: {choice}")
-        print(f"broken: {', '.join(broken)}" if broken else "everything that is here works")
+        print(f"broken: {', '.join(broken)}" if broken else "no check failed")
     return 1 if broken else 0
 
 

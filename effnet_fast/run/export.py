@@ -113,7 +113,10 @@ def _export_hub(config: ExportConfig, path: Path) -> Path:
 def _weights_and_config(config: ExportConfig, trained: TrainedModel) -> tuple[bytes, dict[str, Any]]:
     """The content of the safetensors file in the requested layout, and of config.json."""
     if config.layout == "effnet-fast":
-        return to_safetensors(trained.model, _metadata(trained)), {"library_name": "effnet_fast", **_facts(trained)}
+        return to_safetensors(trained.model, _metadata(trained)), {
+            "library_name": "effnet_fast",
+            **_description(trained),
+        }
     if trained.folded:
         raise ValueError(f"{config.checkpoint} has its BatchNorm folded, which --layout {config.layout} needs")
     divide_logits(trained.model, trained.temperature)  # other libraries know no temperature
@@ -131,10 +134,10 @@ def _write(output: Path, content: bytes, trained: TrainedModel) -> None:
 
 
 def _metadata(trained: TrainedModel) -> dict[str, str]:
-    return {name: json.dumps(value) for name, value in _facts(trained).items()}
+    return {name: json.dumps(value) for name, value in _description(trained).items()}
 
 
-def _facts(trained: TrainedModel) -> dict[str, Any]:
+def _description(trained: TrainedModel) -> dict[str, Any]:
     """Describe the model and its preprocessing; pixels are scaled to 0..1 before mean and std."""
     return {
         "effnet_fast": __version__,

@@ -24,7 +24,7 @@ from effnet_fast.run.resolve import (
     resolve_step,
 )
 from effnet_fast.run.restore import config_of
-from effnet_fast.run.resume import Resumed, of_this_version
+from effnet_fast.run.resume import Resumed, explain_checkpoint_errors
 from effnet_fast.train import optim, trackers
 from effnet_fast.train.loop import Progress
 from effnet_fast.train.resizing import ImageSizes, image_sizes
@@ -258,7 +258,7 @@ def _start(config: TrainConfig, resumed: Resumed | None) -> tuple[Progress, int]
     """Where the run starts, and where its schedule starts."""
     if resumed is None:
         return Progress(), 0
-    with of_this_version(resumed.path):
+    with explain_checkpoint_errors(resumed.path):
         progress = Progress(**resumed.checkpoint.progress)
     if resumed.from_path and resumed.path.resolve().parent != run_folder(config).resolve():
         progress.best = -1.0  # this folder has no best.pt yet

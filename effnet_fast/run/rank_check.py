@@ -21,17 +21,17 @@ _COLLECTIVE_SETTINGS = (
 )  # fmt: skip
 
 
-def agree(facts: dict[str, Any]) -> None:
-    """Compare facts (name -> value) with those of the other ranks.
+def compare_ranks(values: dict[str, Any]) -> None:
+    """Compare values by name with those of the other ranks.
 
     Raises:
         ValueError: on all ranks, with the differences.
     """
-    facts_of_ranks = distributed.gather_objects((socket.gethostname(), facts))
-    first_host, reference = facts_of_ranks[0]
+    values_of_ranks = distributed.gather_objects((socket.gethostname(), values))
+    first_host, reference = values_of_ranks[0]
     differences = [
         f"{name} is {value} on rank 0 ({first_host}) but {other.get(name)} on rank {rank} ({host})"
-        for rank, (host, other) in enumerate(facts_of_ranks)
+        for rank, (host, other) in enumerate(values_of_ranks)
         for name, value in reference.items()
         if other.get(name) != value
     ]
@@ -40,7 +40,7 @@ def agree(facts: dict[str, Any]) -> None:
 
 
 def about_start(config: TrainConfig) -> dict[str, Any]:
-    """Facts known before data is read: settings and code."""
+    """Values known before data is read: settings and code."""
     settings = identity(config) | {name: getattr(config, name) for name in _COLLECTIVE_SETTINGS}
     return {f"--{name}": value for name, value in settings.items()} | {
         "the code of effnet_fast": provenance.source_digest(),
@@ -49,7 +49,7 @@ def about_start(config: TrainConfig) -> dict[str, Any]:
 
 
 def about_data(dataset: Dataset, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """Facts known once the run is planned: the data and the checkpoint to resume."""
+    """Values known once the run is planned: the data and the checkpoint to resume."""
     return {
         "the data's fingerprint": dataset.fingerprint[:16],
         "the images' mean and standard deviation": (dataset.mean, dataset.std),
@@ -60,7 +60,7 @@ def about_data(dataset: Dataset, checkpoint: Checkpoint | None) -> dict[str, Any
 
 
 def about_model(model: Network) -> dict[str, Any]:
-    """Facts known once the model is built."""
+    """Values known once the model is built."""
     shapes = [(name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
     return {"the model's digest": _digest(repr((model.architecture, shapes)).encode())}
 

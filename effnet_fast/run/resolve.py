@@ -15,7 +15,7 @@ from effnet_fast.data.choose_loader import choose_loader
 from effnet_fast.distributed import World
 from effnet_fast.model import scaling, variant
 from effnet_fast.model.blocks import Kernels, kernels_in_use
-from effnet_fast.run.verdicts import works
+from effnet_fast.run.verdicts import passes_check
 
 # On 2 CPU cores, compiling B0's training step took 97 s. It then ran 1.17 times as fast at output stride 8 (p20 1.04,
 # p80 1.28, alternating with eager) and 0.95 times as fast at 32. So only long runs on large maps gain.
@@ -81,20 +81,20 @@ def resolve_step(config: TrainConfig, world: World, output_stride: int, images: 
     if config.step == "auto":
         # The C++ kernels leave little to compile.
         eager = world.device.type == "cpu" and kernels_in_use(config.kernels, world.device) == "cpp"
-        return not eager and compiling_pays(world.device, output_stride, images), _graph_works(config, world)
+        return not eager and compiling_pays(world.device, output_stride, images), _uses_graph(config, world)
     if config.step == "graph":
         _check_graph(config, world)
     return config.step in ("compile", "graph"), config.step == "graph"
 
 
-def _graph_works(config: TrainConfig, world: World) -> bool:
+def _uses_graph(config: TrainConfig, world: World) -> bool:
     can_capture = world.device.type == "cuda" and world.size == 1 and not config.optimizer.startswith("apex-")
-    return can_capture and works("graph", world.device, "--step auto is compile")
+    return can_capture and passes_check("graph", world.device, "--step auto is compile")
 
 
 def resolve_kernels(setting: Kernels, device: torch.device) -> Kernels:
     """Replace `auto` by torch on a GPU where the Triton kernels fail their self-check."""
-    if setting != "auto" or device.type != "cuda" or works("kernels", device, "--kernels auto is torch"):
+    if setting != "auto" or device.type != "cuda" or passes_check("kernels", device, "--kernels auto is torch"):
         return setting
     return "torch"
 
@@ -109,7 +109,7 @@ def resolve_loader(setting: LoaderName, split: data.Split, device: torch.device)
     if setting != "auto" or loader != "dali" or device.type != "cuda":
         return loader, reason
     fallback: LoaderKind = "resident" if isinstance(split, data.ArraySplit) else "torch"
-    if works("dali", device, f"--loader auto is {fallback}"):
+    if passes_check("dali", device, f"--loader auto is {fallback}"):
         return loader, reason
     return fallback, "DALI fails its self-check"
 

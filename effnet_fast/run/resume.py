@@ -115,7 +115,7 @@ def _newest(folder: Path) -> Resumed | None:
 
 
 @contextlib.contextmanager
-def of_this_version(path: Path | None) -> Iterator[None]:
+def explain_checkpoint_errors(path: Path | None) -> Iterator[None]:
     """Turn errors from unexpected content of a checkpoint into one line; with `path` None they pass unchanged."""
     try:
         yield

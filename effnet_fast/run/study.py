@@ -10,7 +10,7 @@ from effnet_fast.checkpoint import write_atomically, write_json, writing_to
 from effnet_fast.config import StudyConfig, identity
 from effnet_fast.distributed import World
 from effnet_fast.report.table import Row, as_csv, as_text
-from effnet_fast.run.rank_check import about_start, agree
+from effnet_fast.run.rank_check import about_start, compare_ranks
 from effnet_fast.run.resolve import load_dataset
 from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds
 from effnet_fast.run.training import train_in
@@ -50,7 +50,7 @@ def study(config: StudyConfig) -> StudyResult:
     """
     world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
     try:
-        agree(about_start(config))
+        compare_ranks(about_start(config))
         return _study(config, world)
     finally:
         distributed.shutdown()

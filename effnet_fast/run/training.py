@@ -82,7 +82,7 @@ def train(config: TrainConfig, on_evaluation: OnEvaluation | None = None) -> Tra
     # A longer timeout than the watchdog's, so that the watchdog reports first: its message is clearer.
     world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
     try:
-        rank_check.agree(rank_check.about_start(config))
+        rank_check.compare_ranks(rank_check.about_start(config))
         if config.dry_run:
             plan = _plan(config, world)
             if world.is_main:
@@ -112,7 +112,7 @@ def train_in(world: World, config: TrainConfig, on_evaluation: OnEvaluation | No
 def _plan(config: TrainConfig, world: World) -> Plan:
     resumed = find_checkpoint(str(config.resume), run_folder(config))
     plan = make_plan(config, world, resumed)
-    rank_check.agree(rank_check.about_data(plan.dataset, resumed.checkpoint if resumed is not None else None))
+    rank_check.compare_ranks(rank_check.about_data(plan.dataset, resumed.checkpoint if resumed is not None else None))
     return plan
 
 

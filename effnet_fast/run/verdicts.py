@@ -25,11 +25,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effnet_fast"
 
 
-def works(name: str, device: torch.device, otherwise: str) -> bool:
-    """Whether a self-check passes on this device. If not, rank 0 warns; `otherwise` says what is used instead."""
+def passes_check(name: str, device: torch.device, fallback: str) -> bool:
+    """Whether a self-check passes on this device. If not, rank 0 warns; `fallback` says what is used instead."""
     check = verdict(name, device)
     if check.status != "ok" and distributed.is_main():
-        print(f"warning: {check.detail}; {otherwise} (effnet-fast doctor checks again)", file=sys.stderr)
+        print(f"warning: {check.detail}; {fallback} (effnet-fast doctor checks again)", file=sys.stderr)
     return check.status == "ok"
 
 
@@ -51,7 +51,7 @@ def _local_verdict(name: str, device: torch.device) -> Check:
     return check
 
 
-def forget(device: torch.device) -> None:
+def clear_cache(device: torch.device) -> None:
     """Remove the cached results of this device, so that the checks run again."""
     _local_verdict.cache_clear()
     for path in cache_folder().glob(f"check-{_key(device)}-*.json"):
@@ -61,5 +61,5 @@ def forget(device: torch.device) -> None:
 def _key(device: torch.device) -> str:
     """A digest of everything that a result depends on, 16 hexadecimal digits."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
-    facts = (gpu, provenance.driver(), *provenance.versions().items(), provenance.source_digest())
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    parts = (gpu, provenance.driver(), *provenance.versions().items(), provenance.source_digest())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

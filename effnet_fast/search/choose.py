@@ -28,7 +28,7 @@ class Choice:
     seeds: int
 
     @property
-    def inseparable(self) -> list[str]:
+    def similar(self) -> list[str]:
         """Names of the candidates that do not differ significantly from the best at the 5 % level."""
         return [name for name, p in self.p_values.items() if p >= LEVEL]
 
@@ -36,15 +36,15 @@ class Choice:
     def confidence(self) -> str:
         """One line that states how certain the choice is."""
         if self.seeds == 1:
-            return "not separable at n = 1: one seed gives no spread; raise --seeds"
+            return "no test is possible with one seed (n = 1): raise --seeds"
         if not self.p_values:
             return "the only candidate"
         others = len(self.p_values)
-        if not self.inseparable:
+        if not self.similar:
             return f"better than each of the {others} others (n = {self.seeds}, paired t-test, Holm, p < {LEVEL:g})"
         return (
-            f"not separable at n = {self.seeds} from {len(self.inseparable)} of {others} others "
-            f"(paired t-test, Holm, p >= {LEVEL:g}): {', '.join(self.inseparable)}"
+            f"not significantly better than {len(self.similar)} of {others} others (n = {self.seeds}, "
+            f"paired t-test, Holm, p >= {LEVEL:g}): {', '.join(self.similar)}"
         )
 
 

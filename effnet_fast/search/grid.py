@@ -79,7 +79,7 @@ class Grid:
         nearest = min(points, key=lambda point: max(low - product(point), product(point) - high))
         finer = self.step / 2
         return message + (
-            f"--grid_step {self.step:g} steps over it, the nearest product is {product(nearest):.4g} at "
+            f"--grid_step {self.step:g} is too coarse, the nearest product is {product(nearest):.4g} at "
             f"{show(nearest)}; "
             + (f"use --grid_step {finer:g}" if self._has_points_with(step=finer) else self._advise_product(nearest))
         )

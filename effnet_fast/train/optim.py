@@ -203,7 +203,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = scaled
 
 
-def let_capture(optimizer: torch.optim.Optimizer) -> None:
+def make_capturable(optimizer: torch.optim.Optimizer) -> None:
     """Let a CUDA graph capture torch's fused optimizers; they compute the same either way."""
     for group in optimizer.param_groups:
         if "capturable" in group:

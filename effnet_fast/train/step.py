@@ -159,7 +159,7 @@ class Step:
     def _make_call(self) -> Callable[[Tensor, Tensor, Tensor], None]:
         if not self.options.graph:
             return self._body
-        optim.let_capture(self.optimizer)
+        optim.make_capturable(self.optimizer)
         return Captured(self._body, self.tensors)
 
     def _numbers(self, step: int, size: int) -> Tensor:

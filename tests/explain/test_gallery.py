@@ -16,9 +16,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def record(name, label, agreement, predictions=("bear", "cat"), size=(60, 40)):
-    facts = {"target_probability": 0.6, "energy_top10": 0.3, "entropy": 0.8, "deletion": 0.2, "insertion": 0.7}
+    scores = {"target_probability": 0.6, "energy_top10": 0.3, "entropy": 0.8, "deletion": 0.2, "insertion": 0.7}
     models = {
-        model: {"prediction": prediction, "confidence": 0.6, "target": prediction, **facts}
+        model: {"prediction": prediction, "confidence": 0.6, "target": prediction, **scores}
         for model, prediction in zip(("baseline", "wider"), predictions, strict=True)
     }
     return {

@@ -67,12 +67,12 @@ def test_new_run_takes_the_configured_passes():
 
 def test_different_settings_are_listed(monkeypatch):
     config = TrainConfig()
-    facts = rank_check.about_start(config)
+    values = rank_check.about_start(config)
     other = rank_check.about_start(TrainConfig(learning_rate=0.2, save_every_steps=5)) | {"torch's version": "1.0"}
-    everyone = [("here", facts), ("there", facts), ("elsewhere", other)]
+    everyone = [("here", values), ("there", values), ("elsewhere", other)]
     monkeypatch.setattr(rank_check.distributed, "gather_objects", lambda mine: everyone)
     with pytest.raises(ValueError, match="the ranks disagree") as refused:
-        rank_check.agree(facts)
+        rank_check.compare_ranks(values)
     printed = str(refused.value)
     assert "--learning_rate is 0.1 on rank 0 (here) but 0.2 on rank 2 (elsewhere)" in printed
     assert "--save_every_steps is 0 on rank 0 (here) but 5 on rank 2" in printed
@@ -91,7 +91,7 @@ def test_different_data_models_and_checkpoints_are_listed(monkeypatch):
     there = rank_check.about_data(others, SimpleNamespace(progress={"step": 7})) | rank_check.about_model(wide)
     monkeypatch.setattr(rank_check.distributed, "gather_objects", lambda mine: [("here", here), ("there", there)])
     with pytest.raises(ValueError, match="the ranks disagree") as refused:
-        rank_check.agree(here)
+        rank_check.compare_ranks(here)
     printed = str(refused.value)
     for words in (
         "data's fingerprint is aaaaaaaaaaaaaaaa",

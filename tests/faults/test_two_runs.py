@@ -1,29 +1,45 @@
 """A second run in the same folder is refused."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from filelock import FileLock, Timeout
 
-from effnet_fast import cli
+from command_line import run
+from effnet_fast.run import training
+
+HOLD = "import filelock, sys; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
 
 
-def test_second_run_is_refused_until_the_first_ends(runs, small, capsys, monkeypatch):
+def test_a_locked_folder_is_refused_until_its_lock_is_free(tmp_path, small, capsys, monkeypatch):
     monkeypatch.setattr("effnet_fast.run.folder.PATIENCE", 0.2)
-    first = runs.train("run", "--num_epochs 100000")
-    first.wait_for("step 1/")
-    line = f"{small} --save_dir {runs.folder} --run_name run --num_epochs 100000 --time_budget 0.01"
-    with pytest.raises(SystemExit) as done:
-        cli.main(line.split())
-    assert done.value.code == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith(f"error: another run is at work in {runs.folder}/run: ")
-    assert printed.count("\n") == 1
-    assert first.process.poll() is None
-    first.kill()  # -9: nothing can be tidied up, and the lock is free all the same
-    with pytest.raises(SystemExit) as done:
-        cli.main(line.split())
-    assert done.value.code == 0
+    folder = tmp_path / "run"
+    folder.mkdir()
+    line = f"{small} --save_dir {tmp_path} --run_name run --num_epochs 100000 --time_budget 0.01"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        run(line, expected=2)
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"error: another run is at work in {folder}: ")
+        assert printed.count("\n") == 1
+        holder.kill()  # -9: nothing can be tidied up, and the lock is free all the same
+    run(line)
+
+
+def test_a_run_holds_the_lock_while_it_trains(tmp_path, small, capsys, monkeypatch):
+    def build(plan):
+        with pytest.raises(Timeout):
+            FileLock(plan.folder / ".lock").acquire(timeout=0)
+        raise ValueError("the lock is held")
+
+    monkeypatch.setattr(training, "build", build)
+    run(f"{small} --save_dir {tmp_path} --run_name run", expected=2)
+    assert "the lock is held" in capsys.readouterr().err
 
 
 @pytest.mark.slow

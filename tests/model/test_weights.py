@@ -458,8 +458,8 @@ def test_damaged_checkpoint(tmp_path: Path, state: dict, message: str) -> None:
 )
 def test_damaged_export(tmp_path: Path, change: dict, message: str) -> None:
     path = tmp_path / "model.safetensors"
-    facts = without(OWN, "format", "model", "ema") | {"effnet_fast": "1.0", "folded": False}
-    metadata = {name: json.dumps(value) for name, value in facts.items()}
+    settings = without(OWN, "format", "model", "ema") | {"effnet_fast": "1.0", "folded": False}
+    metadata = {name: json.dumps(value) for name, value in settings.items()}
     save_file(OWN["model"], path, metadata)
     assert (read_weights(path).padding, read_weights(path).mean) == ("same", (0.5,) * 3)
     save_file(OWN["model"], path, {name: value for name, value in (metadata | change).items() if value is not None})

@@ -128,7 +128,7 @@ def test_same_bits_with_two_threads_and_other_layouts(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["bn_silu", "bn_residual", "bn_silu_squeeze", "se_gate", "mbconv"])
-def test_mean_of_a_thousand_deviations(name):
+def test_mean_of_1000_standard_deviations(name):
     inputs = make_inputs(OPS[name], CASE, torch.float32, mean=1000.0)
     got, dy = run(OPS[name], CASE, inputs.fresh(), "cpp")
     baseline, _ = run(OPS[name], CASE, inputs.fresh(), "torch", dy)
@@ -243,7 +243,7 @@ def test_exports_through_the_reference():
     assert not any("effnet" in str(node.target) for node in program.graph.nodes)
 
 
-def test_auto_takes_them(monkeypatch):
+def test_auto_uses_the_cpp_kernels(monkeypatch):
     x = torch.zeros(2)
     assert launch.use_kernels("auto", x)
     assert not launch.use_kernels("torch", x)

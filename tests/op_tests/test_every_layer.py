@@ -14,7 +14,7 @@ def layers(model: int) -> list[Case]:
     return list(dict.fromkeys(Case(2, c * expand, size, size, k, stride) for c, _, size, k, stride, expand in shapes))
 
 
-def test_the_layers_of_b0():
+def test_case_table_has_the_layers_of_b0():
     cases = layers(0)
     assert len(cases) == len(set(cases)) > 20
     assert {case.c for case in cases} == {32, 96, 144, 240, 480, 672, 1152}

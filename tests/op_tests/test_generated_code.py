@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("generated_code.py")
     ("name", "image_size", "output_stride"),
     [("efficientnet_b0", 32, 8), pytest.param("efficientnet_b1", 224, 32, marks=pytest.mark.slow)],
 )
-def test_nothing_is_written_between_the_ops(name, image_size, output_stride):
+def test_inductor_writes_no_map_between_the_ops(name, image_size, output_stride):
     model = effnet_fast.create_model(name)
     blocks = [m for m in model.modules() if isinstance(m, MBConv)]
     residuals = sum(block.residual for block in blocks)

@@ -68,14 +68,14 @@ def check(row: dict) -> None:
         pytest.param(90, "float32", range(1), id="sm90-fp32-b0", marks=pytest.mark.slow),
     ],
 )
-def test_no_spills_and_wide_accesses(arch, dtype, models):
+def test_no_register_spills_and_wide_memory_accesses(arch, dtype, models):
     rows = compile_all(arch, dtype, models)
     assert {"_forward_kernel", "_backward_kernel", "_five_sums_kernel"} <= {row["kernel"] for row in rows}
     for row in rows:
         check(row)
 
 
-def test_instructions_a_value():
+def test_instructions_per_value():
     """Two blocks of B0 at 32 px, in bf16 for an H100."""
     checked = set()
     for row in compile_all(90, "bfloat16", range(0)):
@@ -87,7 +87,7 @@ def test_instructions_a_value():
     assert checked == set(INSTRUCTIONS)
 
 
-def test_the_longest_loop_is_the_innermost():
+def test_longest_loop_is_an_innermost_loop():
     listing = """
         /*0000*/ MOV R1, c[0x0][0x28] ;
 .L_x_0:
@@ -102,7 +102,7 @@ def test_the_longest_loop_is_the_innermost():
     assert longest_loop("        /*0000*/ EXIT ;") == 0
 
 
-def test_late_loads_are_those_after_a_store():
+def test_late_loads_counts_loads_after_a_store():
     loop = """
 .L_x_0:
         /*0010*/ {} R2, [R4.64] ;
@@ -125,7 +125,7 @@ def test_blocks_of_b0():
 
 
 @pytest.mark.parametrize(("n", "c", "size", "k"), [(512, 144, 32, 3), (128, 672, 14, 5), (2, 24, 7, 3)])
-def test_an_autotuner_would_try_the_heuristics_choice(n, c, size, k):
+def test_heuristic_launch_is_in_the_autotune_space(n, c, size, k):
     rows = n * size * size
     assert row_launch(rows, c) in row_launch_space(rows, c)
     assert image_launch(size * size, c) in image_launch_space(size * size, c)

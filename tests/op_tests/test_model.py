@@ -100,7 +100,7 @@ def test_a_step_under_autocast():
 
 
 @pytest.mark.slow
-def test_stochastic_depth_draws_alike():
+def test_stochastic_depth_drops_the_same_samples():
     x, results = images(6), []
     for kernels in ("triton", "torch"):
         model = narrow(kernels, drop_path=0.5, depth=0.6)
@@ -116,7 +116,7 @@ def test_evaluation():
 
 
 @pytest.mark.slow
-def test_wholly_bfloat16():
+def test_model_in_bfloat16():
     values = step(narrow("triton", output_stride=16).to(torch.bfloat16), images(8))
     assert all(value.isfinite().all() for value in values.values())
 

@@ -44,7 +44,7 @@ def test_against_float64(name, case, dtype):
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_layouts_and_twice_the_same_bits(name):
+def test_same_bits_in_other_layouts_and_when_repeated(name):
     """Channels-first and strided inputs, and a second run, give the same bits as channels-last input."""
     op = OPS[name]
     inputs = make_inputs(op, CASE, torch.float32)
@@ -71,7 +71,7 @@ def test_zeros(op):
 
 
 @pytest.mark.parametrize("name", ["bn_silu", "bn_residual", "bn_silu_squeeze", "se_gate", "mbconv"])
-def test_mean_of_a_thousand_deviations(name):
+def test_mean_of_1000_standard_deviations(name):
     """A mean of 1000 standard deviations costs no accuracy: error at most 1e-3, or twice that of torch's batch_norm.
 
     dx is compared with torch's only.

@@ -72,7 +72,7 @@ def test_compiles_without_a_graph_break(name, kernels):
 
 
 @pytest.mark.parametrize("name", ["bn_silu", "bn_residual", "se_gate", "mbconv"])
-def test_autocast_meets_float32_weights(name):
+def test_float32_weights_under_autocast(name):
     """Autocast gives an op a bf16 map with float32 parameters and buffers, forward and backward."""
     op = OPS[name]
     inputs = make_inputs(op, CASE, torch.bfloat16)
@@ -85,7 +85,7 @@ def test_autocast_meets_float32_weights(name):
         assert relative_rms(got[key], value) <= 2 * op.slack * TOLERANCE[torch.bfloat16], key
 
 
-def test_a_failing_kernel_names_op_and_shapes(monkeypatch):
+def test_error_of_a_kernel_names_op_and_shapes(monkeypatch):
     def refuse(*args, **kwargs):
         raise TypeError("no such instruction")
 
@@ -97,7 +97,7 @@ def test_a_failing_kernel_names_op_and_shapes(monkeypatch):
         launch.launch("bn_silu", Kernel(), (1,), torch.zeros(2, 3), num_warps=4)
 
 
-def test_choice_of_path(monkeypatch):
+def test_use_kernels(monkeypatch):
     x = torch.zeros(2, device=DEVICE)
     assert launch.use_kernels("triton", x)
     assert not launch.use_kernels("torch", x)
@@ -110,7 +110,7 @@ def test_choice_of_path(monkeypatch):
     assert not launch.use_kernels("triton", x)
 
 
-def test_serves_without_triton():
+def test_references_run_without_triton():
     """Without Triton every file still imports, and the references run."""
     script = """
 import sys; sys.modules["triton"] = None

@@ -25,7 +25,7 @@ from effnet_kernels.statistics import batch_statistics
         ),
     ],
 )
-def test_block_keeps_to_the_third_plan(batch, block):
+def test_bytes_of_a_block(batch, block):
     """At most 1.15 times the bytes of 11 passes over E and 12 over D, plus those over the block's input and output."""
     traffic = block_traffic(batch, block)
     print(
@@ -36,7 +36,7 @@ def test_block_keeps_to_the_third_plan(batch, block):
     assert traffic.measured >= traffic.plan(9, 11)
 
 
-def test_counts_sectors_once_a_program():
+def test_a_program_counts_a_sector_once():
     """Statistics of [4 * 64, 32] float32 read 32 KiB once, and every program writes its moments [3, 32]."""
     x = torch.randn(4, 32, 8, 8).contiguous(memory_format=torch.channels_last)
     with recorded(4) as traffic:

@@ -94,14 +94,14 @@ def test_one_seed_does_not_separate():
     (row,) = collect([candidate("a")], [state("a-s0", 10.0)], range(1))
     choice = choose([row, {**row, "name": "b", "top1_mean": 90.0}])
     assert choice.name == "b"
-    assert choice.confidence.startswith("not separable at n = 1")
+    assert choice.confidence.startswith("no test is possible with one seed")
 
 
-def test_inseparable_candidates_are_listed():
+def test_similar_candidates_are_listed():
     choice = choose(rows({"good": [30, 31.1, 32], "near": [31, 29, 31], "bad": [10, 11, 12]}))
     assert choice.name == "good"
-    assert choice.inseparable == ["near"]
-    assert "not separable at n = 3 from 1 of 2 others" in choice.confidence
+    assert choice.similar == ["near"]
+    assert "not significantly better than 1 of 2 others (n = 3, " in choice.confidence
     assert "better than each of the 1 others" in choose(rows({"good": [30, 31.1, 32], "bad": [10, 11, 12]})).confidence
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 
-def checked_normalisation(file: Path, facts: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return those of `mean` and `std` that `facts` contains.
+def checked_normalisation(file: Path, metadata: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return those of `mean` and `std` that `metadata` contains.
 
     Raises:
         ValueError: they are not three finite numbers, or std is not positive.
     """
-    stated = {name: facts[name] for name in ("mean", "std") if name in facts}
+    stated = {name: metadata[name] for name in ("mean", "std") if name in metadata}
     for name, values in stated.items():
         if not (isinstance(values, list | tuple) and len(values) == 3 and all(map(_is_finite_number, values))):
             raise ValueError(f"{file}: {name} must be three finite numbers, not {values!r}")

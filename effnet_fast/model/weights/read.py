@@ -66,20 +66,20 @@ def read_weights(path: Path, layout: LayoutName = "auto") -> Weights:
         raise ValueError(f"unknown layout {layout!r} of weights: choose one of auto, {', '.join(LAYOUTS)}")
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
-    content, facts = _read_exported(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    content, metadata = _read_exported(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors = {_unwrapped(name): tensor for name, tensor in content.items() if not name.endswith(_COUNTERS)}
     tensors = _without_prefix(path, tensors)
-    names = [*facts.get("architectures", ()), *reversed(path.absolute().parts)]
+    names = [*metadata.get("architectures", ()), *reversed(path.absolute().parts)]
     is_half = timm.is_half_normalised(names)
     return Weights(
         str(path),
         LAYOUTS[layout] if layout != "auto" else _infer_layout(path, tensors, names),
         {torchvision.undotted(name): tensor for name, tensor in tensors.items()},
-        mean=facts.get("mean", _HALF if is_half else IMAGENET_MEAN),
-        std=facts.get("std", _HALF if is_half else IMAGENET_STD),
-        description=facts.get("description"),
-        classes=tuple(facts.get("classes", ())),
-        average=facts.get("average"),
+        mean=metadata.get("mean", _HALF if is_half else IMAGENET_MEAN),
+        std=metadata.get("std", _HALF if is_half else IMAGENET_STD),
+        description=metadata.get("description"),
+        classes=tuple(metadata.get("classes", ())),
+        average=metadata.get("average"),
     )
 
 
@@ -97,45 +97,49 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path.open("rb").close()  # safetensors reports a file without read permission as missing
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
-    if "effnet_fast" not in metadata:
+    if "effnet_fast" not in header:
         return tensors, {}
     try:
-        facts = {name: json.loads(value) for name, value in metadata.items()}
+        metadata = {name: json.loads(value) for name, value in header.items()}
     except ValueError as error:
         raise ValueError(f"{path} is damaged: its metadata is not what effnet-fast export writes ({error})") from error
-    _require(path, facts, "architecture", "classes", "mean", "std", "folded")
-    return tensors, facts
+    _require(path, metadata, "architecture", "classes", "mean", "std", "folded")
+    return tensors, metadata
 
 
 def _read_exported(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, facts = read_safetensors(path)
-    if not facts:
+    tensors, metadata = read_safetensors(path)
+    if not metadata:
         return tensors, timm.read_config(path.parent)
-    if facts["folded"]:
+    if metadata["folded"]:
         raise ValueError(f"{path} has its BatchNorm folded, for inference only: export without --fold_batchnorm")
-    return tensors, _facts_of_run(path, facts)
+    return tensors, _metadata_of_run(path, metadata)
 
 
 def _read_run(path: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     _require(path, state, "model", "ema", "classes", "mean", "std")
     average = _tensors_by_name(path, state["ema"]) if state["ema"] else {}
-    facts = _facts_of_run(path, state) | ({"average": "ema"} if average else {})
-    return _tensors_by_name(path, state["model"]) | average, facts
+    metadata = _metadata_of_run(path, state) | ({"average": "ema"} if average else {})
+    return _tensors_by_name(path, state["model"]) | average, metadata
 
 
-def _facts_of_run(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata_of_run(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in (("architecture", dict), ("classes", list)):
-        if not isinstance(facts[name], kind):
-            raise ValueError(f"{path} is damaged: {name} is {facts[name]!r}")
-    return {"description": facts["architecture"], "classes": facts["classes"], **checked_normalisation(path, facts)}
+        if not isinstance(metadata[name], kind):
+            raise ValueError(f"{path} is damaged: {name} is {metadata[name]!r}")
+    return {
+        "description": metadata["architecture"],
+        "classes": metadata["classes"],
+        **checked_normalisation(path, metadata),
+    }
 
 
-def _require(path: Path, facts: Mapping[str, Any], *names: str) -> None:
-    if missing := [name for name in names if name not in facts]:
+def _require(path: Path, metadata: Mapping[str, Any], *names: str) -> None:
+    if missing := [name for name in names if name not in metadata]:
         raise ValueError(f"{path} is damaged or of another version: it lacks {', '.join(missing)}; take another file")
 
 
@@ -145,14 +149,14 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} holds no state dict")
     if "architecture" in state and "format" in state:
         return _read_run(path, state)
-    facts = timm.read_config(path.parent)
+    metadata = timm.read_config(path.parent)
     if isinstance(state.get("arch"), str):  # timm's trainer
-        facts["architectures"] = [state["arch"], *facts.get("architectures", ())]
+        metadata["architectures"] = [state["arch"], *metadata.get("architectures", ())]
     for wrapper in _WRAPPERS:
         if isinstance(state.get(wrapper), dict) and state[wrapper]:
             state = state[wrapper]
-            facts |= {"average": wrapper} if wrapper in _AVERAGES else {}
-    return _tensors_by_name(path, state), facts
+            metadata |= {"average": wrapper} if wrapper in _AVERAGES else {}
+    return _tensors_by_name(path, state), metadata
 
 
 def _unpickle(path: Path) -> object:

@@ -1,7 +1,5 @@
 """Several ranks compute the same as one: under torchrun with gloo, and one DDP rank with nccl."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,44 +7,35 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from command_line import run, run_ranks
 from effnet_fast import distributed
 from effnet_fast.model import Architecture, EfficientNet, batch_norms
 from effnet_fast.run.build import data_parallel
 from marks import on_gpu
 
 WORKER = Path(__file__).parent / "workers" / "ddp_gradients.py"
-TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
+TOLERANCE = {"torch torch.float64": 1e-9}  # 1e-3 for the others
 
 
-def gradients(folder, kernels):
-    """{ranks: {dtype: {name: gradient or statistic}}} of one and of two ranks."""
-    results = {}
-    for ranks in (1, 2):
-        path = folder / f"{ranks}.pt"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        # The ranks run on the CPU; conftest.py leaves the interpreter off if there is a GPU.
-        environment = os.environ | {"TRITON_INTERPRET": "1" if kernels == "triton" else "0"}
-        command = [*torchrun, str(WORKER), str(path), kernels]
-        process = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert process.returncode == 0, process.stderr[-3000:]
-        results[ranks] = torch.load(path, weights_only=True)
-    return results
-
-
-@pytest.mark.parametrize("kernels", ["torch", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernels", [("torch", "cpp"), pytest.param(("triton",), marks=pytest.mark.slow)], ids="-".join)
 def test_two_ranks_give_the_gradients_and_statistics_of_one(tmp_path, kernels):
     """In training mode, with BatchNorm statistics of the whole batch. float64 excludes rounding."""
-    if kernels == "triton":
+    if kernels == ("triton",):
         pytest.importorskip("triton")
-    results = gradients(tmp_path, kernels)
-    for dtype, one in results[1].items():
-        two = results[2][dtype]
+    for ranks in (1, 2):
+        # The ranks run on the CPU; conftest.py leaves the interpreter off if there is a GPU.
+        interpreted = "1" if kernels == ("triton",) else "0"
+        run_ranks([sys.executable, WORKER, tmp_path / f"{ranks}.pt", *kernels], ranks, TRITON_INTERPRET=interpreted)
+    results = [torch.load(tmp_path / f"{ranks}.pt", weights_only=True) for ranks in (1, 2)]
+    assert results[0].keys() == results[1].keys()
+    for case, one in results[0].items():
+        two = results[1][case]
         assert one.keys() == two.keys()
         # The common scale is for gradients that are truly 0, such as of a shift that the next BatchNorm cancels.
         scale = torch.stack([torch.linalg.norm(v) for v in one.values()]).median()
         for name, expected in one.items():
             error = torch.linalg.norm(two[name] - expected) / (torch.linalg.norm(expected) + 0.1 * scale)
-            assert error < TOLERANCE[dtype], (dtype, name, error)
+            assert error < TOLERANCE.get(case, 1e-3), (case, name, error)
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=on_gpu)])
@@ -109,18 +98,13 @@ def test_name_of_the_launch(monkeypatch):
     [({}, "WORLD_SIZE=2"), ({"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}, "MASTER_ADDR=no.such.host.invalid"),
      ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many")],
 )  # fmt: skip
-def test_ranks_that_do_not_connect(tmp_path, changed, words):
+def test_ranks_that_do_not_connect(tmp_path, monkeypatch, capsys, changed, words):
     meeting = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"} | changed
+    for name, value in meeting.items():
+        monkeypatch.setenv(name, value)
     line = f"train --dataset synthetic --limit_train 16 --hang_timeout 1 --device cpu --save_dir {tmp_path}"
-    done = subprocess.run(
-        [sys.executable, "-m", "effnet_fast", *line.split()],
-        capture_output=True,
-        text=True,
-        env=os.environ | meeting,
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(messages) == 1
-    assert "the ranks cannot connect" in messages[0]
-    assert words in messages[0]
+    run(line, expected=2)
+    message = capsys.readouterr().err
+    assert message.startswith("error: the ranks cannot connect")
+    assert message.count("\n") == 1
+    assert words in message

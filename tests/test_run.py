@@ -29,7 +29,7 @@ def rows(folder, kind=None):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    run(f"{TINY} --save_dir {folder} --run_name done --ema_decay 0.9 --mixup 0.2 --cutmix 1.0")
+    run(f"{TINY} --save_dir {folder} --run_name done --ema_decay 0.9 --mixup 0.2 --cutmix 1.0", curves=True)
     return folder / "done"
 
 
@@ -95,7 +95,7 @@ def test_checkpoint_of_another_version(finished, tmp_path, capsys, spoil):
 
 def test_failed_curves_are_a_warning(tmp_path, capsys):
     (tmp_path / "one" / "curves.png").mkdir(parents=True)
-    run(f"{TINY} --save_dir {tmp_path} --run_name one --num_epochs 1")
+    run(f"{TINY} --save_dir {tmp_path} --run_name one --num_epochs 1", curves=True)
     assert "warning: cannot write the picture" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "one" / "last.pt")["progress"]["finished"]
 

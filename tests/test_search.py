@@ -44,6 +44,15 @@ def test_flags_of_the_older_command():
     assert cli.parse(cli.VERBS["search"], "search", ["choose", "--phi", "3"]).stage == "choose"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def single_timings():
+    """No verdict here depends on a timing."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("LATENCY_REPEATS", 1), ("STEP_REPEATS", 1), ("WARMUP", 0)):
+            patch.setattr(measure, name, value)
+        yield
+
+
 class Unreadable:
     """A test split that fails when it is used."""
 

@@ -206,5 +206,5 @@ def _trained(model: Network, metadata: Mapping[str, Any], device: torch.device, 
         tuple(metadata["mean"]),
         tuple(metadata["std"]),
         folded,
-        float(facts.get("temperature", 1.0)),  # files of older versions have none
+        float(metadata.get("temperature", 1.0)),  # files of older versions have none
     )

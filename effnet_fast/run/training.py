@@ -288,11 +288,14 @@ class _Training:
         if not (plan.folder / "metrics.jsonl").stat().st_size:
             return
         print(self.recorder.summary())
+        self._draw_curves()
+        names = ("last.pt", "best.pt", "curves.png", "metrics.jsonl", "tensorboard/", "config.yaml", "environment.json")
+        print(f"in {plan.folder}: {', '.join(name for name in names if (plan.folder / name).exists())}")
+
+    def _draw_curves(self) -> None:
         from effnet_fast.report.curves import plot_curves
 
         try:
-            plot_curves([plan.folder], plan.folder / "curves.png")
+            plot_curves([self.plan.folder], self.plan.folder / "curves.png")
         except ValueError as error:  # a full disk; the checkpoints are safe, and `effnet-fast plot` draws it later
             self.recorder.warn(f"warning: {error}")
-        names = ("last.pt", "best.pt", "curves.png", "metrics.jsonl", "tensorboard/", "config.yaml", "environment.json")
-        print(f"in {plan.folder}: {', '.join(name for name in names if (plan.folder / name).exists())}")

@@ -53,7 +53,7 @@ def run_without_reader(monkeypatch, capsys):
 
 def test_train_finishes_when_its_reader_ends(trained):
     assert checkpoint.load(trained / "last.pt")["progress"]["finished"]
-    assert (trained / "curves.png").exists()
+    assert (trained / "metrics.jsonl").read_text().count('"kind": "train"') == 8
 
 
 def test_eval(trained, tmp_path, run_without_reader):

@@ -11,7 +11,13 @@ from filelock import FileLock, Timeout
 from command_line import run
 from effnet_fast.run import training
 
-HOLD = "import filelock, sys; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import filelock, sys
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_locked_folder_is_refused_until_its_lock_is_free(tmp_path, small, capsys, monkeypatch):

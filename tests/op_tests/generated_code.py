@@ -89,7 +89,7 @@ def pretend() -> None:
     FakeTensor.__getitem__ = lambda self, i: torch.ops.aten.slice.Tensor(self, 0, i.start, i.stop)
 
 
-def trace(name: str, image_size: int, output_stride: int) -> dict[str, tuple]:
+def trace(name: str, image_size: int, output_stride: int, depth: float) -> dict[str, tuple]:
     """{"forward", "backward"} -> (graph, inputs) of a bf16 training step on 8 images."""
     graphs = {}
 
@@ -107,7 +107,7 @@ def trace(name: str, image_size: int, output_stride: int) -> dict[str, tuple]:
         return min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
 
     # No dropout or stochastic depth: they index a tensor of seeds, which fails on fake CUDA tensors.
-    options = {"image_size": image_size, "output_stride": output_stride, "dropout": 0.0, "drop_path": 0.0}
+    options = {"image_size": image_size, "output_stride": output_stride, "depth": depth, "dropout": 0, "drop_path": 0}
     model = effnet_fast.create_model(name, kernels="triton", **options).to(memory_format=torch.channels_last)
     backend = aot_autograd(
         fw_compiler=keep("forward"),
@@ -170,7 +170,7 @@ def _product(numbers: list[str]) -> int:
 
 
 def main() -> None:
-    graphs = trace(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    graphs = trace(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
     pretend()
     GraphLowering.compile_to_module = keep_code
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -18,14 +18,15 @@ SCRIPT = Path(__file__).with_name("generated_code.py")
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="replaces CUDA queries of a CPU build of PyTorch")
 @pytest.mark.parametrize(
-    ("name", "image_size", "output_stride"),
-    [("efficientnet_b0", 32, 8), pytest.param("efficientnet_b1", 224, 32, marks=pytest.mark.slow)],
+    ("name", "image_size", "output_stride", "depth"),
+    [("efficientnet_b0", 32, 8, 0.3), pytest.param("efficientnet_b1", 224, 32, 1.1, marks=pytest.mark.slow)],
 )
-def test_inductor_writes_no_map_between_the_ops(name, image_size, output_stride):
-    model = effnet_fast.create_model(name)
+def test_inductor_writes_no_map_between_the_ops(name, image_size, output_stride, depth):
+    model = effnet_fast.create_model(name, depth=depth)
     blocks = [m for m in model.modules() if isinstance(m, MBConv)]
     residuals = sum(block.residual for block in blocks)
-    command = [sys.executable, str(SCRIPT), name, str(image_size), str(output_stride)]
+    assert residuals
+    command = [sys.executable, str(SCRIPT), name, *map(str, (image_size, output_stride, depth))]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-3000:]
     counts = json.loads(process.stdout)

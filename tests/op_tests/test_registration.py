@@ -1,7 +1,6 @@
 """The ops with opcheck, torch.compile, autocast and several ranks; their error messages and the choice of path."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,9 @@ import pytest
 import torch
 from op_cases import DEVICE, OPS, TOLERANCE, Case, make_inputs, relative_rms, run
 
+from command_line import run_ranks
 from effnet_kernels import launch
+from effnet_kernels.cpu import build
 
 ROOT = Path(__file__).parents[2]
 CASE = Case(2, 24, 4, 4, 3, 1)
@@ -131,39 +132,39 @@ assert y.shape == x.shape == silu(x).shape == bn_silu(x, bn).shape and bn_silu_s
 
 
 RANK = """
-import os, sys, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import op_cases
+from effnet_kernels import launch
 from op_cases import *
 dist.init_process_group("gloo")
 rank, case, op = dist.get_rank(), Case(4, 24, 3, 3), OPS["mbconv"]
 whole = make_inputs(op, case, torch.float32)
-def step(inputs, sync, dy):
+def step(inputs, sync, dy, kernels):
     def norm(i, j): return op_cases._bn(inputs.parameters, inputs.buffers, i, j)._replace(sync=sync)
     for leaf in (inputs.x, *inputs.parameters): leaf.requires_grad_()
     p = inputs.parameters
-    y = mbconv(inputs.x, norm(0, 0), p[2], 1, case.padding, norm(3, 1), SqueezeExcite(*p[5:]), kernels="triton")
-    z = batch_norm(y, norm(3, 1), kernels="triton")
+    y = mbconv(inputs.x, norm(0, 0), p[2], 1, case.padding, norm(3, 1), SqueezeExcite(*p[5:]), kernels=kernels)
+    z = batch_norm(y, norm(3, 1), kernels=kernels)
     z.backward(dy)
     return [y.detach(), inputs.x.grad], [p.grad for p in p], inputs.buffers
 dy = torch.randn(4, 24, 3, 3, generator=torch.Generator().manual_seed(3))
-maps, grads, buffers = step(whole.fresh(), False, dy)
-mine = whole.fresh()
-part = slice(0, 1) if rank == 0 else slice(1, 4)  # unequal shares
-mine.x = mine.x[part].clone()
-my_maps, my_grads, my_buffers = step(mine, True, dy[part])
-for g in my_grads: dist.all_reduce(g)
-for a, b in zip(my_maps, maps): assert relative_rms(a, b[part]) < 1e-5
-for a, b in zip(my_grads + my_buffers, grads + buffers): assert relative_rms(a, b) < 1e-5
+for kernels in sys.argv[2:]:
+    launch.INTERPRETED = kernels == "triton"
+    maps, grads, buffers = step(whole.fresh(), False, dy, kernels)
+    mine = whole.fresh()
+    part = slice(0, 1) if rank == 0 else slice(1, 4)  # unequal shares
+    mine.x = mine.x[part].clone()
+    my_maps, my_grads, my_buffers = step(mine, True, dy[part], kernels)
+    for g in my_grads: dist.all_reduce(g)
+    for a, b in zip(my_maps, maps): assert relative_rms(a, b[part]) < 1e-5
+    for a, b in zip(my_grads + my_buffers, grads + buffers): assert relative_rms(a, b) < 1e-5
 """
 
 
-def test_statistics_over_two_ranks(tmp_path):
+def test_statistics_over_two_ranks():
     """Two ranks with unequal shares of a batch give one process's outputs, gradients and running statistics."""
     if DEVICE == "cuda":
         pytest.skip("one GPU holds one rank")
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, Path(__file__).parent], check=True, env=environment)
+    kernels = ["triton", "cpp"] if build.library() is not None else ["triton"]
+    run_ranks([sys.executable, "-c", RANK, Path(__file__).parent, *kernels], 2, TRITON_INTERPRET="1")

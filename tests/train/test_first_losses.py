@@ -1,15 +1,17 @@
 """The first twenty losses of a run, exactly repeated and kept in the tree: nothing in the chain may drift unnoticed.
 
-To renew the file after a change that means to move them: python tests/train/test_first_losses.py
+To renew the file after a change that means to move them:
+PYTHONPATH=tests/shared TRITON_INTERPRET=1 python tests/train/test_first_losses.py
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from command_line import run
 
 GOLDEN = Path(__file__).with_name("golden_first_losses.json")
 RUN = (
@@ -19,26 +21,18 @@ RUN = (
 )
 
 
-# One process for all runs, whose start takes longer than a run.
-CODE = """
-import sys, torch
-from effnet_fast.cli import main
-torch.set_num_threads(1)
-for name in sys.argv[2:]:
-    try:
-        main(sys.argv[1].split() + ["--run_name", name])
-    except SystemExit as ended:
-        assert ended.code == 0
-"""
-
-
 def losses(folder, *names):
     """First losses of a run under each name."""
-    subprocess.run([sys.executable, "-c", CODE, f"{RUN} --save_dir {folder}", *names], check=True, capture_output=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     found = []
-    for name in names:
-        rows = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
-        found.append([row["loss"] for row in rows if row["kind"] == "train"])
+    try:
+        for name in names:
+            run(f"{RUN} --save_dir {folder} --run_name {name}")
+            rows = [json.loads(line) for line in (Path(folder) / name / "metrics.jsonl").read_text().splitlines()]
+            found.append([row["loss"] for row in rows if row["kind"] == "train"])
+    finally:
+        torch.set_num_threads(threads)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Run under torchrun with a path and `torch`, `cpp` or `triton`: one backward pass on this rank's part of a batch.
+"""Run on each rank with a path and some of `torch`, `cpp` and `triton`: a backward pass on this rank's part of a batch.
 
 Rank 0 saves gradients, statistics, and statistics re-estimated on four batches, which the ranks share: of
 EfficientNet-B0 on PyTorch's operators in two types, or of a narrow model on the kernels in float32, which Triton's
@@ -43,12 +43,12 @@ def gradients(
 
 torch.set_num_threads(1)
 world = distributed.init("cpu")
-if sys.argv[2] == "torch":
-    result = {
-        str(t).removeprefix("torch."): gradients(world, B0, "torch", 64, t) for t in (torch.float64, torch.float32)
-    }
-else:
-    result = {"float32": gradients(world, NARROW, sys.argv[2], 16, torch.float32)}
+result = {}
+for kernels in sys.argv[2:]:
+    types, architecture, size = ([torch.float32], NARROW, 16)
+    if kernels == "torch":
+        types, architecture, size = ([torch.float64, torch.float32], B0, 64)
+    result |= {f"{kernels} {dtype}": gradients(world, architecture, kernels, size, dtype) for dtype in types}
 if world.is_main:
     torch.save(result, sys.argv[1])
 distributed.shutdown()

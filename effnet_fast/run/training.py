@@ -149,8 +149,8 @@ class _Training:
 
     def _open_trackers(self) -> Trackers:
         config, is_main = self.plan.config, self.plan.world.is_main
-        facts = dataclasses.asdict(config) | provenance.environment() if is_main else {}
-        tracked = TrackedRun(self.plan.folder, config.name, facts, self.progress.step)
+        settings = dataclasses.asdict(config) | provenance.environment() if is_main else {}
+        tracked = TrackedRun(self.plan.folder, config.name, settings, self.progress.step)
         return Trackers(config.trackers if is_main else [], tracked, Recorder.warn)
 
     def _train(self, trackers: Trackers) -> Outcome:

@@ -38,8 +38,8 @@ def stand_ins(monkeypatch):
 def test_a_resumed_run_goes_on_in_the_same_one(stand_ins, tmp_path):
     wandb, mlflow = stand_ins
     line = f"{TINY} --tracker tensorboard,wandb,mlflow --save_dir {tmp_path}"
-    run(f"{line} --time_budget 0.001")
-    run(line)
+    run(f"{line} --time_budget 0.001", curves=True)
+    run(line, curves=True)
     rows = [json.loads(line) for line in (tmp_path / "tracked" / "metrics.jsonl").read_text().splitlines()]
 
     ((first, second),) = wandb.runs.values()

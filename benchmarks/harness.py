@@ -278,10 +278,14 @@ def alternating(
     return samples
 
 
-def replayed(functions: list[Call]) -> Quantiles:
-    """p20, p50, p80 in ms of one call. The functions differ only in their buffers and take turns in one CUDA graph."""
+def replayed(functions: list[Call], cpu_rounds: int = 1) -> Quantiles:
+    """p20, p50, p80 in ms of one call. The functions differ only in their buffers and take turns in one CUDA graph.
+
+    Args:
+        cpu_rounds: on the CPU, how often each function is timed.
+    """
     if DEVICE == "cpu":
-        return quantiles([wall_ms(function) for function in functions[:2]])
+        return quantiles([wall_ms(function) for _ in range(cpu_rounds) for function in functions])
     for function in functions:
         function()
     torch.cuda.synchronize()

@@ -222,6 +222,42 @@ def step_profile(folder: Path = RESULTS) -> str:
     return table(["step", "share of the time, profiled", PROVENANCE], rows)
 
 
+def step_cost(folder: Path = RESULTS) -> str:
+    """A step's milliseconds along batch, resolution, width and threads, beside the floor."""
+    rows = []
+    for content in results("step_cost", folder):
+        for row in content["rows"]:
+            times = f"{row['ms p50']:.0f} ({row['ms p20']:.0f} to {row['ms p80']:.0f})"
+            over = f"{row['ms p50'] / row['floor ms']:.1f}"
+            cells = [f"{row['axis']} {row['value']:g}", times, f"{row['floor ms']:.0f}", over]
+            rows.append([*cells, origin(content["provenance"])])
+    return table(["case", "ms, p50 (p20 to p80)", "floor, ms", "over the floor", PROVENANCE], rows)
+
+
+def crowd(folder: Path = RESULTS) -> str:
+    """Two trainings at once, by waiting policy."""
+    rows = [[*row.values(), origin(content["provenance"])] for content in results("crowd", folder)
+            for row in content["rows"]]  # fmt: skip
+    columns = ["policy", "alone, img/s", "together, img/s each", "alone over libgomp's", "together over 1 thread's"]
+    return table([*columns, PROVENANCE], rows)
+
+
+def pointwise(folder: Path = RESULTS) -> str:
+    """Per 1x1 convolution, the convolution's time over the matrix product's."""
+    rows = []
+    for content in results("pointwise", folder):
+        ms = {(row["layer"], row["result"], row["way"]): row["ms"][1] for row in content["rows"] if "ms" in row}
+        for layer in dict.fromkeys(layer for layer, _, _ in ms):
+            ratios = [
+                f"{ms[layer, what, 'convolution'] / ms[layer, what, 'product']:.2f}"
+                if (layer, what, "product") in ms
+                else ""
+                for what in ("y", "dx", "dw")
+            ]
+            rows.append([layer, *ratios, content["settings"]["dtype"], origin(content["provenance"])])
+    return table(["layer", "y", "dx", "dw", "type", PROVENANCE], rows)
+
+
 def ops(folder: Path = RESULTS) -> str:
     """The Triton kernels beside PyTorch's operators; results of Triton's interpreter are left out."""
     rows = []
@@ -248,6 +284,9 @@ TABLES = {
     "scaling": scaling,
     "time_to_accuracy": time_to_accuracy,
     "step_profile": step_profile,
+    "step_cost": step_cost,
+    "crowd": crowd,
+    "pointwise": pointwise,
     "ops": ops,
 }
 

@@ -322,6 +322,31 @@ inline void convolve_backward(
   }
 }
 
+// The convolution's inputs, and the derivatives of Swish there, of one row of the map; [vector][column][LANES] each.
+template <class T>
+inline void fill_inputs(
+    const T* x, const Norm* norm, int64_t c, int64_t begin, int64_t end, int64_t columns, float* acts, float* slopes) {
+  for_blocks<2>(begin, end, [&](auto block) {
+    const int64_t offset = (block.c - begin) * columns;
+    if (norm == nullptr) {
+      for (int64_t j = 0; j < columns; ++j) {
+        for (int u = 0; u < block.U; ++u) store(acts + offset + (u * columns + j) * LANES, block.load(x + j * c, u));
+      }
+      return;
+    }
+    const Normalize normalize(*norm, block);
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int u = 0; u < block.U; ++u) {
+        const Vec z = normalize(block.load(x + j * c, u), u);
+        const Vec s = sigmoid(z);
+        const int64_t at = offset + (u * columns + j) * LANES;
+        store(acts + at, z * s);
+        store(slopes + at, silu_slope(z, s));
+      }
+    }
+  });
+}
+
 // Sums of one vector of channels over a task's images.
 template <int K>
 struct GradientSums {
@@ -347,9 +372,10 @@ inline void depthwise_backward_tasks(
     const int64_t first = bands.begin(part % bands.count()), last = bands.end(part % bands.count());
     const int64_t group = part / bands.count(), begin = spans.begin(span), end = spans.end(span);
     const int64_t row_size = vectors(end - begin) * columns * LANES;
-    float* buffer = scratch<0>(K * row_size + 2 * w * LANES);
+    const int64_t inputs = vectors(end - begin) * w * LANES;
+    float* buffer = scratch<0>(K * row_size + 2 * inputs);
     float* acts = buffer + K * row_size;
-    float* slopes = acts + w * LANES;
+    float* slopes = acts + inputs;
     const float* packed = pack_taps<K>(weights, c, begin, end, scratch<1>(vectors(end - begin) * K * K * LANES));
     GradientSums<K> group_sums[SPAN];
     for (int64_t n = groups.begin(group); n < groups.end(group); ++n) {
@@ -363,19 +389,10 @@ inline void depthwise_backward_tasks(
               gradient, shape, n, filled + shape.top - (K - 1), begin, end, columns, buffer + filled % K * row_size);
         }
         const int64_t line = (n * shape.h + hi) * w * c;
+        fill_inputs(maps + line, norm, c, begin, end, w, acts, slopes);
         for_blocks<1>(begin, end, [&](auto block) {
           const int64_t v = (block.c - begin) / LANES;
-          if (norm != nullptr) {
-            const Normalize normalize(*norm, block);
-            for (int64_t j = 0; j < w; ++j) {
-              const Vec z = normalize(block.load(maps + line + j * c, 0), 0);
-              const Vec s = sigmoid(z);
-              store(acts + j * LANES, z * s);
-              store(slopes + j * LANES, silu_slope(z, s));
-            }
-          } else {
-            for (int64_t j = 0; j < w; ++j) store(acts + j * LANES, block.load(maps + line + j * c, 0));
-          }
+          const float *act = acts + v * w * LANES, *slope = slopes + v * w * LANES;
           const float* rows[K];
           for (int ty = 0; ty < K; ++ty) rows[ty] = buffer + (hi + K - 1 - ty) % K * row_size + v * columns * LANES;
           GradientSums<K>& sum = image_sums[v];
@@ -385,11 +402,11 @@ inline void depthwise_backward_tasks(
             constexpr int P = decltype(width)::value;
             Vec da[P];
             convolve_backward<K, P>(
-                rows, wi * LANES, acts + wi * LANES, packed + v * K * K * LANES, sum.dtap, da);
+                rows, wi * LANES, act + wi * LANES, packed + v * K * K * LANES, sum.dtap, da);
 #pragma GCC unroll 8
             for (int p = 0; p < P; ++p) {
               if (norm != nullptr) {
-                da[p] = da[p] * load(slopes + (wi + p) * LANES);
+                da[p] = da[p] * load(slope + (wi + p) * LANES);
                 dz = dz + da[p];
                 dz_x = fma(da[p], block.load(maps + line + (wi + p) * c, 0) - mean, dz_x);
               }

@@ -37,7 +37,7 @@ fi
 
 case $what in
 choose)
-    part choose_recipe 590 --recipe cifar100 "${settings[@]}" --epochs "$epochs" \
+    part choose_recipe 590 --recipe cifar100 "${settings[@]}" --epochs "$epochs" --same-epochs --seeds 1 \
         --variant "" \
         --variant "rotation=15 color_jitter=0.3" \
         --variant "cutmix=0" \

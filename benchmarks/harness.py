@@ -212,10 +212,11 @@ def make_batches(
         augment=Augment(),
     )
     loader = make_loader(kind, data.train, spec)  # type: ignore[arg-type]
-    return loader, _endless(loader)
+    return loader, endless(loader)
 
 
-def _endless(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of all epochs of a loader, without an end."""
     epoch = 0
     while True:
         yield from loader.epoch(epoch)

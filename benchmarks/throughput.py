@@ -45,11 +45,11 @@ def _import_torchvision() -> None:
         importlib.import_module("torchvision")
 
 
-def _timm(case: Case) -> nn.Module:
+def _timm(case: Case, drop_rate: float = DROPOUT, drop_path_rate: float = DROP_PATH) -> nn.Module:
     _import_torchvision()  # timm imports it
     timm = importlib.import_module("timm")
     name = case.model.replace("-", "_")
-    return timm.create_model(name, num_classes=case.num_classes, drop_rate=DROPOUT, drop_path_rate=DROP_PATH)
+    return timm.create_model(name, num_classes=case.num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
 
 
 def _torchvision(case: Case) -> nn.Module:
@@ -64,16 +64,16 @@ def _efficientnet_pytorch(case: Case) -> nn.Module:
     return package.EfficientNet.from_name(case.model, num_classes=case.num_classes, image_size=case.image_size)
 
 
-PEERS: dict[str, Callable[[Case], nn.Module]] = {
+PEERS: dict[str, Callable[..., nn.Module]] = {
     "timm": _timm,
     "torchvision": _torchvision,
     "efficientnet-pytorch": _efficientnet_pytorch,
 }
 
 
-def make_peer(who: str, case: Case) -> nn.Module:
-    """A peer's model with the strides of the case, on the CPU."""
-    peer = PEERS[who](case)
+def make_peer(who: str, case: Case, **options: float) -> nn.Module:
+    """A peer's model with the strides of the case, on the CPU; `options` are those of its function."""
+    peer = PEERS[who](case, **options)
     if case.output_stride != 32:
         reference = create_model(case.model, case.num_classes, case.image_size, case.output_stride)
         for conv, other in zip(_spatial(reference), _spatial(peer), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -14,11 +15,14 @@ import time
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_rel
+from torch import nn
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 sys.path.insert(0, str(BENCHMARKS))
 
+import candidates  # noqa: E402
 import checks  # noqa: E402
 import choose_recipe  # noqa: E402
 import harness  # noqa: E402
@@ -76,7 +80,7 @@ def assert_known(calls, monkeypatch):
     """Assert that every script accepts its arguments."""
     monkeypatch.setattr(harness, "case_of", parsed)
     monkeypatch.setattr(time_to_accuracy, "recipe", parsed)
-    monkeypatch.setattr(choose_recipe, "recipe", parsed)
+    monkeypatch.setattr(choose_recipe, "chosen", parsed)
     monkeypatch.setattr(checks, "command", parsed)
     monkeypatch.setattr(pointwise, "set_backends", parsed)
     scripts = {script.__name__: script for script in SCRIPTS}
@@ -263,29 +267,98 @@ def test_checks_under_a_sanitizer_need_it(monkeypatch):
     assert line[-1] == "tests"
 
 
-def test_variants_are_compared_by_validation_images(tmp_path):
-    out = tmp_path / "out.json"
-    little = LITTLE | {"device": "cpu"}
-    changes = [word for name, value in little.items() for word in ("--set", f"{name}={value}")]
-    variants = ["--variant", "", "--variant", "learning_rate=1e-3 cutmix=0", "--variant", "optimizer=apex-sgd"]
-    choose_recipe.main(["--recipe", "quickstart", *changes, "--epochs", "1", *variants, "--out", str(out)])
+NARROW = LITTLE | {"device": "cpu", "width": 0.25, "depth": 0.3}
+CHANGES = [word for name, value in NARROW.items() for word in ("--set", f"{name}={value}")]
+
+
+def compared(out, *words):
+    """The rows of a comparison of one epoch each, by name."""
+    choose_recipe.main(["--recipe", "quickstart", *CHANGES, "--epochs", "1", *words, "--out", str(out)])
     made = json.loads(out.read_text())
     assert "val_fraction=0.1" in made["settings"]["changes"]
-    *trained, failed = made["rows"]
-    assert {row["variant"] for row in trained} == {"as it is", "learning_rate=1e-3 cutmix=0"}
-    assert all(0 <= row["val top1"] <= 100 and row["s"] > 0 for row in trained)
-    assert trained[0]["val top1"] >= trained[1]["val top1"]
-    assert failed["variant"] == "optimizer=apex-sgd"
+    return {row["candidate"]: row for row in made["rows"]}
+
+
+def test_variants_are_compared_by_validation_images(tmp_path, capsys):
+    variants = ["--variant", "", "--variant", "learning_rate=1e-4 mixup=1", "--variant", "optimizer=apex-sgd"]
+    words = [*variants, "--same-epochs", "--seeds"]
+    rows = compared(tmp_path / "out.json", *words, "1")
+    plain, changed, failed = rows.values()
+    assert [row["candidate"] for row in rows.values()] == ["as it is", *variants[3::2]]
+    assert (len(plain["scores"]), changed["against"], changed["epochs"]) == (1, "as it is", 1)
+    assert changed["gain"] == changed["scores"][0] - plain["scores"][0]
     assert "apex" in failed["failed"]
+    capsys.readouterr()
+    again = compared(tmp_path / "out.json", *words, "2")
+    assert again["as it is"]["scores"][:1] == plain["scores"]
+    assert [len(row["scores"]) for row in again.values()] == [2, 2, 0]
+    assert "run 1 of 4: optimizer=apex-sgd, seed 0: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"out\.json is not a comparison with these settings: choose another --out"):
+        compared(tmp_path / "out.json", *words, "2", "--val-fraction", "0.2")
 
 
-def test_trained_variants_are_kept(tmp_path, monkeypatch):
-    made = iter([{"variant": "first", "val top1": 9.0}])
-    monkeypatch.setattr(choose_recipe, "row", lambda *arguments: next(made))
-    out = tmp_path / "out.json"
-    with pytest.raises(StopIteration):
-        choose_recipe.main(["--recipe", "quickstart", "--variant", "", "--variant", "cutmix=0", "--out", str(out)])
-    assert [row["variant"] for row in json.loads(out.read_text())["rows"]] == ["first"]
+def test_a_peers_model_trains_in_the_same_harness(tmp_path, monkeypatch):
+    made = []
+
+    def stand_in(case, drop_rate, drop_path_rate):
+        made.append(
+            nn.Sequential(
+                nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 100)
+            )
+        )
+        assert (case.num_classes, case.output_stride, drop_rate) == (100, 32, 0.2)
+        return made[-1]
+
+    monkeypatch.setitem(throughput.PEERS, "timm", stand_in)
+    rows = compared(tmp_path / "out.json", "--only", "timm", "adamw", "--rounds", "1", "--seeds", "1")
+    assert rows["timm"]["failed"] == ""
+    assert len(made) == 2  # timed, then trained
+    assert 0 < rows["timm"]["relative time"] < rows["adamw"]["relative time"] == 1
+    assert rows["timm"]["epochs"] == round(1 / rows["timm"]["relative time"])
+    assert made[1][0].weight.grad is not None
+
+
+def test_all_candidates_get_the_same_time(monkeypatch):
+    """Sizes weigh by their share of the steps; the nearest number of whole epochs is taken."""
+    first, resized = (
+        choose_recipe.Steps(calls, shares)
+        for calls, shares in (({32: 0}, {32: 1.0}), ({20: 0, 32: 0}, {20: 0.5, 32: 0.5}))
+    )
+    monkeypatch.setattr(choose_recipe, "steps_of", lambda entry: contextlib.nullcontext(entry))
+    samples = {(0, 32): [9.0, 10.0, 99.0], (1, 20): [3.0, 2.0, 2.0], (1, 32): [10.0, 10.0, 10.0]}
+    monkeypatch.setattr(harness, "alternating", lambda calls, rounds, warm_up: {key: samples[key] for key in calls})
+    assert choose_recipe.relative_time(first, resized, 3) == pytest.approx(0.6)
+
+
+def test_a_gain_that_does_not_separate_is_not_adopted():
+    scores = {
+        "base": [50.0, 51.0, 52.0],
+        "better": [53.1, 54.0, 55.0],
+        "noisy": [55.0, 50.0, 53.0],
+        "worse": [47.0, 47.9, 49],
+    }
+    rows = [
+        choose_recipe.new_row(name, candidates.Candidate("", None if name == "base" else "base")) for name in scores
+    ]
+    for row in rows:
+        row["scores"] = scores[row["candidate"]]
+    rows.append(choose_recipe.new_row("early", candidates.Candidate("", "base")) | {"scores": [99.0, 99.5]})
+    choose_recipe.judge(rows)
+    by_name = {row["candidate"]: row for row in rows}
+    raw = {name: ttest_rel(scores[name], scores["base"]).pvalue for name in ("better", "noisy", "worse")}
+    smallest = min(raw.values())
+    assert {name: row["adopt"] for name, row in by_name.items()} == {
+        "base": "", "better": "yes", "noisy": "no", "worse": "no", "early": "",
+    }  # fmt: skip
+    assert by_name["noisy"]["p"] == pytest.approx(raw["noisy"])
+    assert min(by_name["better"]["p"], by_name["worse"]["p"]) == pytest.approx(3 * smallest)
+    assert "| better | 54.03 | 0.95 | 3 |  |  | base | +3.03 |" in choose_recipe.table(rows)
+
+
+def test_candidates_are_valid_recipes():
+    for name, candidate in candidates.CANDIDATES.items():
+        assert time_to_accuracy.recipe("cifar100-cpu", candidate.changes.split()).dataset == "cifar100"
+        assert candidate.against in {None, *candidates.CANDIDATES} - {name}
 
 
 def test_commit_outside_git(monkeypatch):

@@ -95,6 +95,7 @@ TINY = (
 
 def mistake(capsys, line):
     """Run a command in this process; returns the one line that it prints."""
+    capsys.readouterr()  # of earlier commands, such as a warning about versions
     with pytest.raises(SystemExit) as done:
         cli.main(line.split())
     printed = capsys.readouterr().err

@@ -103,6 +103,12 @@ def test_triton_that_torch_does_not_fit(monkeypatch):
     assert "pip install triton==3.7.1" in detail
 
 
+def test_two_builds_of_dali_are_broken(monkeypatch):
+    monkeypatch.setattr(self_check.provenance, "version", lambda name: "2.4.0" if "dali" in name else None)
+    status, text = self_check.check_dali(CPU)
+    assert (status, "pip uninstall nvidia-dali-cuda120 nvidia-dali-cuda130" in text) == ("broken", True)
+
+
 def test_small_shared_memory(monkeypatch):
     monkeypatch.setattr(self_check.shutil, "disk_usage", lambda path: Usage(0, 0, 64 * 2**20))
     status, detail = self_check.check_shared_memory(CPU)

@@ -33,6 +33,9 @@ from effnet_fast.train.step import Step, StepOptions
 Status = Literal["ok", "absent", "broken"]
 Answer = tuple[Status, str]
 
+# Builds of DALI; each needs the driver of its CUDA version.
+DALI_BUILDS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+
 # Oldest NVIDIA driver for each major version of CUDA (NVIDIA, CUDA compatibility, minor version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
@@ -114,9 +117,15 @@ def check_triton(device: torch.device) -> Answer:
 
 def check_dali(device: torch.device) -> Answer:
     """Compare a cropped, flipped and colour-jittered batch of DALI with the resident loader's, in levels 0 to 255."""
-    version = provenance.version("nvidia-dali-cuda120") or provenance.version("nvidia-dali-cuda130")
-    if version is None:
+    builds = {name: version for name in DALI_BUILDS if (version := provenance.version(name))}
+    if not builds:
         return "absent", "DALI is not installed: pip install nvidia-dali-cuda120"
+    if len(builds) > 1:
+        return "broken", (
+            f"{' and '.join(builds)} share a folder, so one overwrites the other: pip uninstall {' '.join(builds)}, "
+            "then install one of them"
+        )
+    (version,) = builds.values()
     images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
     split = ArraySplit(images, np.arange(16, dtype=np.int64))
     spec = LoaderSpec(

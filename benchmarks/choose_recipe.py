@@ -3,7 +3,7 @@
 Each candidate is a recipe with changes. It is trained with each seed on a part of the training images and scored on the
 rest; the test images are not read. Every candidate gets the time of `--epochs` epochs of the first one: its steps and
 the first one's, loading included, are timed in turns, so that other load on the machine affects both alike, and it
-trains for the nearest number of whole epochs.
+trains for the nearest number of whole epochs: the more `--epochs`, the more equal the time; column s holds the seconds.
 
 Each candidate is compared with the one it builds on (`against`) by the paired t-test over the seeds, with Holm's
 correction for all comparisons. It is to be adopted only if it scores higher with p below 0.05 on at least 3 seeds.

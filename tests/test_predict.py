@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -64,7 +65,7 @@ def test_predict_from_python_equals_evaluation(trained: Path, pictures: Path) ->
 
 def test_flipping_averages_the_predictions_of_both_views(trained: Path, pictures: Path, capsys) -> None:
     path = next(pictures.rglob("*.png"))
-    model = effnet_fast.load(trained, device="cpu")
+    model = dataclasses.replace(effnet_fast.load(trained, device="cpu"), temperature=2.0)
     views = Image.open(path), ImageOps.mirror(Image.open(path))
     plain, mirrored = (dict(best) for best in model.predict(views, top=100))
     (averaged,) = model.predict(path, top=100, tta="flip")
@@ -72,6 +73,7 @@ def test_flipping_averages_the_predictions_of_both_views(trained: Path, pictures
     expected = {label: (p + mirrored[label]) / 2 for label, p in plain.items()}
     assert dict(averaged) == pytest.approx(expected, rel=1e-4, abs=1e-7)
     run(f"predict --checkpoint {trained} {path} --tta flip --top 1 --device cpu")
+    (averaged,) = effnet_fast.load(trained, device="cpu").predict(path, top=1, tta="flip")
     assert f"{averaged[0].label} {100 * averaged[0].probability:.1f} %" in capsys.readouterr().out
     with pytest.raises(ValueError, match="tta 'crop': choose none or flip"):
         model.predict(path, tta="crop")

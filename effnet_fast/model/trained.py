@@ -17,7 +17,7 @@ from effnet_fast.data.image import preprocess
 from effnet_fast.model.blocks import Kernels
 from effnet_fast.model.network import Network
 from effnet_fast.model.serialize import fold_batch_norms
-from effnet_fast.model.tta import with_tta
+from effnet_fast.model.tta import Tempered, with_tta
 from effnet_fast.model.weights import read_safetensors
 from effnet_fast.model.zoo import from_description
 
@@ -112,8 +112,8 @@ class TrainedModel:
     def probabilities(self, batch: Tensor, tta: str = "none") -> Tensor:
         """Probabilities of the classes at the model's temperature: float32 [N, K] for a batch from `prepare`."""
         with torch.cuda.device_of(batch):  # Triton launches on the current device
-            logits = with_tta(self.model, tta)(batch).float()
-        return (logits / self.temperature).softmax(1)
+            # The temperature comes first: flipping averages probabilities, which it fits.
+            return with_tta(Tempered(self.model, self.temperature), tta)(batch).softmax(1)
 
 
 def load(

@@ -8,6 +8,18 @@ import torch
 from torch import Tensor, nn
 
 
+class Tempered(nn.Module):
+    """[N, 3, H, W] -> the model's logits divided by a temperature (Guo et al. 2017), float32 [N, K]."""
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).float() / self.temperature
+
+
 class FlipAverage(nn.Module):
     """[N, 3, H, W] -> logarithm of the mean of each image's and its mirror image's probabilities, float32 [N, K].
 

@@ -20,6 +20,7 @@ import effnet_fast
 from command_line import run
 from effnet_fast import checkpoint
 from effnet_fast.report.confusion import plot_confusion, write_per_class
+from effnet_fast.run import folder as run_folder
 
 QUICK = "--loader torch --num_workers 0 --device cpu"
 
@@ -158,6 +159,16 @@ def test_calibrate(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> Non
     run(f"export --checkpoint {path} --format hub --output {tmp_path}/hub")
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["temperature"] == report["temperature"]
     assert effnet_fast.load(tmp_path / "hub" / "model.safetensors", device="cpu").temperature == report["temperature"]
+
+
+def test_a_run_that_trains_is_not_calibrated(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    shutil.copy(trained, tmp_path)
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
+    with run_folder.locked(tmp_path):
+        run(f"eval --checkpoint {tmp_path}/last.pt --calibrate {QUICK}", expected=2)
+    message = capsys.readouterr().err
+    assert message == f"error: another run is at work in {tmp_path}: wait for its end, or leave --calibrate out\n"
+    assert checkpoint.load(tmp_path / "last.pt")["temperatures"] == {}
 
 
 def test_calibrate_needs_other_images(trained: Path, tmp_path: Path, capsys) -> None:

@@ -28,13 +28,14 @@ SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose moving average differs from the raw weights."""
+    """A checkpoint whose moving average differs from the raw weights, and alone is calibrated."""
     folder = tmp_path_factory.mktemp("results")
     run(
         "train --dataset synthetic --width 0.25 --depth 0.3 --limit_train 48 --limit_eval 16 --batch_size 8 "
         "--num_epochs 1 --loader resident --num_workers 1 --ema_decay 0.9 --device cpu "
         f"--save_dir {folder} --run_name tiny"
     )
+    checkpoint.store_temperature(folder / "tiny" / "last.pt", "ema", 1.5)
     return folder / "tiny" / "last.pt"
 
 
@@ -51,7 +52,7 @@ def run_onnx(path: Path, images: np.ndarray) -> tuple[np.ndarray, dict[str, str]
 
 
 def reload_torch_export(path: Path, images: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
-    metadata = dict.fromkeys(("architecture", "classes", "image_size", "mean", "std", "folded"), "")
+    metadata = dict.fromkeys(("architecture", "classes", "image_size", "mean", "std", "folded", "temperature"), "")
     program = torch.export.load(path, extra_files=metadata)
     with torch.no_grad():
         return program.module()(torch.from_numpy(images)).numpy(), metadata
@@ -76,7 +77,7 @@ def test_same_logits_for_any_batch(trained: Path, tmp_path: Path, kind: str, fol
     assert {name: stored[name] for name in ("classes", "mean", "std", "architecture")} == {
         name: saved[name] for name in ("classes", "mean", "std", "architecture")
     }
-    assert (stored["image_size"], stored["folded"]) == (32, folded)
+    assert (stored["image_size"], stored["folded"], stored["temperature"]) == (32, folded, 1.5)
 
 
 def test_weights_flag(trained: Path, tmp_path: Path) -> None:
@@ -86,6 +87,7 @@ def test_weights_flag(trained: Path, tmp_path: Path) -> None:
         run(f"export --checkpoint {trained} --weights {weights} --output {path}")
         with safe_open(path, framework="pt") as file:
             assert torch.equal(file.get_tensor("stem.conv.weight"), saved[group]["stem.conv.weight"])
+            assert json.loads(file.metadata()["temperature"]) == (1.5 if group == "ema" else 1)
     assert not torch.equal(saved["ema"]["stem.conv.weight"], saved["model"]["stem.conv.weight"])
 
 

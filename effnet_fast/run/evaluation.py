@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,15 +61,25 @@ def evaluate(config: EvalConfig) -> EvalResult:
     >>> result.images, result.confusion.shape, result.top1 <= result.top5
     (32, torch.Size([100, 100]), True)
     """
-    world, path = distributed.init(config.device), Path(config.checkpoint)
+    world = distributed.init(config.device)
     try:
-        if not config.calibrate or not path.is_file():
-            return _evaluate(config, world)
-        # A run that is still training would replace the checkpoint.
-        with locked(path.parent, "leave --calibrate out"):
+        with _held(Path(config.checkpoint)) if config.calibrate else nullcontext():
             return _evaluate(config, world)
     finally:
         distributed.shutdown()
+
+
+def _held(path: Path) -> AbstractContextManager[None]:
+    """Hold the checkpoint's folder: a run that is still training would replace the checkpoint.
+
+    Raises:
+        OSError: a run holds the folder, or it is not writable.
+    """
+    if not path.is_file():  # to read it fails with a better message
+        return nullcontext()
+    flag = "--checkpoint: --calibrate stores the temperature in it"
+    distributed.on_main(lambda: check_writable(path.parent, flag))
+    return locked(path.parent, "leave --calibrate out")
 
 
 def _evaluate(config: EvalConfig, world: World) -> EvalResult:

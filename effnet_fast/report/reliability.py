@@ -59,7 +59,7 @@ def _draw_accuracy(axes: Axes, title: str, rows: Sequence[Row]) -> None:
         linestyle="none",
         label="mean confidence of the bin",
     )
-    axes.set(title=title, xlim=(0, 100), ylim=(0, 100), aspect="equal")
+    axes.set(title=title, xlim=(0, 100), ylim=(0, 100))
     axes.legend(loc="upper left", fontsize="small")
 
 

@@ -29,15 +29,14 @@ from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
 from effnet_fast.model import default_output_stride, variant
 from effnet_fast.precision import autocast
+from effnet_fast.run import gpu_clock
 from effnet_fast.run.resolve import compile_model, loader_dtype, resolve_step, set_backends, worker_count
 from effnet_fast.train import optim
 from effnet_fast.train.step import Step, StepOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REPEATS = 20
 INNER = 10 if DEVICE == "cuda" else 1  # steps timed together, so that the host runs ahead of the GPU as in training
 MODES = ("eager", "compile", "graph")
-CACHE_BYTES = 256 << 20  # several times the L2 cache of an A100 or H100
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 RATE, MOMENTUM, DECAY, SMOOTHING, CLIP = 0.01, 0.9, 5e-4, 0.1, 5.0
 
@@ -287,28 +286,12 @@ def replayed(functions: list[Call], cpu_rounds: int = 1) -> Quantiles:
     """
     if DEVICE == "cpu":
         return quantiles([wall_ms(function) for _ in range(cpu_rounds) for function in functions])
-    for function in functions:
-        function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        # Keep all outputs: a freed one's memory would serve the next call, whose writes would then stay in the cache.
-        outputs = [function() for function in functions]
-    samples = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) / len(functions))
-    del outputs
-    return quantiles(samples)
+    return quantiles(gpu_clock.replayed_ms(functions))
 
 
 def rotations(bytes_each: int) -> int:
     """How many copies of buffers of this size together exceed the cache."""
-    return 2 if DEVICE == "cpu" else max(2, min(16, CACHE_BYTES // bytes_each + 1))
+    return 2 if DEVICE == "cpu" else gpu_clock.rotations(bytes_each)
 
 
 def copy_bandwidth() -> float:

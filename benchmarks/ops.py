@@ -35,8 +35,7 @@ from effnet_kernels.mbconv import mbconv
 from effnet_kernels.se_gate import se_gate
 from effnet_kernels.silu import silu
 from effnet_kernels.statistics import BatchNorm
-
-TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-5}
+from effnet_kernels.tuning import TOLERANCE
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,25 @@ parts=()
 
 # part NAME SECONDS ARGUMENTS...: run NAME.py within its time; its result is kept even if it is killed.
 part() {
+    timed "$1" "$2" "$here/$1.py" --out RESULT "${@:3}"
+}
+
+# verb NAME SECONDS ARGUMENTS...: the same for effnet-fast NAME.
+verb() {
+    timed "$1" "$2" -m effnet_fast "$1" --output RESULT "${@:3}"
+}
+
+# timed NAME SECONDS ARGUMENTS...: run Python with these arguments, RESULT replaced by the file of the result.
+timed() {
     local name=$1 seconds=$2 start=$SECONDS
     local result=$work/$((${#parts[@]} + 1))-$name.json
     shift 2
     echo "== $name $*"
     parts+=("$result")
-    if timeout -k 5 "$seconds" "$python" "$here/$name.py" --out "$result" "$@"; then
+    if timeout -k 5 "$seconds" "$python" "${@/#RESULT/$result}"; then
         echo "== $name took $((SECONDS - start)) s"
     else
-        echo "FAILED: $name.py after $((SECONDS - start)) s" >&2
+        echo "FAILED: $name after $((SECONDS - start)) s" >&2
         failed=1
     fi
 }

@@ -68,6 +68,7 @@ VERBS = {
     "study": Verb(config.StudyConfig, "study", "study"),
     "cam": Verb(config.CamConfig, "cam", "explain_images"),
     "doctor": Verb(config.DoctorConfig, "doctor", "doctor"),
+    "tune": Verb(config.TuneConfig, "tune", "tune"),
 }
 
 

@@ -779,6 +779,36 @@ class DoctorConfig(_Config):
     """Print JSON to stdout and the progress to stderr."""
 
 
+@dataclass(frozen=True)
+class TuneConfig(_Config):
+    """Time the launches of the Triton kernels on this GPU; train then uses the fastest. A second call goes on."""
+
+    model: str = "efficientnet-b0"
+    """Architecture whose layers are timed: efficientnet-b0 to efficientnet-b7, resnet50, resnet152 or densenet201."""
+    image_size: Literal["auto"] | int = "auto"
+    """Input size in pixels; auto scales 32 as the variant scales 224."""
+    output_stride: Literal[4, 8, 16, 32] | None = None
+    """Downsampling factor of the final feature map, as in train."""
+    batch_size: int = 256
+    """Images per forward pass on one GPU: train's --batch_size over ranks and accumulation steps."""
+    mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
+    """Autocast dtype, as in train; auto is bf16."""
+    seconds: float = 240
+    """Seconds after which the search stops; what is left is timed by the next call."""
+    workers: int = 12
+    """Processes that compile ahead, at most one a core."""
+    output: str | None = None
+    """JSON file to write: every time, with its provenance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
+        for name in ("batch_size", "workers"):
+            _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
+        _require(self.seconds > 0, f"--seconds must be above 0, not {self.seconds}")
+        _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
+
+
 def _precision(value: str | bool) -> str:
     name = _YAML_BOOLEANS.get(value, value)
     return "bf16" if name == "yes" else str(name)

@@ -21,8 +21,11 @@ from effnet_kernels import batch_norm as bn_ops
 from effnet_kernels import bn_silu_squeeze as squeeze_ops
 from effnet_kernels import mbconv as mbconv_ops
 from effnet_kernels import se_gate as gate_ops
+from effnet_kernels import tuning as tuning
 from effnet_kernels.cpu import block as cpu_ops
 from effnet_kernels.launch import Kernels, use_kernels
+from effnet_kernels.launch import launches_used as launches_used
+from effnet_kernels.launch import use_launches as use_launches
 
 Padding = Literal["symmetric", "same"]
 

@@ -15,6 +15,7 @@ from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.model import ModelOptions, Network, batch_norms, from_description, model_from_options, recompute_blocks
+from effnet_fast.model.blocks import use_launches
 from effnet_fast.run.plan import Plan
 from effnet_fast.run.rank_check import about_model, compare_ranks
 from effnet_fast.run.resolve import compile_model, loader_dtype, set_backends, worker_count
@@ -55,6 +56,7 @@ def build(plan: Plan) -> Parts:
     """
     dataset = plan.dataset
     set_backends(plan.config.deterministic)
+    use_launches(plan.launches)
     if plan.compile:
         torch.compiler.reset()  # models of earlier runs in this process count against the limit of recompilations
     model = build_model(plan, plan.world.device)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from effnet_fast.model.launch_layers import launch_keys
 from effnet_fast.precision import activation_bytes
 from effnet_fast.run.build import Parts, build_model
 from effnet_fast.run.plan import Plan
@@ -53,6 +54,17 @@ def resizing(plan: Plan) -> str:
     return f"training images of {steps}; evaluation at {plan.image_size} px"
 
 
+def tuned(plan: Plan, parts: Parts) -> str:
+    """How many of the run's launches `effnet-fast tune` chose."""
+    keys = launch_keys(parts.model, plan.images_per_pass, plan.image_size)
+    if used := len(keys & plan.launches.keys()):
+        return f"{used} of {len(keys)} kernel launches as effnet-fast tune timed them on this GPU"
+    return (
+        f"no tuned launch fits: effnet-fast tune --model {plan.config.model} --image_size {plan.image_size} "
+        f"--batch_size {plan.images_per_pass} times this run's"
+    )
+
+
 def opening_lines(plan: Plan, parts: Parts) -> list[str]:
     """What a run prints before its first step."""
     config, world, progress = plan.config, plan.world, plan.progress
@@ -65,6 +77,8 @@ def opening_lines(plan: Plan, parts: Parts) -> list[str]:
         f"{plan.dataset.name}: {len(plan.dataset.train)} training images, {config.num_epochs} epochs of "
         f"{plan.steps_per_epoch} steps{dropped_note}",
     ]
+    if plan.launches:
+        lines.append(tuned(plan, parts))
     if config.resize_schedule:
         lines.append(resizing(plan))
     if batches := plan.precise_bn_batches(architecture.bn_momentum, last=True):

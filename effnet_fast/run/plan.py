@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from effnet_fast.config import LoaderKind, TrainConfig, resize_stages
 from effnet_fast.data import Dataset
@@ -25,6 +26,7 @@ from effnet_fast.run.resolve import (
 )
 from effnet_fast.run.restore import config_of
 from effnet_fast.run.resume import Resumed, explain_checkpoint_errors
+from effnet_fast.run.tuned import Key, tuned_launches
 from effnet_fast.train import optim, trackers
 from effnet_fast.train.loop import Progress
 from effnet_fast.train.resizing import ImageSizes, image_sizes
@@ -58,6 +60,7 @@ class Plan:
         class_weights: weight of each class in the training loss, or None.
         augment: augmentation of the training images.
         kernels: auto, triton, cpp or torch; torch where the Triton kernels fail their self-check.
+        launches: launches that replace the Triton kernels' own choices, chosen by `effnet-fast tune` on this GPU.
         loader, loader_reason: kind of the loader, and why in one line.
     """
 
@@ -79,6 +82,7 @@ class Plan:
     class_weights: tuple[float, ...] | None
     augment: Augment
     kernels: Kernels
+    launches: dict[Key, Any]
     loader: LoaderKind
     loader_reason: str
 
@@ -184,6 +188,8 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
     progress, schedule_start = _start(config, resumed)
     augment = augmentation(config)
     loader, reason = resolve_loader(config.loader, dataset.train, world.device)
+    precision = resolve_precision(str(config.mixed_precision), world.device)
+    kernels = resolve_kernels(config.kernels, world.device)
     return Plan(
         config=config,
         world=world,
@@ -194,7 +200,7 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
         dataset=_normalised(dataset, resumed, weights),
         weights=weights,
         image_size=image_size,
-        precision=resolve_precision(str(config.mixed_precision), world.device),
+        precision=precision,
         compile=compiled,
         graph=graph,
         steps_per_epoch=steps_per_epoch,
@@ -202,7 +208,8 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
         max_images_per_pass=max_images or config.batch_size // (world.size * accumulation),
         class_weights=class_weights(config, dataset),
         augment=augment,
-        kernels=resolve_kernels(config.kernels, world.device),
+        kernels=kernels,
+        launches=tuned_launches(world.device, precision, kernels, config.deterministic),
         loader=loader,
         loader_reason=reason,
     )

@@ -41,7 +41,7 @@ def verdict(name: str, device: torch.device) -> Check:
 
 @cache
 def _local_verdict(name: str, device: torch.device) -> Check:
-    path = cache_folder() / f"check-{_key(device)}-{name}.json"
+    path = cache_folder() / f"check-{device_key(device)}-{name}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # missing, incomplete, or written by another program
         return Check(**json.loads(path.read_text()))
     check = run_check(name, device)
@@ -54,11 +54,11 @@ def _local_verdict(name: str, device: torch.device) -> Check:
 def clear_cache(device: torch.device) -> None:
     """Remove the cached results of this device, so that the checks run again."""
     _local_verdict.cache_clear()
-    for path in cache_folder().glob(f"check-{_key(device)}-*.json"):
+    for path in cache_folder().glob(f"check-{device_key(device)}-*.json"):
         path.unlink(missing_ok=True)
 
 
-def _key(device: torch.device) -> str:
+def device_key(device: torch.device) -> str:
     """A digest of everything that a result depends on, 16 hexadecimal digits."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
     parts = (gpu, provenance.driver(), *provenance.versions().items(), provenance.source_digest())

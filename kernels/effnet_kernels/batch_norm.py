@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effnet_kernels.launch import Kernels, channels_last, cpp_ops, kernel, launch, row_launch, tl, triton, use_kernels
+from effnet_kernels.launch import Kernels, channels_last, cpp_ops, kernel, launch, row_choice, tl, triton, use_kernels
 from effnet_kernels.silu import sigmoid, silu_slope
 from effnet_kernels.statistics import (
     Affine,
@@ -197,12 +197,17 @@ def _grad_apply_kernel(
         base += BLOCK_M * C
 
 
+normalize_choice = row_choice("normalize", resident=14, num_warps=2)
+grad_sums_choice = row_choice("grad sums", values=8)
+grad_apply_choice = row_choice("grad apply", resident=14, num_warps=2)
+
+
 def normalize(x: Tensor, stats: Tensor, bn: Affine, residual: Tensor | None, scale: Tensor | None, activation: bool):
     """y from x and its statistics, in one pass."""
     if ops := cpp_ops(x):
         return ops.normalize(x, stats, *bn, residual, scale, activation)
     m, c = rows_of(x)
-    config = row_launch(m, c, resident=14, num_warps=2)
+    config = normalize_choice(m, c)
     y = torch.empty_like(x)
     launch(
         "batch_norm",
@@ -231,7 +236,7 @@ def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, bn: Affine, scale: Tensor | 
     if ops := cpp_ops(x):
         return ops.grad_sums(dy, x, stats, *bn, scale, activation)
     m, c = rows_of(x)
-    config = row_launch(m, c, values=8)
+    config = grad_sums_choice(m, c)
     grid = config.grid(m, c)
     sums = torch.empty(grid[1], 2, c, device=x.device, dtype=torch.float32)
     launch(
@@ -262,7 +267,7 @@ def grad_apply(
     if ops := cpp_ops(x):
         return ops.grad_apply(dy, x, stats, *bn, scale, sums, activation)
     m, c = rows_of(x)
-    config = row_launch(m, c, resident=14, num_warps=2)
+    config = grad_apply_choice(m, c)
     dx = torch.empty_like(x)
     launch(
         "batch_norm",

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from effnet_kernels.launch import (
     Kernels,
+    LaunchChoice,
     cdiv,
     channel_block,
     channels_last,
@@ -182,6 +183,15 @@ def backward_space(n: int, c: int, h: int, w: int, k: int, stride: int) -> list[
     """Launches an autotuner may try in place of `backward_launch`'s choice."""
     choices = itertools.product((1, 2), (4, 8), (2, 4, 8))
     return list(dict.fromkeys(backward_launch(n, c, h, w, k, stride, *choice) for choice in choices))
+
+
+# By (n, c, ho, wo, k, stride) and (n, c, h, w, k, stride).
+forward_choice = LaunchChoice(
+    "depthwise forward",
+    lambda n, c, ho, wo, k, stride: forward_launch(n, c, ho, wo, k),
+    lambda n, c, ho, wo, k, stride: forward_space(n, c, ho, wo, k),
+)
+backward_choice = LaunchChoice("depthwise backward", backward_launch, backward_space)
 
 
 @triton.jit
@@ -586,7 +596,7 @@ def forward(
     k = math.isqrt(taps.shape[0])
     ho, wo = output_size(h, k, stride, top, bottom), output_size(w, k, stride, left, right)
     y = empty_channels_last(x, n, c, ho, wo)
-    config = forward_launch(n, c, ho, wo, k)
+    config = forward_choice(n, c, ho, wo, k, stride)
     bands = cdiv(ho, config.band)
     programs = cdiv(n * cdiv(wo, config.strip), config.block_p) * bands
     out = torch.empty(programs, 3, c, device=x.device, dtype=torch.float32) if moments else None
@@ -635,7 +645,7 @@ def backward(
     n, c, h, w = x.shape
     ho, wo = g.shape[2:]
     k = math.isqrt(taps.shape[0])
-    config = backward_launch(n, c, h, w, k, stride)
+    config = backward_choice(n, c, h, w, k, stride)
     bands = cdiv(h, config.band)
     programs = cdiv(cdiv(n * cdiv(w, config.strip), config.block_p) * bands, config.tasks)
     dx = torch.empty_like(x)

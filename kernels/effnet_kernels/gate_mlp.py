@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effnet_kernels.launch import cdiv, cpp_ops, kernel, launch, power_of_2, slots, tl, triton, vector
+from effnet_kernels.launch import LaunchChoice, cdiv, cpp_ops, kernel, launch, power_of_2, slots, tl, triton, vector
 from effnet_kernels.silu import sigmoid, silu_slope
 from effnet_kernels.statistics import load
 
@@ -90,6 +90,15 @@ def gate_launch_space(r: int) -> list[GateLaunch]:
     block_r = max(power_of_2(r), 16)
     blocks = [(n, c, w) for n in (16, 32) for c in (32, 64) for w in (4, 8) if c * block_r <= 8192]
     return [GateLaunch(n, c, block_r, w, turns) for n, c, w in blocks for turns in (1, 2, 4, 8)]
+
+
+def gate_choice(kernel: str) -> LaunchChoice:
+    """The choice for a gate's two products, by (images, channels, hidden values)."""
+    return LaunchChoice(kernel, lambda n, c, r: gate_launch(r), lambda n, c, r: gate_launch_space(r))
+
+
+forward_choice = gate_choice("gate")
+backward_choice = gate_choice("gate backward")
 
 
 @triton.jit
@@ -316,7 +325,7 @@ def _span_sums(x: Tensor, gate: Tensor | None, w: Tensor, r: int) -> Tensor:
     """Sums [spans, N, R] over spans of the channels of x [N, C] times `w`; with `gate`, of the backward pass."""
     n, c = x.shape[-2:]
     assert 5 * n * c < 2**31, "offsets in [5, N, C] are 32-bit"
-    config = gate_launch(r)
+    config = (forward_choice if gate is None else backward_choice)(n, c, r)
     span = config.span(c)
     sums = x.new_empty(cdiv(c, span), n, r)
     launch(
@@ -345,7 +354,7 @@ def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
     r = se.reduce_weight.shape[0]
     sums = _span_sums(pool, None, se.reduce_weight, r)
     hidden, gate = pool.new_empty(n, r), torch.empty_like(pool)
-    config = gate_launch(r)
+    config = forward_choice(n, c, r)
     launch(
         "se_gate",
         _gate_kernel,
@@ -386,7 +395,7 @@ def _dpool(sums: Tensor, gate: Tensor, hidden: Tensor, se: SqueezeExcite) -> tup
     r = hidden.shape[1]
     spans = _span_sums(sums, gate, se.expand_weight, r)
     dhidden, dpool = torch.empty_like(hidden), torch.empty_like(gate)
-    config = gate_launch(r)
+    config = backward_choice(n, c, r)
     launch(
         "se_gate",
         _dpool_kernel,

@@ -6,9 +6,10 @@ import inspect
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -130,6 +131,49 @@ def channel_block(channels: int, widest: int = 128, slack: float = 1.0) -> int:
     return min(best, max(power_of_2(channels), 8))
 
 
+Sizes = tuple[int, ...]
+_in_use: dict[tuple[str, Sizes], Any] = {}
+
+
+def use_launches(launches: Mapping[tuple[str, Sizes], Any]) -> None:
+    """Set the launches that replace the heuristics' choices, by (kernel, sizes); earlier ones no longer apply."""
+    _in_use.clear()
+    _in_use.update(launches)
+
+
+@contextmanager
+def launches_used(launches: Mapping[tuple[str, Sizes], Any]) -> Iterator[None]:
+    """Inside the block, these launches too replace the heuristics' choices."""
+    earlier = dict(_in_use)
+    use_launches(earlier | dict(launches))
+    try:
+        yield
+    finally:
+        use_launches(earlier)
+
+
+@dataclass(frozen=True)
+class LaunchChoice:
+    """Chooses a kernel's launch by the sizes of its input: the one set by `use_launches`, else the heuristic's.
+
+    Attributes:
+        kernel: its name in `use_launches`.
+        heuristic: sizes -> the launch, a frozen dataclass.
+        space: sizes -> launches that an autotuner may try.
+    """
+
+    kernel: str
+    heuristic: Callable[..., Any]
+    space: Callable[..., list[Any]]
+
+    def __call__(self, *sizes: int) -> Any:
+        return _in_use.get((self.kernel, sizes)) or self.heuristic(*sizes)
+
+    def candidates(self, *sizes: int) -> list[Any]:
+        """The heuristic's launch, then the others of the space."""
+        return list(dict.fromkeys([self.heuristic(*sizes), *self.space(*sizes)]))
+
+
 @dataclass(frozen=True)
 class RowLaunch:
     """Launch of a pass over [rows, channels]: each program walks over `rows` rows of one channel block."""
@@ -164,6 +208,11 @@ def row_launch_space(m: int, c: int) -> list[RowLaunch]:
     """Launches an autotuner may try in place of `row_launch`'s choice."""
     choices = itertools.product((5, 7, 8, 14), (8, 16), (2, 4, 8))
     return list(dict.fromkeys(row_launch(m, c, *choice) for choice in choices))
+
+
+def row_choice(kernel: str, **options: int) -> LaunchChoice:
+    """The choice for a pass over [rows, channels], by (rows, channels); `options` are those of `row_launch`."""
+    return LaunchChoice(kernel, partial(row_launch, **options), row_launch_space)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from effnet_kernels.batch_norm import batch_norm_reference
 from effnet_kernels.gate_mlp import SqueezeExcite, gate_backward, gate_forward
 from effnet_kernels.launch import (
     Kernels,
+    LaunchChoice,
     cdiv,
     channel_block,
     channels_last,
@@ -247,12 +248,25 @@ def _apply_sums_kernel(
         base += BLOCK_M * C
 
 
+def image_choice(kernel: str, **options: int) -> LaunchChoice:
+    """The choice for a pass over images, by (images, channels, pixels); `options` are those of `image_launch`."""
+    return LaunchChoice(
+        kernel, lambda n, c, hw: image_launch(hw, c, **options), lambda n, c, hw: image_launch_space(hw, c)
+    )
+
+
+squeeze_choice = image_choice("squeeze", values=8, most_warps=8)
+excite_choice = image_choice("excite")
+five_sums_choice = image_choice("five sums", values=8)  # five sums of 16 values each would leave room for 12 warps
+apply_sums_choice = image_choice("apply sums")
+
+
 def squeeze(x: Tensor, stats: Tensor, bn: Affine) -> Tensor:
     """pool [N, C] float32."""
     if ops := cpp_ops(x):
         return ops.squeeze(x, stats, *bn)
     n, c, h, w = x.shape
-    config = image_launch(h * w, c, values=8, most_warps=8)
+    config = squeeze_choice(n, c, h * w)
     pool = torch.empty(n, c, device=x.device, dtype=torch.float32)
     launch("se_gate", _squeeze_kernel, config.grid(n, c), x, stats, *bn, pool, h * w, c, **config.constants(c))
     return pool
@@ -263,7 +277,7 @@ def excite(x: Tensor, stats: Tensor, bn: Affine, gate: Tensor) -> Tensor:
     if ops := cpp_ops(x):
         return ops.excite(x, stats, *bn, gate)
     n, c, h, w = x.shape
-    config = image_launch(h * w, c)
+    config = excite_choice(n, c, h * w)
     y = torch.empty_like(x)
     launch("se_gate", _excite_kernel, config.grid(n, c), x, stats, *bn, gate, y, h * w, c, **config.constants(c))
     return y
@@ -274,7 +288,7 @@ def five_sums(dy: Tensor | None, x: Tensor, stats: Tensor, bn: Affine) -> Tensor
     if ops := cpp_ops(x):
         return ops.five_sums(dy, x, stats, *bn)
     n, c, h, w = x.shape
-    config = image_launch(h * w, c, values=8)  # five sums of 16 values each would leave room for 12 warps
+    config = five_sums_choice(n, c, h * w)
     sums = torch.empty(2 if dy is None else 5, n, c, device=x.device, dtype=torch.float32)
     launch(
         "se_gate",
@@ -301,7 +315,7 @@ def apply_sums(
     if ops := cpp_ops(x):
         return ops.apply_sums(dy, x, stats, *bn, gate, dpool, sums)
     n, c, h, w = x.shape
-    config = image_launch(h * w, c)
+    config = apply_sums_choice(n, c, h * w)
     dx = torch.empty_like(x)
     launch(
         "se_gate",

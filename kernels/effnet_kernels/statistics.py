@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from effnet_kernels.launch import cdiv, cpp_ops, kernel, launch, row_launch, tl, triton, vector
+from effnet_kernels.launch import cdiv, cpp_ops, kernel, launch, row_choice, tl, triton, vector
 
 Affine = tuple[Tensor, Tensor]  # weight and bias of a BatchNorm, [C] each
 
@@ -211,12 +211,15 @@ def _merge(moments: Tensor, out: Tensor, eps: float, *, final: bool) -> Tensor:
     return out
 
 
+statistics_choice = row_choice("statistics")
+
+
 def batch_statistics(x: Tensor, eps: float, sync: bool) -> Tensor:
     """Statistics [4, C] of a channels-last tensor, in one pass over it."""
     if ops := cpp_ops(x):
         return merge_moments(ops.moments(x), eps, sync)
     m, c = rows_of(x)
-    config = row_launch(m, c)
+    config = statistics_choice(m, c)
     grid = config.grid(m, c)
     moments = torch.empty(grid[1], 3, c, device=x.device, dtype=torch.float32)
     launch("batch_norm", _moments_kernel, grid, x, moments, m, c, config.rows, **config.constants(c))

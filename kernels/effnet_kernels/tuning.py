@@ -1,0 +1,246 @@
+"""What an autotuner needs: the parts of the ops whose launch can be chosen, their inputs, and a check of their results.
+
+A part is one launcher with a `LaunchChoice`. An autotuner times the candidates of a part on a layer, each within
+`launches_used`, and keeps those whose result agrees with that of the heuristic's launch. It compiles them ahead, in
+other processes, by `compile_ahead`: the kernels then come from Triton's disk cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effnet_kernels import batch_norm, depthwise_conv, gate_mlp, se_gate, statistics
+from effnet_kernels.gate_mlp import SqueezeExcite
+from effnet_kernels.launch import LaunchChoice, Sizes, cdiv, launches_go_to, launches_used
+
+Call = Callable[[], object]
+
+# Relative RMS that storage types allow between two launches' results.
+TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-5}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A map [n, c, size, size] and the layer that reads it.
+
+    Attributes:
+        kernel, stride: of the depthwise convolution; 0 and 1 where the layer is only a BatchNorm.
+        hidden: hidden values of the gate after it.
+        prologue: whether a BatchNorm and Swish precede the convolution.
+    """
+
+    n: int
+    c: int
+    size: int
+    kernel: int = 0
+    stride: int = 1
+    hidden: int = 1
+    prologue: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Pixels of all images."""
+        return self.n * self.size**2
+
+    @property
+    def out(self) -> int:
+        """Rows and columns of the convolution's output."""
+        return cdiv(self.size, self.stride)
+
+    def __str__(self) -> str:
+        conv = f" k{self.kernel} s{self.stride}" if self.kernel else ""
+        return f"{self.n}x{self.c}x{self.size}x{self.size}{conv}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Makes inputs for the parts of a layer's ops: maps before and after the depthwise convolution, and vectors."""
+
+    layer: Layer
+    dtype: torch.dtype
+    device: torch.device
+
+    def map(self, size: int) -> Tensor:
+        x = torch.randn(self.layer.n, self.layer.c, size, size, device=self.device, dtype=self.dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def x(self) -> Tensor:
+        return self.map(self.layer.size)
+
+    def d(self) -> Tensor:
+        return self.map(self.layer.out)
+
+    def vector(self, *sizes: int) -> Tensor:
+        return torch.rand(*sizes, device=self.device) + 0.5
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.vector(self.layer.c), self.vector(self.layer.c)
+
+    def stats(self) -> Tensor:
+        return self.vector(4, self.layer.c)
+
+    def norm(self) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+        return (self.stats(), self.affine()) if self.layer.prologue else None
+
+    def taps(self) -> Tensor:
+        return self.vector(self.layer.kernel**2, self.layer.c)
+
+    def padding(self) -> depthwise_conv.Padding:
+        side = self.layer.kernel // 2
+        return side, side, side, side
+
+    def per_image(self) -> Tensor:
+        return self.vector(self.layer.n, self.layer.c)
+
+    def gate(self) -> SqueezeExcite:
+        c, r = self.layer.c, self.layer.hidden
+        return SqueezeExcite(*(self.vector(*size) for size in ((r, c, 1, 1), (r,), (c, r, 1, 1), (c,))))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an op whose launch can be tuned.
+
+    Attributes:
+        choice: chooses the launch.
+        sizes: the sizes that `choice` receives for a layer.
+        make: allocates inputs and returns the call to time.
+        passes: reads and writes of the maps before and after the depthwise convolution.
+    """
+
+    choice: LaunchChoice
+    sizes: Callable[[Layer], Sizes]
+    make: Callable[[Inputs], Call]
+    passes: tuple[int, int]
+
+
+def _bind(function: Callable[..., object], *args: Any, **options: Any) -> Call:
+    return lambda: function(*args, **options)
+
+
+def _rows(choice: LaunchChoice, passes: int, make: Callable[[Inputs], Call]) -> Part:
+    return Part(choice, lambda s: (s.rows, s.c), make, (passes, 0))
+
+
+def _images(choice: LaunchChoice, passes: int, make: Callable[[Inputs], Call]) -> Part:
+    return Part(choice, lambda s: (s.n, s.c, s.out**2), make, (0, passes))
+
+
+def _gate(choice: LaunchChoice, make: Callable[[Inputs], Call]) -> Part:
+    return Part(choice, lambda s: (s.n, s.c, s.hidden), make, (0, 0))
+
+
+def _depthwise_forward(i: Inputs) -> Call:
+    return _bind(depthwise_conv.forward, i.x(), i.taps(), i.layer.stride, i.padding(), i.norm(), moments=True)
+
+
+def _depthwise_backward(i: Inputs) -> Call:
+    return _bind(depthwise_conv.backward, i.d(), i.x(), i.taps(), i.layer.stride, i.padding(), i.norm())
+
+
+def _grad_apply(i: Inputs) -> Call:
+    sums = i.vector(2, i.layer.c)
+    return _bind(batch_norm.grad_apply, i.x(), i.x(), i.stats(), i.affine(), None, sums, False)
+
+
+def _apply_sums(i: Inputs) -> Call:
+    vectors = i.per_image(), i.per_image(), i.vector(2, i.layer.c)
+    return _bind(se_gate.apply_sums, i.d(), i.d(), i.stats(), i.affine(), *vectors)
+
+
+def _gate_backward(i: Inputs) -> Call:
+    n, c, r = i.layer.n, i.layer.c, i.layer.hidden
+    vectors = i.vector(5, n, c), i.per_image() - 0.5, i.per_image(), i.vector(n, r)
+    return _bind(gate_mlp.gate_backward, *vectors, i.gate(), i.layer.out**2)
+
+
+_PARTS = (
+    Part(
+        depthwise_conv.forward_choice,
+        lambda s: (s.n, s.c, s.out, s.out, s.kernel, s.stride),
+        _depthwise_forward,
+        (1, 1),
+    ),
+    Part(
+        depthwise_conv.backward_choice,
+        lambda s: (s.n, s.c, s.size, s.size, s.kernel, s.stride),
+        _depthwise_backward,
+        (2, 1),
+    ),
+    _images(se_gate.squeeze_choice, 1, lambda i: _bind(se_gate.squeeze, i.d(), i.stats(), i.affine())),
+    _images(se_gate.excite_choice, 2, lambda i: _bind(se_gate.excite, i.d(), i.stats(), i.affine(), i.per_image())),
+    _images(se_gate.five_sums_choice, 2, lambda i: _bind(se_gate.five_sums, i.d(), i.d(), i.stats(), i.affine())),
+    _images(se_gate.apply_sums_choice, 3, _apply_sums),
+    _rows(statistics.statistics_choice, 1, lambda i: _bind(statistics.batch_statistics, i.x(), 1e-3, False)),
+    _rows(
+        batch_norm.normalize_choice,
+        2,
+        lambda i: _bind(batch_norm.normalize, i.x(), i.stats(), i.affine(), None, None, True),
+    ),
+    _rows(
+        batch_norm.grad_sums_choice,
+        2,
+        lambda i: _bind(batch_norm.grad_sums, i.x(), i.x(), i.stats(), i.affine(), None, True),
+    ),
+    _rows(batch_norm.grad_apply_choice, 3, _grad_apply),
+    _gate(gate_mlp.forward_choice, lambda i: _bind(gate_mlp.gate_forward, i.per_image(), i.gate())),
+    _gate(gate_mlp.backward_choice, _gate_backward),
+)
+PARTS: dict[str, Part] = {part.choice.kernel: part for part in _PARTS}
+_EXPANSION = ("statistics", "grad apply")  # the rest of an expansion's BatchNorm is in the depthwise kernels
+_NORM = ("statistics", "normalize", "grad sums", "grad apply")
+
+
+def parts_of(layer: Layer) -> list[str]:
+    """Names of the parts that a training step runs on a layer, those with most traffic first."""
+    if not layer.kernel:
+        return list(_NORM)
+    return [name for name in PARTS if name not in _NORM or (layer.prologue and name in _EXPANSION)]
+
+
+def launch_of(kernel: str, sizes: Sizes, fields: Mapping[str, Any]) -> Any | None:
+    """The candidate with these fields, or None: the kernel or the launch exists no longer, or the sizes are not its."""
+    try:
+        return _candidates(kernel, sizes).get(tuple(fields.items()))
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return None
+
+
+@functools.cache
+def _candidates(kernel: str, sizes: Sizes) -> dict[tuple[tuple[str, Any], ...], Any]:
+    """The candidates of a part by their fields."""
+    return {tuple(asdict(launch).items()): launch for launch in PARTS[kernel].choice.candidates(*sizes)}
+
+
+def compile_ahead(part: str, layer: Layer, launch: Any, dtype: torch.dtype) -> None:
+    """Compile a part's kernels into Triton's disk cache. Failures are ignored: the call that times it raises them."""
+
+    def warm(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        kernel.warmup(*(a.dtype if isinstance(a, Tensor) else a for a in args), grid=grid, **options)
+
+    used = {(part, PARTS[part].sizes(layer)): launch}
+    with contextlib.suppress(Exception), launches_used(used), launches_go_to(warm):
+        PARTS[part].make(Inputs(layer, dtype, torch.device("meta")))()
+
+
+def relative_error(actual: object, expected: object) -> float:
+    """Largest relative RMS between two results, without the tiles' moments, which depend on the launch."""
+    pairs = zip(_tensors(_summed(actual)), _tensors(_summed(expected)), strict=True)
+    return max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item() for a, b in pairs)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in value for t in _tensors(part)] if isinstance(value, tuple) else []
+
+
+def _summed(value: object) -> object:
+    return value[0] if isinstance(value, tuple) and _tensors(value)[-1].dim() == 3 else value

@@ -1,0 +1,110 @@
+"""Launches set from outside: each part uses them, with equal results, and they compile ahead without a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from effnet_kernels.launch import launches_go_to, launches_used
+from effnet_kernels.tuning import PARTS, TOLERANCE, Inputs, Layer, launch_of, parts_of, relative_error
+
+AHEAD = """
+import types
+import torch, triton
+target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+here = types.SimpleNamespace(
+    get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+)
+triton.runtime.driver.set_active(here)
+from effnet_kernels.launch import launches_go_to, launches_used
+from effnet_kernels.tuning import PARTS, Inputs, Layer, compile_ahead
+part, small = PARTS[{name!r}], Layer(2, 96, 8, 3, 1, 4)
+launch = part.choice.candidates(*part.sizes(small))[1]
+compile_ahead({name!r}, Layer(512, 96, 8, 3, 1, 4), launch, torch.bfloat16)
+
+def started(op, kernel, grid, *args, **options):
+    before = {{name: len(cache) for name, (cache, *_) in kernel.device_caches.items()}}
+    assert before, kernel
+    kernel.warmup(*args, grid=grid, **options)
+    assert before == {{name: len(cache) for name, (cache, *_) in kernel.device_caches.items()}}, kernel
+    print(kernel.__name__)
+
+# Real tensors, and another batch than was compiled, as when it is timed.
+with launches_used({{({name!r}, part.sizes(small)): launch}}), launches_go_to(started):
+    part.make(Inputs(small, torch.bfloat16, torch.device("cpu")))()
+"""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_uses_the_launch_for_its_sizes(name):
+    """`Part.sizes` are those that the launcher asks for."""
+    part, layer = PARTS[name], Layer(512, 96, 8, 5, 2, 4)
+    sizes = part.sizes(layer)
+    own, *others = part.choice.candidates(*sizes)
+
+    def started(launch, at):
+        started_with = []
+
+        def note(op, kernel, grid, *_, **options):
+            started_with.append((grid, options))
+
+        with launches_used({(name, at): launch}), launches_go_to(note):
+            part.make(Inputs(layer, torch.float32, torch.device("meta")))()
+        return started_with
+
+    assert started(own, sizes) != started(others[-1], sizes)
+    assert started(own, sizes) == started(others[-1], (1, 2, 3))
+    with launches_used({(name, sizes): others[-1]}):
+        assert part.choice(*sizes) == others[-1]
+    assert part.choice(*sizes) == own
+
+
+@pytest.mark.parametrize("name", ["depthwise backward", "five sums", "grad sums"])
+def test_launches_agree(name):
+    part, layer = PARTS[name], Layer(2, 24, 4, 3, 1, 4)
+    sizes = part.sizes(layer)
+    another = part.choice.candidates(*sizes)[-1]
+    call = part.make(Inputs(layer, torch.float32, torch.device("cpu")))
+    expected = call()
+    with launches_used({(name, sizes): another}):
+        assert relative_error(call(), expected) <= TOLERANCE[torch.float32]
+
+
+def test_relative_error_leaves_out_moments_of_tiles():
+    x, moments = torch.ones(4), torch.ones(2, 3, 5)
+    assert relative_error((1.01 * x, moments), (x, moments[:1])) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_parts_of_a_layer():
+    expanded, first = Layer(2, 24, 4, 3, 1, 4), Layer(2, 24, 4, 3, 1, 4, prologue=False)
+    assert set(parts_of(expanded)) - set(parts_of(first)) == {"statistics", "grad apply"}
+    assert parts_of(Layer(2, 24, 4)) == ["statistics", "normalize", "grad sums", "grad apply"]
+
+
+def test_a_launch_outside_the_space_is_none():
+    sizes = PARTS["gate"].sizes(Layer(2, 24, 4, 3, 1, 4))
+    fields = {"block_n": 16, "block_c": 64, "block_r": 16, "num_warps": 4, "turns": 1}
+    assert launch_of("gate", sizes, fields) is not None
+    for kernel, at, wanted in (
+        ("gate", sizes, fields | {"turns": 3}),
+        ("gate", sizes, fields | {"turns": []}),
+        ("gate", sizes[:1], fields),
+        ("squeeze", (0, 0, 0), fields),
+        ("gone", sizes, fields),
+    ):
+        assert launch_of(kernel, at, wanted) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [("depthwise backward", ["_backward_kernel"]), ("statistics", ["_moments_kernel", "_merge_kernel"])],
+)
+def test_compiled_ahead_kernels_are_reused(tmp_path, name, kernels):
+    """A call with another batch size and real tensors compiles nothing."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", AHEAD.format(name=name)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.split() == kernels, done.stderr
+    assert len(list(tmp_path.rglob("*.cubin"))) == len(kernels)

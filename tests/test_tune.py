@@ -1,0 +1,206 @@
+"""The verb tune: its search, cache and choice with a stand-in clock, and what train makes of them."""
+
+import json
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from command_line import run
+from effnet_fast import create_model
+from effnet_fast.config import TrainConfig, TuneConfig
+from effnet_fast.distributed import World
+from effnet_fast.model.blocks import tuning, use_launches
+from effnet_fast.model.launch_layers import launch_layers
+from effnet_fast.run import plan, tune
+from effnet_fast.run.build import build
+from effnet_fast.run.forecast import opening_lines
+from effnet_fast.run.tune import GpuClock, Question, search, unanswered
+from effnet_fast.run.tuned import Timings, tuned_launches, winners
+from effnet_kernels import launch as launches
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+ASKED = [Question(part, tuning.Layer(2, 96, 8, 3, 1, 4)) for part in ("depthwise forward", "five sums", "grad apply")]
+TOTAL = sum(len(question.launches) for question in ASKED)
+
+
+class Clock:
+    """The last launch of a space is fastest, the heuristic's the slowest; raises KeyboardInterrupt at call `stop`."""
+
+    def __init__(self, stop=-1):
+        self.calls, self.stop = [], stop
+
+    def __call__(self, question, launch):
+        if len(self.calls) == self.stop:
+            raise KeyboardInterrupt
+        self.calls.append((question.key, launch))
+        return 1 / (1 + question.launches.index(launch))
+
+    def now(self):
+        """A launch takes a second."""
+        return float(len(self.calls))
+
+
+@pytest.fixture
+def timings(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFNET_FAST_CACHE", str(tmp_path))
+    return Timings(GPU, "bf16")
+
+
+@pytest.fixture
+def stand_in(timings, monkeypatch):
+    """Give the verb a GPU, three questions and a clock; returns a function that sets the clock."""
+
+    def use(clock):
+        @contextmanager
+        def make_clock(*_):
+            yield clock
+
+        monkeypatch.setattr(tune, "make_clock", make_clock)
+        return clock
+
+    monkeypatch.setattr(tune, "gpu", lambda: GPU)
+    monkeypatch.setattr(tune, "questions", lambda config: ASKED)
+    return use
+
+
+def test_no_gpu_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run("tune", expected=2)
+    assert capsys.readouterr().err.splitlines() == [
+        "error: tune times kernels on a GPU, and no CUDA GPU is visible: run it on the machine that trains"
+    ]
+
+
+def test_every_launch_is_timed_once(timings):
+    """The time is up after 5 launches; the next search goes on; a third has nothing to do."""
+    clock = Clock()
+    for seconds, done in ((5, 5), (1000, TOTAL), (1000, TOTAL)):
+        search(unanswered(ASKED, timings.read()), timings, clock, clock.now, seconds)
+        assert len(clock.calls) == len(timings.read()) == done
+    assert len(set(clock.calls)) == TOTAL
+    assert winners(timings.read()) == {question.key: question.launches[-1] for question in ASKED}
+
+
+def test_ctrl_c_keeps_the_times(stand_in, timings, tmp_path, capsys):
+    stand_in(Clock(stop=4))
+    run("tune --mixed_precision bf16", expected=130)
+    assert len(timings.read()) == 4
+    assert f"{TOTAL - 4} are left: the same command goes on" in capsys.readouterr().out
+    clock = stand_in(Clock())
+    run(f"tune --mixed_precision bf16 --output {tmp_path}/times.json")
+    assert len(clock.calls) == TOTAL - 4
+    assert "3 of 3 choices improved" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert [len(rows), sum(row["wins"] for row in rows)] == [TOTAL, 3]
+
+
+def test_torn_and_foreign_lines_are_ignored(timings):
+    first, second = ASKED[0].launches[:2]
+    timings.add(ASKED[0].timing(first, 1.0))
+    whole = timings.path.read_bytes()
+    foreign = [b"\xff\xfe", b"3", b'{"kernel": "statistics"}', b'{"kernel": 1, "sizes": 2, "launch": 3, "ms": 4}']
+    timings.path.write_bytes(b"\n".join([whole, *foreign, whole[: len(whole) // 2]]))
+    timings.add(ASKED[0].timing(second, 0.5))
+    assert [timing.ms for timing in timings.read()] == [1.0, 0.5]
+    timings.path.unlink()
+    assert timings.read() == []
+
+
+def test_what_wins(timings):
+    """A launch of the space that is faster than the heuristic's by more than noise."""
+    question = ASKED[0]
+    heuristic, other = question.launches[:2]
+    unknown = question.timing(other, 0.1)
+    unknown.launch["strip"] = 999
+    wrong_sizes = tune.Timing("depthwise forward", (1, 2), asdict(other), 0.1)
+    gone = tune.Timing("of another version", (1, 2), {}, 0.1)
+    base = [question.timing(heuristic, 1.0), unknown, wrong_sizes, gone, question.timing(other, None)]
+    assert winners(base) == {}
+    assert winners([*base, question.timing(other, 0.99)]) == {}
+    assert winners([*base, question.timing(other, 0.9)]) == {question.key: other}
+    assert winners([question.timing(heuristic, None), question.timing(other, 0.9)]) == {}
+
+
+def test_which_trainings_use_them(timings):
+    clock = Clock()
+    search(unanswered(ASKED, []), timings, clock, clock.now, 1000)
+    assert len(tuned_launches(GPU, "bf16", "auto", deterministic=False)) == 3
+    assert tuned_launches(GPU, "no", "auto", deterministic=False) == {}  # timed in another precision
+    assert tuned_launches(GPU, "bf16", "torch", deterministic=False) == {}
+    assert tuned_launches(GPU, "bf16", "auto", deterministic=True) == {}
+    assert tuned_launches(CPU, "bf16", "auto", deterministic=False) == {}
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_train_uses_them_and_says_so(monkeypatch, tmp_path, fits):
+    config = TrainConfig(
+        dataset="synthetic", output_stride=32, width=0.25, depth=0.3, limit_train=16, limit_eval=8, batch_size=8,
+        num_workers=1, loader="resident", save_dir=str(tmp_path), device="cpu",
+    )  # fmt: skip
+    sizes = (8 * 16 * 16, 8) if fits else (3, 8)  # the stem's map
+    chosen = {("normalize", sizes): launches.row_launch_space(*sizes)[-1]}
+    monkeypatch.setattr(plan, "tuned_launches", lambda *_: chosen)
+    made = plan.make_plan(config, World(0, 1, CPU), None)
+    parts = build(made)
+    try:
+        assert launches._in_use == chosen
+        (line,) = [line for line in opening_lines(made, parts) if "tune" in line]
+        assert ("1 of " in line) == fits
+        assert fits or "--model efficientnet-b0 --image_size 32 --batch_size 8 " in line
+    finally:
+        parts.close()
+        use_launches({})
+
+
+def test_layers_of_a_model():
+    model = create_model("efficientnet-b0", output_stride=32, width=0.25, depth=0.3)
+    layers = launch_layers(model, 64, 32)
+    assert model.training
+    assert next(model.parameters()).device == CPU
+    convolutions = [layer for layer in layers if layer.kernel]
+    assert convolutions[0].prologue  # of the largest map
+    assert [layer.prologue for layer in layers].count(False) == 1  # the first block has no expansion
+    assert tuning.Layer(64, model.stem.conv.out_channels, 16) in layers
+    assert {layer.n for layer in layers} == {64}
+    assert [layer.rows * layer.c for layer in layers] == sorted(
+        (layer.rows * layer.c for layer in layers), reverse=True
+    )
+
+
+class Here:
+    """An executor that calls in this thread and compiles nothing."""
+
+    def submit(self, function, *arguments):
+        done = Future()
+        done.set_result(None)
+        return done
+
+
+def test_the_clock_times_right_results_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+    monkeypatch.setattr(tune, "replayed_ms", lambda functions: calls.append(functions[0]()) or [3.0, 1.0, 2.0])
+    question = Question("normalize", tuning.Layer(2, 24, 4))
+    first, second = question.launches[:2]
+    clock = GpuClock(torch.float32, CPU, Here(), [(question, question.launches)])
+    assert clock(question, first) == clock(question, second) == 2.0
+    clock._expected *= 1.01
+    assert clock(question, second) is None
+    assert len(calls) == 2
+
+    def refuse(functions):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(tune, "replayed_ms", refuse)
+    clock._expected /= 1.01
+    assert clock(question, second) is None
+
+
+def test_settings():
+    with pytest.raises(ValueError, match="--seconds must be above 0"):
+        TuneConfig(seconds=0)
+    with pytest.raises(ValueError, match="--batch_size must be at least 1"):
+        TuneConfig(batch_size=0)

@@ -20,6 +20,7 @@ from effnet_fast.run.forecast import opening_lines
 from effnet_fast.run.tune import GpuClock, Question, search, unanswered
 from effnet_fast.run.tuned import Timings, tuned_launches, winners
 from effnet_kernels import launch as launches
+from marks import on_gpu
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ASKED = [Question(part, tuning.Layer(2, 96, 8, 3, 1, 4)) for part in ("depthwise forward", "five sums", "grad apply")]
@@ -197,6 +198,14 @@ def test_the_clock_times_right_results_only(monkeypatch):
     monkeypatch.setattr(tune, "replayed_ms", refuse)
     clock._expected /= 1.01
     assert clock(question, second) is None
+
+
+@on_gpu
+def test_a_gpu_times_launches(timings, capsys):
+    run("tune --batch_size 8 --mixed_precision bf16 --seconds 20 --workers 4")
+    known = Timings(torch.device("cuda"), "bf16").read()
+    assert any(timing.ms for timing in known)
+    assert f"{len(known)} launches timed" in capsys.readouterr().out
 
 
 def test_settings():

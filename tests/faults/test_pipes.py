@@ -58,7 +58,8 @@ def test_train_finishes_when_its_reader_ends(trained):
 
 def test_eval(trained, tmp_path, run_without_reader):
     run_without_reader(f"eval --checkpoint {trained}/last.pt --limit_eval 16 --output_dir {tmp_path} --device cpu")
-    assert sorted(os.listdir(tmp_path)) == ["test-confusion.png", "test-per-class.csv"]
+    tables, pictures = {"confused-pairs.csv", "evaluation.json", "per-class.csv"}, {"confusion", "reliability", "worst"}
+    assert set(os.listdir(tmp_path)) == {f"test-{name}" for name in tables | {f"{name}.png" for name in pictures}}
 
 
 def test_predict_writes_its_whole_table(trained, tmp_path, run_without_reader):

@@ -47,7 +47,8 @@ def test_environment_has_no_password(monkeypatch, url):
 
 @pytest.mark.parametrize("flags", ["--storage", "--storge", "--seeds 0 --storage"])
 def test_error_has_no_password(tmp_path, capsys, flags):
-    run(f"search --dataset synthetic --save_dir {tmp_path} {flags} postgresql://me:s3cret@nowhere.invalid/x", 2)
+    grid = "--alpha 1.2 --beta 1.1 --gamma 1.15 --output_stride 32 --image_size 16"
+    run(f"search --dataset synthetic {grid} --save_dir {tmp_path} {flags} postgresql://me:s3cret@nowhere.invalid/x", 2)
     assert "s3cret" not in "".join(capsys.readouterr())
 
 

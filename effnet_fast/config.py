@@ -781,7 +781,7 @@ class DoctorConfig(_Config):
 
 @dataclass(frozen=True)
 class TuneConfig(_Config):
-    """Time the launches of the Triton kernels on this GPU; train then uses the fastest. A second call goes on."""
+    """Time the Triton kernels' launches, and PyTorch's operators, on this GPU; train uses the fastest. Resumable."""
 
     model: str = "efficientnet-b0"
     """Architecture whose layers are timed: efficientnet-b0 to efficientnet-b7, resnet50, resnet152 or densenet201."""

@@ -23,7 +23,8 @@ from effnet_kernels import launch as launches
 from marks import on_gpu
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-ASKED = [Question(part, tuning.Layer(2, 96, 8, 3, 1, 4)) for part in ("depthwise forward", "five sums", "grad apply")]
+PARTS = ("depthwise forward", "five sums", "grad apply", "mbconv")
+ASKED = [Question(part, tuning.Layer(2, 96, 8, 3, 1, 4)) for part in PARTS]
 TOTAL = sum(len(question.launches) for question in ASKED)
 
 
@@ -47,7 +48,8 @@ class Clock:
 @pytest.fixture
 def timings(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFNET_FAST_CACHE", str(tmp_path))
-    return Timings(GPU, "bf16")
+    yield Timings(GPU, "bf16")
+    use_launches({})
 
 
 @pytest.fixture
@@ -93,9 +95,23 @@ def test_ctrl_c_keeps_the_times(stand_in, timings, tmp_path, capsys):
     clock = stand_in(Clock())
     run(f"tune --mixed_precision bf16 --output {tmp_path}/times.json")
     assert len(clock.calls) == TOTAL - 4
-    assert "3 of 3 choices improved" in capsys.readouterr().out
+    assert "4 of 4 choices improved" in capsys.readouterr().out
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
-    assert [len(rows), sum(row["wins"] for row in rows)] == [TOTAL, 3]
+    assert [len(rows), sum(row["wins"] for row in rows)] == [TOTAL, 4]
+
+
+def test_ops_are_timed_on_the_launches_that_won(timings):
+    in_use = []
+
+    class Watching(Clock):
+        def __call__(self, question, launch):
+            in_use.append(dict(launches._in_use))
+            return super().__call__(question, launch)
+
+    clock = Watching()
+    search(unanswered(ASKED, []), timings, clock, clock.now, 1000)
+    assert in_use[0] == {}
+    assert in_use[-1] == {question.key: question.launches[-1] for question in ASKED[:-1]}
 
 
 def test_torn_and_foreign_lines_are_ignored(timings):
@@ -128,11 +144,16 @@ def test_what_wins(timings):
 def test_which_trainings_use_them(timings):
     clock = Clock()
     search(unanswered(ASKED, []), timings, clock, clock.now, 1000)
-    assert len(tuned_launches(GPU, "bf16", "auto", deterministic=False)) == 3
-    assert tuned_launches(GPU, "no", "auto", deterministic=False) == {}  # timed in another precision
-    assert tuned_launches(GPU, "bf16", "torch", deterministic=False) == {}
-    assert tuned_launches(GPU, "bf16", "auto", deterministic=True) == {}
-    assert tuned_launches(CPU, "bf16", "auto", deterministic=False) == {}
+    ways = {"compiled": True, "deterministic": False}
+    assert tuned_launches(GPU, "bf16", "auto", **ways).keys() == {question.key for question in ASKED}
+    assert tuned_launches(GPU, "no", "auto", **ways) == {}  # timed in another precision
+    assert tuned_launches(GPU, "bf16", "torch", **ways) == {}
+    assert tuned_launches(GPU, "bf16", "auto", compiled=True, deterministic=True) == {}
+    assert tuned_launches(CPU, "bf16", "auto", **ways) == {}
+    # PyTorch's operators were timed compiled, and `triton` asks for the kernels.
+    for kernels, compiled in (("auto", False), ("triton", True)):
+        launches = tuned_launches(GPU, "bf16", kernels, compiled=compiled, deterministic=False)
+        assert launches.keys() == {question.key for question in ASKED[:-1]}
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -142,14 +163,18 @@ def test_train_uses_them_and_says_so(monkeypatch, tmp_path, fits):
         num_workers=1, loader="resident", save_dir=str(tmp_path), device="cpu",
     )  # fmt: skip
     sizes = (8 * 16 * 16, 8) if fits else (3, 8)  # the stem's map
-    chosen = {("normalize", sizes): launches.row_launch_space(*sizes)[-1]}
-    monkeypatch.setattr(plan, "tuned_launches", lambda *_: chosen)
+    head = (8, 320, 1, 1) if fits else (3, 320, 1, 1)
+    chosen = {
+        ("normalize", sizes): launches.row_launch_space(*sizes)[-1],
+        ("bn_silu_squeeze", head): launches.Implementation("torch"),
+    }
+    monkeypatch.setattr(plan, "tuned_launches", lambda *_, **__: chosen)
     made = plan.make_plan(config, World(0, 1, CPU), None)
     parts = build(made)
     try:
         assert launches._in_use == chosen
         (line,) = [line for line in opening_lines(made, parts) if "tune" in line]
-        assert ("1 of " in line) == fits
+        assert ("1 of " in line) == ("PyTorch's operators for 1 of " in line) == fits
         assert fits or "--model efficientnet-b0 --image_size 32 --batch_size 8 " in line
     finally:
         parts.close()
@@ -165,6 +190,7 @@ def test_layers_of_a_model():
     assert convolutions[0].prologue  # of the largest map
     assert [layer.prologue for layer in layers].count(False) == 1  # the first block has no expansion
     assert tuning.Layer(64, model.stem.conv.out_channels, 16) in layers
+    assert [layer.c for layer in layers if layer.pooled] == [model.head.conv.out_channels]
     assert {layer.n for layer in layers} == {64}
     assert [layer.rows * layer.c for layer in layers] == sorted(
         (layer.rows * layer.c for layer in layers), reverse=True
@@ -205,7 +231,7 @@ def test_a_gpu_times_launches(timings, capsys):
     run("tune --batch_size 8 --mixed_precision bf16 --seconds 20 --workers 4")
     known = Timings(torch.device("cuda"), "bf16").read()
     assert any(timing.ms for timing in known)
-    assert f"{len(known)} launches timed" in capsys.readouterr().out
+    assert f"{len(known)} candidates timed" in capsys.readouterr().out
 
 
 def test_settings():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from effnet_fast.model.blocks import BatchNorm, ConvNormAct, MBConv, tuning
+from effnet_fast.model.efficientnet import EfficientNet
 from effnet_fast.model.network import Network, batch_norms
 
 
@@ -23,6 +24,7 @@ def launch_layers(model: Network, images: int, pixels: int) -> list[tuning.Layer
     model = copy.deepcopy(model).to("meta").eval()
     layers: dict[tuning.Layer, None] = {}
     fused = set()  # BatchNorms that run within their block's op
+    head_norm = model.head.norm if isinstance(model, EfficientNet) else None
 
     def note_block(block: MBConv, arguments: tuple[Tensor], _: Any) -> None:
         conv, size = block.depthwise.conv, arguments[0].shape[-1]
@@ -33,7 +35,7 @@ def launch_layers(model: Network, images: int, pixels: int) -> list[tuning.Layer
 
     def note_norm(norm: BatchNorm, arguments: tuple[Tensor], _: Any) -> None:
         _, channels, size, _ = arguments[0].shape
-        layers[tuning.Layer(images, channels, size)] = None
+        layers[tuning.Layer(images, channels, size, pooled=norm is head_norm)] = None
 
     for module in model.modules():
         if hasattr(module, "kernels"):
@@ -50,6 +52,6 @@ def launch_layers(model: Network, images: int, pixels: int) -> list[tuning.Layer
 
 
 def launch_keys(model: Network, images: int, pixels: int) -> set[tuple[str, tuple[int, ...]]]:
-    """(kernel, sizes) of every launch that can be tuned in a training step."""
+    """(kernel, sizes) of every launch and op that can be tuned in a training step."""
     layers = launch_layers(model, images, pixels)
     return {(part, tuning.PARTS[part].sizes(layer)) for layer in layers for part in tuning.parts_of(layer)}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from effnet_fast.model.blocks import tuning
 from effnet_fast.model.launch_layers import launch_keys
 from effnet_fast.precision import activation_bytes
 from effnet_fast.run.build import Parts, build_model
@@ -55,10 +56,15 @@ def resizing(plan: Plan) -> str:
 
 
 def tuned(plan: Plan, parts: Parts) -> str:
-    """How many of the run's launches `effnet-fast tune` chose."""
+    """How many of the run's launches and ops `effnet-fast tune` chose."""
     keys = launch_keys(parts.model, plan.images_per_pass, plan.image_size)
-    if used := len(keys & plan.launches.keys()):
-        return f"{used} of {len(keys)} kernel launches as effnet-fast tune timed them on this GPU"
+    ops = {key for key in keys if key[0] in tuning.OPS}
+    used = keys & plan.launches.keys()
+    if used:
+        return (
+            f"{len(used - ops)} of {len(keys - ops)} kernel launches, and PyTorch's operators for {len(used & ops)} of "
+            f"{len(ops)} ops, as effnet-fast tune timed them on this GPU"
+        )
     return (
         f"no tuned launch fits: effnet-fast tune --model {plan.config.model} --image_size {plan.image_size} "
         f"--batch_size {plan.images_per_pass} times this run's"

@@ -60,7 +60,8 @@ class Plan:
         class_weights: weight of each class in the training loss, or None.
         augment: augmentation of the training images.
         kernels: auto, triton, cpp or torch; torch where the Triton kernels fail their self-check.
-        launches: launches that replace the Triton kernels' own choices, chosen by `effnet-fast tune` on this GPU.
+        launches: launches that replace the Triton kernels' own choices, and ops that run on PyTorch's operators
+            instead, chosen by `effnet-fast tune` on this GPU.
         loader, loader_reason: kind of the loader, and why in one line.
     """
 
@@ -209,7 +210,9 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
         class_weights=class_weights(config, dataset),
         augment=augment,
         kernels=kernels,
-        launches=tuned_launches(world.device, precision, kernels, config.deterministic),
+        launches=tuned_launches(
+            world.device, precision, kernels, compiled=compiled, deterministic=config.deterministic
+        ),
         loader=loader,
         loader_reason=reason,
     )

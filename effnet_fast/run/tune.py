@@ -1,4 +1,7 @@
-"""The verb tune: time every launch that the kernels of a model's training step may use on this GPU."""
+"""The verb tune: time every launch that the kernels of a model's training step may use on this GPU.
+
+Then the ops on their fastest launches are timed beside PyTorch's operators.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 
 from effnet_fast import distributed, provenance
 from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import TuneConfig
 from effnet_fast.model import create_model
-from effnet_fast.model.blocks import launches_used, tuning
+from effnet_fast.model.blocks import launches_used, tuning, use_launches
 from effnet_fast.model.launch_layers import launch_layers
 from effnet_fast.run.gpu_clock import replayed_ms, rotations
-from effnet_fast.run.resolve import resolve_image_size, resolve_precision
+from effnet_fast.run.resolve import compile_options, resolve_image_size, resolve_precision, set_backends
 from effnet_fast.run.tuned import Key, Timing, Timings, storage_type, winners
 
 NATIVE_SIZE = 32  # pixels of CIFAR's images
@@ -32,7 +36,7 @@ NATIVE_SIZE = 32  # pixels of CIFAR's images
 
 @dataclass(frozen=True)
 class Question:
-    """Which launch of a part is fastest on a layer?"""
+    """Which launch of a part is fastest on a layer? For an op: which implementation?"""
 
     part: str
     layer: tuning.Layer
@@ -123,11 +127,14 @@ def search(
     """Time launch after launch until none is left or `seconds` by `now` are over."""
     end = now() + seconds
     for number, (question, launches) in enumerate(open_questions, start=1):
+        use_launches(winners(timings.read()))  # an op is timed on its fastest launches
         for launch in launches:
             if now() >= end:
                 return
             timings.add(question.timing(launch, clock(question, launch)))
-        print(f"{number}/{len(open_questions)} {question.part}, {question.layer}: {len(launches)} launches", flush=True)
+        print(
+            f"{number}/{len(open_questions)} {question.part}, {question.layer}: {len(launches)} candidates", flush=True
+        )
 
 
 def conclude(config: TuneConfig, asked: list[Question], timings: Timings) -> None:
@@ -138,7 +145,7 @@ def conclude(config: TuneConfig, asked: list[Question], timings: Timings) -> Non
     left = sum(len(launches) for _, launches in unanswered(asked, known))
     rows = [asdict(timing) | {"wins": timing.launch == won.get((timing.kernel, timing.sizes))} for timing in known]
     rest = f"; {left} are left: the same command goes on" if left else ""
-    print(f"{len(known)} launches timed, {len(won)} of {len(asked)} choices improved, in {timings.path}{rest}")
+    print(f"{len(known)} candidates timed, {len(won)} of {len(asked)} choices improved, in {timings.path}{rest}")
     if config.output is not None:
         result = {
             "benchmark": "tune",
@@ -155,10 +162,12 @@ def make_clock(
     config: TuneConfig, open_questions: list[tuple[Question, list[Any]]], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Clock]:
     """A clock on the GPU, while other processes compile the launches ahead of it."""
+    set_backends(deterministic=False)
     workers = min(config.workers, provenance.cores())
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_ignore_interrupts)
     try:
-        with torch.cuda.stream(torch.cuda.Stream(device)):  # a graph is not captured on the default stream
+        # A graph is not captured on the default stream.
+        with torch.cuda.stream(torch.cuda.Stream(device)), inductor_config.patch(compile_options(device)):
             yield GpuClock(dtype, device, pool, open_questions)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -213,13 +222,14 @@ class GpuClock:
 
     def _measure(self, question: Question, launch: Any) -> float | None:
         if question != self._question:
+            torch.compiler.reset()  # it keeps only a few versions of a function
             self._call = question.call(self._dtype, self._device)
             with launches_used({question.key: question.launches[0]}):
                 self._expected = self._call()
             self._question = question
         part, layer = tuning.PARTS[question.part], question.layer
         with launches_used({question.key: launch}):
-            if not tuning.relative_error(self._call(), self._expected) <= tuning.TOLERANCE[self._dtype]:
+            if not tuning.relative_error(self._call(), self._expected) <= tuning.tolerance(question.part, self._dtype):
                 return None
             values = layer.n * layer.c * (part.passes[0] * layer.size**2 + part.passes[1] * layer.out**2)
             sets = rotations(values * self._dtype.itemsize)

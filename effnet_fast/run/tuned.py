@@ -23,7 +23,7 @@ LEAST_GAIN = 0.02  # a smaller one may be noise
 
 @dataclass(frozen=True)
 class Timing:
-    """One launch of a kernel.
+    """One launch of a kernel, or one implementation of an op.
 
     Attributes:
         kernel, sizes: as in `LaunchChoice`.
@@ -86,15 +86,20 @@ def winners(timings: Iterable[Timing]) -> dict[Key, Any]:
     return won
 
 
-def tuned_launches(device: torch.device, precision: str, kernels: Kernels, deterministic: bool) -> dict[Key, Any]:
+def tuned_launches(
+    device: torch.device, precision: str, kernels: Kernels, *, compiled: bool, deterministic: bool
+) -> dict[Key, Any]:
     """The launches for a training, equal on all ranks: rank 0 reads them.
 
     There are none on the CPU, with PyTorch's operators, and in a deterministic run: a launch decides how sums are
-    split, and so their last bits.
+    split, and so their last bits. Ops change to PyTorch's operators only for `--kernels auto` in a compiled model,
+    for which these were timed.
     """
     if device.type != "cuda" or kernels == "torch" or deterministic:
         return {}
     launches = winners(Timings(device, precision).read()) if distributed.is_main() else {}
+    if kernels != "auto" or not compiled:
+        launches = {key: launch for key, launch in launches.items() if key[0] not in tuning.OPS}
     return distributed.gather_objects(launches)[0]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.batch_norm import batch_norm_reference
-from effnet_kernels.launch import Kernels, channels_last, use_kernels
+from effnet_kernels.launch import Kernels, channels_last, implementation_choice, torch_is_faster, use_kernels
 from effnet_kernels.se_gate import apply_sums, five_sums, squeeze
 from effnet_kernels.statistics import (
     BatchNorm,
@@ -26,6 +26,8 @@ from effnet_kernels.statistics import (
     sum_over_ranks,
     update_running,
 )
+
+bn_silu_squeeze_choice = implementation_choice("bn_silu_squeeze")  # by (N, C, H, W)
 
 
 def bn_silu_squeeze_reference(x: Tensor, bn: BatchNorm, *, training: bool = True) -> Tensor:
@@ -95,6 +97,8 @@ def bn_silu_squeeze(x: Tensor, bn: BatchNorm, *, training: bool = True, kernels:
     Raises:
         ValueError: training on one value per channel.
     """
+    if training and kernels == "auto" and not bn.sync and torch_is_faster("bn_silu_squeeze", tuple(x.shape)):
+        kernels = "torch"
     if not use_kernels(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias)):
         return bn_silu_squeeze_reference(x, bn, training=training)
     x = channels_last(x)

@@ -175,6 +175,24 @@ class LaunchChoice:
 
 
 @dataclass(frozen=True)
+class Implementation:
+    """What runs an op's training step where `kernels` is `auto`: the Triton kernels or PyTorch's operators."""
+
+    kernels: Literal["triton", "torch"]
+
+
+def implementation_choice(op: str) -> LaunchChoice:
+    """The choice between an op's two implementations; its own is the kernels."""
+    return LaunchChoice(op, lambda *_: Implementation("triton"), lambda *_: [Implementation("torch")])
+
+
+@torch.compiler.assume_constant_result
+def torch_is_faster(op: str, sizes: Sizes) -> bool:
+    """Whether `use_launches` set PyTorch's operators for an op's training step; compiled code keeps the answer."""
+    return _in_use.get((op, sizes)) == Implementation("torch")
+
+
+@dataclass(frozen=True)
 class RowLaunch:
     """Launch of a pass over [rows, channels]: each program walks over `rows` rows of one channel block."""
 

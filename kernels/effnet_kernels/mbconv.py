@@ -23,7 +23,14 @@ from effnet_kernels import depthwise_conv as depthwise
 from effnet_kernels.batch_norm import batch_norm_reference, grad_apply
 from effnet_kernels.depthwise_conv import Padding, depthwise_conv_reference
 from effnet_kernels.gate_mlp import SqueezeExcite, gate_backward
-from effnet_kernels.launch import Kernels, channels_last, cpp_ops, use_kernels
+from effnet_kernels.launch import (
+    Kernels,
+    channels_last,
+    cpp_ops,
+    implementation_choice,
+    torch_is_faster,
+    use_kernels,
+)
 from effnet_kernels.se_gate import five_sums, se_backward, se_forward, se_gate_reference
 from effnet_kernels.statistics import (
     BatchNorm,
@@ -35,6 +42,9 @@ from effnet_kernels.statistics import (
     sum_over_ranks,
     update_running,
 )
+
+# By (N, C, H, W, k, stride, hidden values of the gate, 1 with an expansion or 0).
+mbconv_choice = implementation_choice("mbconv")
 
 
 def mbconv_reference(
@@ -231,6 +241,9 @@ def mbconv(
     """
     norms = () if bn1 is None else (bn1.weight, bn1.bias)
     differentiable = needs_grad(x, *norms, weight, bn2.weight, bn2.bias, *se)
+    sizes = (*x.shape, weight.shape[-1], stride, se.reduce_weight.shape[0], int(bn1 is not None))
+    if training and kernels == "auto" and not bn2.sync and torch_is_faster("mbconv", sizes):
+        kernels = "torch"
     if not use_kernels(kernels, x) or (not training and differentiable):
         return mbconv_reference(x, bn1, weight, stride, padding, bn2, se, training=training)
     assert bn1 is None or (bn1.eps, bn1.sync) == (bn2.eps, bn2.sync)

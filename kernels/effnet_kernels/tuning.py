@@ -3,6 +3,9 @@
 A part is one launcher with a `LaunchChoice`. An autotuner times the candidates of a part on a layer, each within
 `launches_used`, and keeps those whose result agrees with that of the heuristic's launch. It compiles them ahead, in
 other processes, by `compile_ahead`: the kernels then come from Triton's disk cache.
+
+The last parts, OPS, are whole ops: a training step on the kernels beside one on PyTorch's operators, both in
+torch.compile.
 """
 
 from __future__ import annotations
@@ -16,14 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels import batch_norm, depthwise_conv, gate_mlp, se_gate, statistics
+from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, gate_mlp, mbconv, se_gate, statistics
 from effnet_kernels.gate_mlp import SqueezeExcite
 from effnet_kernels.launch import LaunchChoice, Sizes, cdiv, launches_go_to, launches_used
+from effnet_kernels.statistics import BatchNorm
 
 Call = Callable[[], object]
 
 # Relative RMS that storage types allow between two launches' results.
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-5}
+# PyTorch's operators round more maps, or use TF32, and the gradients of an op's first BatchNorm are sums that nearly
+# cancel.
+OP_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Layer:
         kernel, stride: of the depthwise convolution; 0 and 1 where the layer is only a BatchNorm.
         hidden: hidden values of the gate after it.
         prologue: whether a BatchNorm and Swish precede the convolution.
+        pooled: whether the layer is a head, which keeps only the map's mean.
     """
 
     n: int
@@ -43,6 +51,7 @@ class Layer:
     stride: int = 1
     hidden: int = 1
     prologue: bool = True
+    pooled: bool = False
 
     @property
     def rows(self) -> int:
@@ -89,6 +98,9 @@ class Inputs:
     def norm(self) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
         return (self.stats(), self.affine()) if self.layer.prologue else None
 
+    def batch_norm(self) -> BatchNorm:
+        return BatchNorm(*self.affine(), *self.affine())
+
     def taps(self) -> Tensor:
         return self.vector(self.layer.kernel**2, self.layer.c)
 
@@ -101,7 +113,8 @@ class Inputs:
 
     def gate(self) -> SqueezeExcite:
         c, r = self.layer.c, self.layer.hidden
-        return SqueezeExcite(*(self.vector(*size) for size in ((r, c, 1, 1), (r,), (c, r, 1, 1), (c,))))
+        sizes = (r, c, 1, 1), (r,), (c, r, 1, 1), (c,)
+        return SqueezeExcite(*((self.vector(*size) - 1) / c**0.5 for size in sizes))  # small: the gate is not saturated
 
 
 @dataclass(frozen=True)
@@ -150,15 +163,56 @@ def _grad_apply(i: Inputs) -> Call:
     return _bind(batch_norm.grad_apply, i.x(), i.x(), i.stats(), i.affine(), None, sums, False)
 
 
+def _five_sums(i: Inputs) -> Call:
+    dy = None if i.layer.pooled else i.d()
+    return _bind(se_gate.five_sums, dy, i.d(), i.stats(), i.affine())
+
+
 def _apply_sums(i: Inputs) -> Call:
-    vectors = i.per_image(), i.per_image(), i.vector(2, i.layer.c)
-    return _bind(se_gate.apply_sums, i.d(), i.d(), i.stats(), i.affine(), *vectors)
+    dy, gate = (None, None) if i.layer.pooled else (i.d(), i.per_image())
+    return _bind(se_gate.apply_sums, dy, i.d(), i.stats(), i.affine(), gate, i.per_image(), i.vector(2, i.layer.c))
 
 
 def _gate_backward(i: Inputs) -> Call:
     n, c, r = i.layer.n, i.layer.c, i.layer.hidden
     vectors = i.vector(5, n, c), i.per_image() - 0.5, i.per_image(), i.vector(n, r)
     return _bind(gate_mlp.gate_backward, *vectors, i.gate(), i.layer.out**2)
+
+
+def _mbconv(i: Inputs) -> Call:
+    layer, se, second = i.layer, i.gate(), i.batch_norm()
+    first = i.batch_norm() if layer.prologue else None
+    x, weight = i.x(), i.vector(layer.c, 1, layer.kernel, layer.kernel)
+    leaves = [x, weight, *se, *second[:2], *(() if first is None else first[:2])]
+    arguments = (x, first, weight, layer.stride, i.padding(), second, se)
+    return _training_step("mbconv", layer, mbconv.mbconv, arguments, leaves, i.d())
+
+
+def _squeeze(i: Inputs) -> Call:
+    x, norm, gradient = i.x(), i.batch_norm(), i.per_image().to(i.dtype)
+    function = bn_silu_squeeze.bn_silu_squeeze
+    return _training_step("bn_silu_squeeze", i.layer, function, (x, norm), [x, *norm[:2]], gradient)
+
+
+def _training_step(
+    name: str,
+    layer: Layer,
+    function: Callable[..., Tensor],
+    arguments: tuple[Any, ...],
+    leaves: list[Tensor],
+    gradient: Tensor,
+) -> Call:
+    """A compiled forward and backward pass of an op: its output, and the gradients of `leaves`."""
+    compiled = torch.compile(function, dynamic=False)
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def call() -> tuple[Tensor, ...]:
+        chosen = PARTS[name].choice(*PARTS[name].sizes(layer))
+        y = compiled(*arguments, kernels=chosen.kernels)
+        return y.detach(), *torch.autograd.grad(y, leaves, gradient)
+
+    return call
 
 
 _PARTS = (
@@ -176,7 +230,7 @@ _PARTS = (
     ),
     _images(se_gate.squeeze_choice, 1, lambda i: _bind(se_gate.squeeze, i.d(), i.stats(), i.affine())),
     _images(se_gate.excite_choice, 2, lambda i: _bind(se_gate.excite, i.d(), i.stats(), i.affine(), i.per_image())),
-    _images(se_gate.five_sums_choice, 2, lambda i: _bind(se_gate.five_sums, i.d(), i.d(), i.stats(), i.affine())),
+    _images(se_gate.five_sums_choice, 2, _five_sums),
     _images(se_gate.apply_sums_choice, 3, _apply_sums),
     _rows(statistics.statistics_choice, 1, lambda i: _bind(statistics.batch_statistics, i.x(), 1e-3, False)),
     _rows(
@@ -192,17 +246,32 @@ _PARTS = (
     _rows(batch_norm.grad_apply_choice, 3, _grad_apply),
     _gate(gate_mlp.forward_choice, lambda i: _bind(gate_mlp.gate_forward, i.per_image(), i.gate())),
     _gate(gate_mlp.backward_choice, _gate_backward),
+    Part(
+        mbconv.mbconv_choice,
+        lambda s: (s.n, s.c, s.size, s.size, s.kernel, s.stride, s.hidden, int(s.prologue)),
+        _mbconv,
+        (6, 10),
+    ),
+    Part(bn_silu_squeeze.bn_silu_squeeze_choice, lambda s: (s.n, s.c, s.size, s.size), _squeeze, (5, 0)),
 )
 PARTS: dict[str, Part] = {part.choice.kernel: part for part in _PARTS}
+OPS = ("mbconv", "bn_silu_squeeze")
 _EXPANSION = ("statistics", "grad apply")  # the rest of an expansion's BatchNorm is in the depthwise kernels
 _NORM = ("statistics", "normalize", "grad sums", "grad apply")
+_HEAD = ("statistics", "squeeze", "five sums", "apply sums", "bn_silu_squeeze")
 
 
 def parts_of(layer: Layer) -> list[str]:
     """Names of the parts that a training step runs on a layer, those with most traffic first."""
     if not layer.kernel:
-        return list(_NORM)
-    return [name for name in PARTS if name not in _NORM or (layer.prologue and name in _EXPANSION)]
+        return list(_HEAD if layer.pooled else _NORM)
+    block = [name for name in PARTS if name not in _NORM or (layer.prologue and name in _EXPANSION)]
+    return [name for name in block if name != "bn_silu_squeeze"]
+
+
+def tolerance(part: str, dtype: torch.dtype) -> float:
+    """Relative RMS allowed between two candidates."""
+    return OP_TOLERANCE if part in OPS else TOLERANCE[dtype]
 
 
 def launch_of(kernel: str, sizes: Sizes, fields: Mapping[str, Any]) -> Any | None:
@@ -220,7 +289,12 @@ def _candidates(kernel: str, sizes: Sizes) -> dict[tuple[tuple[str, Any], ...], 
 
 
 def compile_ahead(part: str, layer: Layer, launch: Any, dtype: torch.dtype) -> None:
-    """Compile a part's kernels into Triton's disk cache. Failures are ignored: the call that times it raises them."""
+    """Compile a part's kernels into Triton's disk cache. Failures are ignored: the call that times it raises them.
+
+    An op is not compiled: its kernels are those of the other parts, and torch.compile needs the GPU.
+    """
+    if part in OPS:
+        return
 
     def warm(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         kernel.warmup(*(a.dtype if isinstance(a, Tensor) else a for a in args), grid=grid, **options)

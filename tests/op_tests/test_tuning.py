@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from effnet_kernels.launch import launches_go_to, launches_used
-from effnet_kernels.tuning import PARTS, TOLERANCE, Inputs, Layer, launch_of, parts_of, relative_error
+from effnet_kernels import bn_silu_squeeze, mbconv, tuning
+from effnet_kernels.launch import Implementation, launches_go_to, launches_used
+from effnet_kernels.tuning import OPS, PARTS, TOLERANCE, Inputs, Layer, launch_of, parts_of, relative_error, tolerance
 
 AHEAD = """
 import types
@@ -37,7 +38,7 @@ with launches_used({{({name!r}, part.sizes(small)): launch}}), launches_go_to(st
 """
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [name for name in PARTS if name not in OPS])
 def test_a_part_uses_the_launch_for_its_sizes(name):
     """`Part.sizes` are those that the launcher asks for."""
     part, layer = PARTS[name], Layer(512, 96, 8, 5, 2, 4)
@@ -72,6 +73,42 @@ def test_launches_agree(name):
         assert relative_error(call(), expected) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("prologue", [True, False])
+def test_an_op_runs_on_the_implementation_for_its_sizes(monkeypatch, name, prologue):
+    """`kernels="auto"` means PyTorch's operators where they are in use for these sizes, and nowhere else."""
+    module, layer = {"mbconv": mbconv, "bn_silu_squeeze": bn_silu_squeeze}[name], Layer(2, 8, 4, 3, 2, 4, prologue)
+    monkeypatch.setattr(module, "use_kernels", lambda kernels, x: kernels == "auto")
+    monkeypatch.setattr(tuning, "_training_step", lambda name, layer, function, arguments, *_: (function, arguments))
+    function, arguments = PARTS[name].make(Inputs(layer, torch.float32, torch.device("cpu")))
+    function = torch.compile(function, backend="eager", fullgraph=True)
+
+    def kernels_started(used, training=True):
+        torch.compiler.reset()
+        started = []
+        with launches_used({used: Implementation("torch")}), launches_go_to(lambda op, *_, **__: started.append(op)):
+            function(*arguments, training=training)
+        return len(started)
+
+    sizes = PARTS[name].sizes(layer)
+    assert kernels_started((name, sizes)) == 0
+    assert kernels_started((name, sizes), training=False) > 0
+    assert kernels_started((name, (1, *sizes[1:]))) > 0
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("mbconv", torch.bfloat16), ("bn_silu_squeeze", torch.float32)])
+def test_implementations_agree(name, dtype):
+    """The output and every gradient of a training step."""
+    part, layer = PARTS[name], Layer(2, 24, 4, 3, 1, 4)
+    call = part.make(Inputs(layer, dtype, torch.device("cpu")))
+    with torch.compiler.set_stance("force_eager"):
+        expected = call()
+        with launches_used({(name, part.sizes(layer)): Implementation("torch")}):
+            actual = call()
+    assert len(actual) == {"mbconv": 11, "bn_silu_squeeze": 4}[name]
+    assert 0 < relative_error(actual, expected) <= 0.6 * tolerance(name, dtype)
+
+
 def test_relative_error_leaves_out_moments_of_tiles():
     x, moments = torch.ones(4), torch.ones(2, 3, 5)
     assert relative_error((1.01 * x, moments), (x, moments[:1])) == pytest.approx(0.01, rel=1e-3)
@@ -81,6 +118,21 @@ def test_parts_of_a_layer():
     expanded, first = Layer(2, 24, 4, 3, 1, 4), Layer(2, 24, 4, 3, 1, 4, prologue=False)
     assert set(parts_of(expanded)) - set(parts_of(first)) == {"statistics", "grad apply"}
     assert parts_of(Layer(2, 24, 4)) == ["statistics", "normalize", "grad sums", "grad apply"]
+    head = parts_of(Layer(2, 24, 4, pooled=True))
+    assert head == ["statistics", "squeeze", "five sums", "apply sums", "bn_silu_squeeze"]
+    assert parts_of(expanded)[-1] == parts_of(first)[-1] == "mbconv"
+
+
+@pytest.mark.parametrize(("name", "reads"), [("five sums", 2), ("apply sums", 3)])
+def test_a_head_reads_its_map_alone(name, reads):
+    """In the squeeze's backward pass the gradient is a vector."""
+    maps = []
+    for pooled in (False, True):
+        given = []
+        with launches_go_to(lambda op, kernel, grid, *args, given=given, **_: given.extend(args)):
+            PARTS[name].make(Inputs(Layer(2, 24, 4, pooled=pooled), torch.float32, torch.device("meta")))()
+        maps.append(len({id(t) for t in given if isinstance(t, torch.Tensor) and t.dim() == 4}))
+    assert maps == [reads, reads - 1]
 
 
 def test_a_launch_outside_the_space_is_none():

@@ -36,9 +36,10 @@ class Candidate:
 
 
 # SGD's rate of 0.1 for batches of 128 (Goyal et al. 2017: proportional to the batch), at the recipe's 64.
-_PLAIN = "optimizer=sgd learning_rate=0.05 weight_decay=5e-4 label_smoothing=0.1"
-_MUON = "optimizer=muon learning_rate=1e-3 weight_decay=0.05 label_smoothing=0.1"
-_RESIZED = f"{_MUON} resize_schedule=20:0.15,24:0.35,32"
+_PLAIN = "batch_size=64 optimizer=sgd learning_rate=0.05 weight_decay=5e-4 label_smoothing=0.1"
+_ZERO = "label_smoothing=0.1 zero_init_residual=true"
+_MUON = f"{_ZERO} batch_size=128 optimizer=muon learning_rate=5e-3 weight_decay=0.05"
+_RESIZED = f"{_MUON} resize_schedule=20:0.2,24:0.5,32"
 
 
 def _resized_with(change: str) -> Candidate:
@@ -46,14 +47,16 @@ def _resized_with(change: str) -> Candidate:
 
 
 CANDIDATES = {
-    "adamw": Candidate("optimizer=adamw learning_rate=1e-3 weight_decay=0.05 label_smoothing=0.1", against="plain"),
-    "timm": Candidate(_PLAIN, peer="timm"),
     "plain": Candidate(_PLAIN, against="timm"),
+    "timm": Candidate(_PLAIN, peer="timm"),
+    "zero-init": Candidate(f"{_PLAIN} zero_init_residual=true", against="plain"),
+    "adamw": Candidate(
+        f"{_ZERO} batch_size=128 optimizer=adamw learning_rate=3e-3 weight_decay=0.05", against="zero-init"
+    ),
     "muon": Candidate(_MUON, against="adamw"),
     "muon-resize": Candidate(_RESIZED, against="muon"),
     "alternating-flip": _resized_with("alternating_flip=true"),
     "trivial-augment": _resized_with("auto_augment=trivial"),
-    "zero-init": _resized_with("zero_init_residual=true"),
     "identity-depthwise": _resized_with("depthwise_init=identity"),
     "mixup-cutmix": _resized_with("mixup=0.2 cutmix=1 mixup_prob=0.5"),
     "smoothing-0": _resized_with("label_smoothing=0"),

@@ -21,6 +21,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PROVENANCE = "machine, versions, commit"
+FOLDERS = ("--data_dir", "--save_dir", "--run_name")
 Result = dict[str, Any]
 
 
@@ -70,18 +71,36 @@ def runs(folder: Path) -> list[dict[str, Any]]:
         provenance = json.loads((path.parent / "environment.json").read_text())
         arguments = shlex.split(provenance["command"])
         recipe = arguments[arguments.index("--config") + 1]
-        settings = yaml.safe_load((ROOT / recipe).read_text())
+        config = path.parent / "config.yaml"
+        settings = yaml.safe_load((config if config.exists() else ROOT / recipe).read_text())
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         entries.append(
             {
                 "recipe": recipe,
+                "command": _command(arguments),
                 "settings": settings,
-                "last": [line for line in lines if line["kind"] == "eval"][-1],
+                "last": [line for line in lines if line["kind"] == "eval"][-1] | _tested(path.parent),
                 "seconds": seconds_of(lines, settings["batch_size"]),
                 "provenance": provenance,
             }
         )
     return entries
+
+
+def _command(arguments: list[str]) -> str:
+    """The command without the folders of the machine that ran it."""
+    flags = arguments[arguments.index("train") + 1 :]
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return " ".join(["effnet-fast train", *(f"{flag} {value}" for flag, value in pairs if flag not in FOLDERS)])
+
+
+def _tested(folder: Path) -> dict[str, float]:
+    """Accuracy on the test images, from `effnet-fast eval`, if the run held out validation images."""
+    path = folder / "test-evaluation.json"
+    if not path.exists():
+        return {}
+    evaluation = json.loads(path.read_text())
+    return {name: evaluation[name] for name in ("top1", "top5")}
 
 
 def seconds_of(lines: list[dict], batch_size: int) -> float:
@@ -100,7 +119,8 @@ def seconds_of(lines: list[dict], batch_size: int) -> float:
 def duration(seconds: float) -> str:
     """As `1 min 49 s`."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def summary(folder: Path = RESULTS) -> str:
@@ -127,7 +147,7 @@ def training(folder: Path = RESULTS) -> str:
         rows.append(
             [
                 f"{settings['dataset']}, {model}",
-                f"`effnet-fast train --config {run['recipe']}`",
+                f"`{run['command']}`",
                 f"{last['epoch']:g}",
                 f"{last['top1']:.2f} %",
                 f"{last['top5']:.2f} %",

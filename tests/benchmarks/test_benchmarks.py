@@ -554,6 +554,26 @@ def test_seconds_of_a_run():
     assert report.seconds_of(rows, batch_size=8) == 10 * 8 / 20.0 + 3.0 + 4.0
 
 
+@pytest.mark.parametrize(("seconds", "text"), [(59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")])
+def test_durations(seconds, text):
+    assert report.duration(seconds) == text
+
+
+def test_accuracy_of_a_run_with_validation_images_is_that_of_eval(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "environment.json").write_text(
+        json.dumps({"command": "python x train --config effnet_fast/recipes/quickstart.yaml --data_dir data --seed 1"})
+    )
+    row = {"kind": "eval", "epoch": 2, "step": 4, "top1": 10.0, "top5": 20.0, "loss": 3.0, "seconds": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    entry = report.runs(tmp_path)[0]
+    assert entry["last"] == row
+    assert entry["command"] == "effnet-fast train --config effnet_fast/recipes/quickstart.yaml --seed 1"
+    (run / "test-evaluation.json").write_text(json.dumps({"top1": 11.0, "top5": 21.0, "loss": 2.0}))
+    assert report.runs(tmp_path)[0]["last"] == row | {"top1": 11.0, "top5": 21.0}
+
+
 def test_report_renders_a_suite(tmp_path):
     scaled, kernels = harness.result("scaling", {}, []), harness.result("ops", {"dtype": "bfloat16"}, [])
     scaled["rows"] = [

@@ -30,7 +30,7 @@ def absent(name):
     except ModuleNotFoundError:  # of the parent package
         return True
 
-names = "jsonargparse fvcore captum optuna nvidia.dali timm torchvision efficientnet_pytorch pytest_reportlog"
+names = "jsonargparse captum optuna nvidia.dali timm torchvision efficientnet_pytorch pytest_reportlog"
 print(*filter(absent, names.split()), sep=", ")')
 if [[ -n $absent ]]; then
     echo "not installed: $absent; parts that need them are reported and skipped"

@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cached_costs():
-    """Searches and studies of all tests count the cost of a model once, since fvcore takes a second for it."""
+    """Searches and studies of all tests count the cost of a model once."""
     from effnet_fast.search import family
 
     counted = {}

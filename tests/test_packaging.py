@@ -42,7 +42,7 @@ SOURCE_FILES = (
     *("Makefile", "constraints.txt", "pyproject.toml", ".gitignore", ".ci/run"),
     *("LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "launchers/Dockerfile"),
 )
-HEAVY = ("torch", "triton", "nvidia", "captum", "optuna", "matplotlib", "fvcore")
+HEAVY = ("torch", "triton", "nvidia", "captum", "optuna", "matplotlib")
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fvcore.nn.jit_analysis import JitModelAnalysis
-from fvcore.nn.jit_handles import conv_flop_jit, get_shape, linear_flop_jit
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from effnet_fast.model.blocks import Conv
 from effnet_fast.model.network import Network, batch_norms
 from effnet_fast.model.zoo import create_model
 
@@ -25,8 +28,8 @@ class Complexity:
 
     Attributes:
         parameters: number of trainable parameters.
-        macs: multiply-accumulates of the convolutions and linear layers of one forward pass. fvcore counts these and
-            calls them "flops"; a multiply-accumulate is two floating-point operations, so `flops` is 2 * macs.
+        macs: multiply-accumulates of the convolutions and linear layers of one forward pass, which
+            fvcore calls "flops"; a multiply-accumulate is two floating-point operations, so `flops` is 2 * macs.
         activations: elements that convolutions and linear layers write in one forward pass (fvcore's convention).
         inputs_read: elements that these layers read in one forward pass, without weights.
         saved: elements that autograd keeps for the backward pass.
@@ -80,21 +83,25 @@ class Complexity:
 def complexity(model: Network, image_size: int) -> Complexity:
     """Count what a model costs on [3, image_size, image_size] images. The model is not changed.
 
-    Two copies are counted: a CPU copy that fvcore traces, and a copy on the meta device that gives the sizes of what
-    autograd saves.
+    One training pass of a copy on the meta device is counted: nothing is computed.
     """
-    meta_model = copy.deepcopy(model).to("meta").train()
-    for norm in batch_norms(meta_model):
+    model = copy.deepcopy(model).to("meta").train()
+    for norm in batch_norms(model):
         norm.synchronised = False  # so that one rank can count without the others
-    counts = _layer_counts(model, image_size)
-    channels, height, width = meta_model.forward_features(_images(2, image_size, "meta")).shape[1:]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    # What is saved once per batch, weights and BatchNorm statistics, is then less than one element per image.
+    batch_size = parameters + 1
+    images = torch.empty(batch_size, 3, image_size, image_size, device="meta")
+    with _ShapesOnly(), _saved_storages() as storages, _layer_counts(model) as counts:
+        features = model.forward_features(images)
+        model.classify(features.mean((2, 3)))
+    channels, height, width = features.shape[1:]
     return Complexity(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        macs=counts["macs"],
-        activations=counts["activations"],
-        inputs_read=counts["inputs_read"],
-        # The difference leaves out what is saved once per batch: weights and BatchNorm statistics.
-        saved=_saved_numbers(meta_model, 3, image_size) - _saved_numbers(meta_model, 2, image_size),
+        parameters=parameters,
+        macs=counts["macs"] // batch_size,
+        activations=counts["activations"] // batch_size,
+        inputs_read=counts["inputs_read"] // batch_size,
+        saved=sum(elements // batch_size for _, elements in storages.values()),
         final_map=(channels, height, width),
     )
 
@@ -117,7 +124,8 @@ def model_costs(
     Raises:
         ValueError: an unknown model or an impossible value.
     """
-    model = create_model(name, num_classes, image_size, output_stride, width=width, depth=depth)
+    with torch.device("meta"):  # no values are needed
+        model = create_model(name, num_classes, image_size, output_stride, width=width, depth=depth)
     cost = complexity(model, image_size)
     return {
         "model": name,
@@ -172,32 +180,40 @@ def _size(count: int) -> str:
     return f"{count / (scale or 1e6):.4g} {unit}"
 
 
-def _images(batch_size: int, image_size: int, device: str) -> Tensor:
-    return torch.zeros(batch_size, 3, image_size, image_size, device=device)
+class _ShapesOnly(TorchDispatchMode):
+    """On the meta device torch composes BatchNorm of many small operators, which takes most of the time."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.native_batch_norm.default:
+            x = args[0]
+            return torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+        return func(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
-def _layer_counts(model: Network, image_size: int) -> Counter[str]:
-    analysis = JitModelAnalysis(copy.deepcopy(model).cpu().eval(), _images(1, image_size, "cpu"))
-    analysis.set_op_handle("aten::_convolution", _convolution_counts, "aten::linear", _linear_counts)
-    return analysis.unsupported_ops_warnings(False).by_operator()
+@contextmanager
+def _layer_counts(model: Network) -> Iterator[Counter[str]]:
+    """In this context, a pass counts the MACs and the elements read and written of convolutions and linear layers."""
+    counts: Counter[str] = Counter()
+
+    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        x, weight = inputs[0], layer.get_parameter("weight")
+        if isinstance(layer, Conv) and layer.asymmetric:
+            x = F.pad(x, layer.pads(x))
+        # weight: [outputs, inputs of a group, kernel, kernel], or [outputs, inputs]
+        counts.update(macs=output.numel() * weight[0].numel(), inputs_read=x.numel(), activations=output.numel())
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(count))
+        yield counts
 
 
-def _convolution_counts(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    return _counts(conv_flop_jit(inputs, outputs)["conv"], inputs, outputs)
-
-
-def _linear_counts(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    return _counts(linear_flop_jit(inputs, outputs), inputs, outputs)
-
-
-def _counts(macs: int, inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    read, written = (torch.Size(get_shape(value)).numel() for value in (inputs[0], outputs[0]))
-    return Counter(macs=int(macs), inputs_read=read, activations=written)
-
-
-def _saved_numbers(model: Network, batch_size: int, image_size: int) -> int:
-    """Count the elements of the floating-point storages that autograd saves, each storage once."""
+@contextmanager
+def _saved_storages() -> Iterator[dict[int, tuple[Tensor, int]]]:
+    """In this context, the floating-point storages that autograd saves are collected, with their number of elements."""
     storages: dict[int, tuple[Tensor, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -207,5 +223,4 @@ def _saved_numbers(model: Network, batch_size: int, image_size: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(_images(batch_size, image_size, "meta"))
-    return sum(numbers for _, numbers in storages.values())
+        yield storages

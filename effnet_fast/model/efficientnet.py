@@ -66,8 +66,7 @@ class EfficientNet(Network):
         return self.head(self.stages(self.stem(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.head.pooled(self.stages(self.stem(x)))
-        return self.classifier(self.dropout(pooled))
+        return self.classify(self.head.pooled(self.stages(self.stem(x))))
 
     def layers(self) -> dict[str, list[nn.Module]]:
         stages = {f"stages.{i}": [stage] for i, stage in enumerate(self.stages)}

@@ -16,16 +16,24 @@ class Network(nn.Module, ABC):
 
     Attributes:
         architecture: a frozen dataclass that fixes the computation; checkpoints hold it.
-        classifier: the linear layer after the pooling.
+        dropout, classifier: the layers after the pooling.
     """
 
     architecture: Any
+    dropout: nn.Dropout
     classifier: Any
     _frozen: Sequence[nn.Module] = ()
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
         """The input of the global pooling: [N, C, H / output_stride, W / output_stride], after the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.forward_features(x).mean((2, 3)))
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits [N, num_classes] of the pooled features [N, C]."""
+        return self.classifier(self.dropout(pooled))
 
     @abstractmethod
     def layers(self) -> dict[str, list[nn.Module]]:

@@ -126,9 +126,6 @@ class ResNet(Network):
             x = self.get_submodule(f"layer{i + 1}")(x)
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.dropout(self.forward_features(x).mean((2, 3))))
-
     def layers(self) -> dict[str, list[nn.Module]]:
         stages = {f"stages.{i}": [self.get_submodule(f"layer{i + 1}")] for i in range(4)}
         return {"stem": [self.conv1, self.bn1], **stages, "classifier": [self.fc]}
@@ -216,9 +213,6 @@ class DenseNet(Network):
     def _norm_relu(self, x: Tensor, number: int) -> Tensor:
         norm, relu = self.features[f"norm{number}"], self.features[f"relu{number}"]
         return norm_relu(x, norm, relu, self.kernels)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self.forward_features(x).mean((2, 3))))
 
     def layers(self) -> dict[str, list[nn.Module]]:
         parts = self.features

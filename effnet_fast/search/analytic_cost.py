@@ -1,7 +1,7 @@
 """Parameters, MACs and activations of a scaled EfficientNet, computed from its layout without building it.
 
-Reported costs come from fvcore on the built model (`model/complexity.py`), which takes about a second per model. A
-search over thousands of models uses this module instead; a test checks that both agree.
+Reported costs come from the built model (`model/complexity.py`), which takes a fraction of a second per model. A search
+over thousands of models uses this module instead; a test checks that both agree.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Family:
         return count(layout, size, self.num_classes)
 
     def cost(self, scale: Scale) -> Complexity:
-        """Build the model and count its cost with fvcore; cached by shape."""
+        """Build the model and count its cost; cached by shape."""
         return self._cached_cost(self.shape(scale), lambda: self.build(scale))
 
     def reference_cost(self, name: str) -> Complexity:
@@ -74,7 +74,7 @@ class Family:
         if shape not in self._costs:
             with torch.device("meta"):  # skips weight initialisation: the cost does not depend on the values
                 model = build()
-            self._costs[shape] = complexity(model.to_empty(device="cpu"), shape[1])
+            self._costs[shape] = complexity(model, shape[1])
         return self._costs[shape]
 
     def build(self, scale: Scale) -> Network:

@@ -64,7 +64,7 @@ class Candidate:
         alpha, beta, gamma: factors of depth, width and resolution.
         channels, repeats: one value per stage, seven each.
         image_size: side of the image in pixels.
-        parameters, macs, activations: counted by fvcore on the built model.
+        parameters, macs, activations: counted on the built model.
         cost_ratio: MACs / (2 * the baseline's MACs). The scaling rule doubles MACs per phi; rounding causes deviations
             from 1.
         largest_phi: 1 to 7; every phi up to it gives a model within the limits.

@@ -1,4 +1,4 @@
-"""Costs of built models, compared with golden numbers, the paper and forward hooks."""
+"""Costs of built models, compared with golden numbers, the paper and fvcore."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from fvcore.nn import ActivationCountAnalysis
+from fvcore.nn.jit_analysis import JitModelAnalysis
+from fvcore.nn.jit_handles import conv_flop_jit, get_shape, linear_flop_jit
 from torch import nn
 
 from effnet_fast.model import batch_norms, create_model
@@ -42,33 +43,22 @@ def row_id(row: dict[str, Any]) -> str:
     return f"{row['model'][-2:]}-{row['image_size']}px-stride{row['output_stride']}"
 
 
-def traced(rows: list[dict[str, Any]]) -> list[Any]:
-    """Rows as parameters; building and tracing a large model takes seconds."""
-    large = [row["macs"] > 2e9 or row["parameters"] > 15e6 for row in rows]
-    return [
-        pytest.param(row, id=row_id(row), marks=[pytest.mark.slow] if slow else [])
-        for row, slow in zip(rows, large, strict=True)
-    ]
+def counts_by_fvcore(model: nn.Module, image_size: int) -> Counter[str]:
+    """MACs, elements read and elements written of one image, by fvcore, which traces the model on the CPU."""
 
+    def counts(macs: float, inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        read, written = (math.prod(get_shape(value)) for value in (inputs[0], outputs[0]))
+        return Counter(macs=int(macs), inputs_read=read, activations=written)
 
-def counts_by_hooks(model: nn.Module, image_size: int) -> Counter[str]:
-    """MACs, layer inputs and layer outputs of one image, counted without fvcore, on the meta device."""
-    counts: Counter[str] = Counter()
+    def of_convolution(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        return counts(conv_flop_jit(inputs, outputs)["conv"], inputs, outputs)
 
-    def count(layer: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        per_output = math.prod(layer.weight.shape[1:])  # input channels of a group x kernel area, or input features
-        counts.update(macs=output.numel() * per_output, inputs_read=inputs[0].numel(), activations=output.numel())
+    def of_linear(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        return counts(linear_flop_jit(inputs, outputs), inputs, outputs)
 
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(count)
-    model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return counts
-
-
-def built_on_meta(row: dict[str, Any]) -> nn.Module:
-    with torch.device("meta"):
-        return create_model(row["model"], row["num_classes"], row["image_size"], row["output_stride"])
+    analysis = JitModelAnalysis(model.eval(), torch.zeros(1, 3, image_size, image_size))
+    analysis.set_op_handle("aten::_convolution", of_convolution, "aten::linear", of_linear)
+    return analysis.unsupported_ops_warnings(False).by_operator()
 
 
 def test_golden_covers_the_paper_and_small_images():
@@ -80,15 +70,6 @@ def test_golden_covers_the_paper_and_small_images():
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=row_id)
-def test_hooks_agree_with_golden(row):
-    model = built_on_meta(row)
-    counts = counts_by_hooks(model, row["image_size"])
-    assert sum(parameter.numel() for parameter in model.parameters()) == row["parameters"]
-    assert counts["macs"] == row["macs"]
-    assert counts["activations"] == row["activations"]
-
-
-@pytest.mark.parametrize("row", traced(GOLDEN))
 def test_complexity_is_golden(row):
     described = model_costs(row["model"], row["num_classes"], row["image_size"], row["output_stride"])
     assert {key: described[key] for key in row} == row
@@ -117,30 +98,35 @@ def b0_cost(b0) -> Complexity:
     return complexity(b0, 32)
 
 
-def test_activations_follow_fvcores_convention(b0, b0_cost):
-    counted = ActivationCountAnalysis(b0.eval(), torch.zeros(1, 3, 32, 32)).unsupported_ops_warnings(False)
-    assert b0_cost.activations == counted.total()
+@pytest.mark.parametrize(
+    ("model", "settings"), [("efficientnet-b0", {"padding": "same"}), ("efficientnet-b0", {}), ("resnet50", {})]
+)
+def test_counts_equal_fvcores(model, settings):
+    model = create_model(model, num_classes=10, image_size=33, **settings)
+    cost = complexity(model, 33)
+    counts = {"macs": cost.macs, "inputs_read": cost.inputs_read, "activations": cost.activations}
+    assert counts == counts_by_fvcore(model, 33)
 
 
-def test_saved_numbers_match_autograd(b0, b0_cost):
-    """On real CPU tensors, within 1 %: what is saved once per batch is included here."""
-    batch_size = 8
-    weights = {parameter.data_ptr() for parameter in b0.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+def test_saved_elements_equal_autograds(b0, b0_cost):
+    """On CPU tensors: the difference between two batches leaves out what is saved once per batch."""
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() and tensor.data_ptr() not in weights:
-            kept[tensor.data_ptr()] = tensor
-        return tensor
+    def saved(batch_size: int) -> int:
+        kept: dict[int, torch.Tensor] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        b0.train()(torch.rand(batch_size, 3, 32, 32))
-    per_image = sum(tensor.numel() for tensor in kept.values()) / batch_size
-    assert b0_cost.saved == pytest.approx(per_image, rel=0.01)
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.is_floating_point():
+                kept[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            b0.train()(torch.rand(batch_size, 3, 32, 32))
+        return sum(tensor.numel() for tensor in kept.values())
+
+    assert b0_cost.saved == saved(3) - saved(2)
 
 
 def test_bytes_follow_the_documented_formulas(b0_cost):
-    counts = counts_by_hooks(create_model("efficientnet-b0").to("meta"), 32)
     weights = 4 * b0_cost.parameters
     assert b0_cost.flops == 2 * b0_cost.macs
     assert b0_cost.state_bytes == 3 * weights
@@ -148,7 +134,7 @@ def test_bytes_follow_the_documented_formulas(b0_cost):
         2 * b0_cost.saved,
         4 * b0_cost.saved,
     )
-    moved = 3 * counts["inputs_read"] + 2 * counts["activations"]
+    moved = 3 * b0_cost.inputs_read + 2 * b0_cost.activations
     assert b0_cost.minimum_step_bytes(64, BF16) == 64 * 2 * moved + 8 * weights
 
 
@@ -205,6 +191,5 @@ def test_table_has_macs_and_flops_and_fits_80_columns(size):
     assert any("FLOPs" in line and f"{described['flops']:,}" in line for line in lines)
 
 
-@pytest.mark.slow
 def test_table_of_the_largest_model_fits_80_columns():
     assert max(map(len, costs_table(model_costs("efficientnet-b7", 1000, 600, 32)).splitlines())) <= 80

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from command_line import mistake
 from effnet_fast import cli, config
 
 KNOWN = (
@@ -91,19 +92,6 @@ TINY = (
     "--dataset synthetic --output_stride 32 --limit_train 64 --limit_eval 64 --batch_size 32 --num_epochs 1 "
     "--device cpu"
 )
-
-
-def mistake(capsys, line):
-    """Run a command in this process; returns the one line that it prints."""
-    capsys.readouterr()  # of earlier commands, such as a warning about versions
-    with pytest.raises(SystemExit) as done:
-        cli.main(line.split())
-    printed = capsys.readouterr().err
-    assert done.value.code == 2
-    assert printed.startswith("error: ")
-    assert printed.count("\n") == 1
-    assert "Traceback" not in printed
-    return printed
 
 
 @pytest.mark.parametrize(

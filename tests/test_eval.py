@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 import effnet_fast
-from command_line import run
+from command_line import mistake, run
 from effnet_fast import checkpoint
 from effnet_fast.report.confusion import plot_confusion, write_per_class
 from effnet_fast.run import folder as run_folder
@@ -181,10 +181,7 @@ def test_calibrate_needs_other_images(trained: Path, tmp_path: Path, capsys) -> 
         (f"--checkpoint {tmp_path}/last.pt", "the run held out none (--val_fraction 0)"),
         (f"--checkpoint {trained} --split val", "so it cannot report on them: use --split test"),
     ):
-        run(f"eval --calibrate {line} {QUICK}", expected=2)
-        printed = capsys.readouterr().err
-        assert message in printed
-        assert printed.count("\n") == 1
+        assert message in mistake(capsys, f"eval --calibrate {line} {QUICK}")
 
 
 @pytest.fixture
@@ -199,11 +196,9 @@ def changed(data_dir: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_val_and_train_of_changed_data_are_refused(trained: Path, changed: Path, capsys, split: str) -> None:
     """The added image changes which images are held out."""
-    run(f"eval --checkpoint {trained} --data_dir {changed} --split {split} {QUICK}", expected=2)
-    message = capsys.readouterr().err
+    message = mistake(capsys, f"eval --checkpoint {trained} --data_dir {changed} --split {split} {QUICK}")
     assert f"{changed} is not the data that {trained} was trained on (the images or labels differ)" in message
     assert "use --split test" in message
-    assert message.count("\n") == 1
 
 
 def test_test_split_of_other_data(trained: Path, changed: Path, tmp_path: Path, capsys) -> None:
@@ -228,10 +223,9 @@ def test_moved_data(trained: Path, tmp_path: Path, capsys, monkeypatch, dataset:
     state["config"] |= {"data_dir": "data", "dataset": dataset}
     torch.save(state, tmp_path / "last.pt")
     monkeypatch.chdir(tmp_path)
-    run(f"eval --checkpoint last.pt {QUICK}", expected=2)
-    message = capsys.readouterr().err
-    assert "if the run's data set has moved, name its folder with --data_dir" in message
-    assert message.count("\n") == 1
+    assert "if the run's data set has moved, name its folder with --data_dir" in mistake(
+        capsys, f"eval --checkpoint last.pt {QUICK}"
+    )
     assert not (tmp_path / "data" / "cifar-100-python.tar.gz.part").exists()
 
 
@@ -244,10 +238,7 @@ def test_unwritable_outputs(trained: Path, data_dir: Path, tmp_path: Path, capsy
         (f"data --dataset folder --data_dir {data_dir} --output {place}/samples.png", "--output"),
         (f"predict --checkpoint {trained} {data_dir} --output {place}/table.csv", "--output"),
     ):
-        run(line, expected=2)
-        message = capsys.readouterr().err
-        assert f"cannot write to {place} (Not a directory): choose another {flag}\n" in message
-        assert message.count("\n") == 1
+        assert f"cannot write to {place} (Not a directory): choose another {flag}\n" in mistake(capsys, line)
 
 
 def test_class_names_that_are_not_utf8(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from command_line import run
+from command_line import mistake, run
 from effnet_fast import checkpoint, create_model, provenance
 from effnet_fast.run.resolve import compiling_pays, worker_count
 from effnet_fast.train.step import Step
@@ -87,10 +87,9 @@ def test_checkpoint_of_another_version(finished, tmp_path, capsys, spoil):
     spoil(state)
     checkpoint.save(tmp_path / "other.pt", state)
     flags = f"--save_dir {tmp_path} --run_name new --ema_decay 0.9 --mixup 0.2 --cutmix 1.0"
-    run(f"{TINY} {flags} --resume {tmp_path / 'other.pt'}", expected=2)
-    printed = capsys.readouterr().err
-    assert f"error: {tmp_path / 'other.pt'} is of another version or incomplete (" in printed
-    assert printed.count("\n") == 1
+    assert f"error: {tmp_path / 'other.pt'} is of another version or incomplete (" in mistake(
+        capsys, f"{TINY} {flags} --resume {tmp_path / 'other.pt'}"
+    )
 
 
 def test_failed_curves_are_a_warning(tmp_path, capsys):
@@ -164,10 +163,10 @@ def test_time_budget_then_resume(tmp_path, capsys):
 
 
 def test_not_finite_loss_saves_state_and_batch(tmp_path, capsys):
-    run(f"{TINY} --save_dir {tmp_path} --run_name bad --learning_rate 1e30 --clip_grad 0 --warmup_epochs 0", expected=2)
-    printed = capsys.readouterr().err
+    printed = mistake(
+        capsys, f"{TINY} --save_dir {tmp_path} --run_name bad --learning_rate 1e30 --clip_grad 0 --warmup_epochs 0"
+    )
     assert "not finite at step" in printed
-    assert printed.count("\n") == 1
     kept = torch.load(tmp_path / "bad" / "not-finite.pt", weights_only=True)
     assert kept["images"].shape == (16, 3, 32, 32)
     assert all(torch.isfinite(v).all() for v in kept["model"].values())
@@ -277,9 +276,7 @@ ONE_PIXEL = TINY.replace("--batch_size 16", "--batch_size 4 --grad_accumulation 
 
 @pytest.mark.parametrize("dry_run", ["", "--dry_run"])
 def test_one_image_per_pass_and_one_pixel_are_refused(tmp_path, capsys, dry_run):
-    run(f"{ONE_PIXEL} --save_dir {tmp_path} {dry_run}", expected=2)
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
+    message = mistake(capsys, f"{ONE_PIXEL} --save_dir {tmp_path} {dry_run}")
     assert "--batch_size 4 leaves one image per pass (1 rank(s) x 4 accumulation step(s))" in message
     assert "use a larger --batch_size, larger images (--image_size, --resize_schedule) or a smaller" in message
     assert not list(tmp_path.iterdir())
@@ -355,10 +352,7 @@ def test_more_epochs_under_the_same_name_say_how(first_epochs, capsys):
     ],
 )
 def test_a_continuation_changes_the_schedule_only(first_epochs, tmp_path, capsys, flags, words):
-    run(f"{SMALL} --save_dir {tmp_path} --run_name other --resume {first_epochs} {flags}", expected=2)
-    message = capsys.readouterr().err
-    assert words in message
-    assert message.count("\n") == 1
+    assert words in mistake(capsys, f"{SMALL} --save_dir {tmp_path} --run_name other --resume {first_epochs} {flags}")
 
 
 def test_newer_versions_than_tested_are_one_warning(tmp_path, capsys, monkeypatch):

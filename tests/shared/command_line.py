@@ -26,6 +26,20 @@ def run(line: str, expected: int = 0, curves: bool = False) -> None:
     assert done.value.code == expected
 
 
+def mistake(capsys: pytest.CaptureFixture[str], line: str) -> str:
+    """Run `effnet-fast LINE`, which must end with status 2 and one line on stderr, which is returned.
+
+    A training that fails after its start may have warned of versions that are newer than the tested ones.
+    """
+    capsys.readouterr()  # of earlier commands
+    run(line, expected=2)
+    printed = capsys.readouterr().err.splitlines(keepends=True)
+    (error,) = [line for line in printed if not line.startswith("warning: newer than the tested versions")]
+    assert error.startswith("error: ")
+    assert error.endswith("\n")
+    return error
+
+
 def run_ranks(command: Sequence[str | Path], ranks: int, **environment: str) -> str:
     """Run a command on each of several ranks, as torchrun would, but without its process, which takes seconds to start.
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from effnet_fast.internals import internal
 from effnet_fast.model.blocks import Conv
 from effnet_fast.model.network import Network, batch_norms
 from effnet_fast.model.zoo import create_model
+
+TorchDispatchMode = internal("torch.utils._python_dispatch.TorchDispatchMode")
 
 FP32, BF16 = 4, 2  # bytes of an element
 EXAMPLE_BATCH = 256  # images of the step whose traffic `model_costs` reports

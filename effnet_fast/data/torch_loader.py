@@ -117,9 +117,9 @@ class TorchLoader(Loader):
             self._check_shared_memory()
             atexit.unregister(_kill_workers)  # once is enough
             atexit.register(_kill_workers)
+            # A forked worker has none of DALI's threads and would wait for them if it collected an abandoned pipeline.
+            gc.collect()
         self._positions.epoch, self._positions.start = epoch, start
-        # A forked worker has none of DALI's threads and would wait for them if it collected an abandoned pipeline.
-        gc.collect()
         for step, batch in enumerate(self._loader, start):
             if isinstance(batch, str):
                 break

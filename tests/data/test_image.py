@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +16,13 @@ from effnet_fast.data.image import load_image, preprocess
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.resident import ResidentLoader
 from effnet_fast.data.torch_loader import TorchLoader
+from plain_spec import PLAIN
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def spec(size: int, images: int) -> LoaderSpec:
-    return LoaderSpec(
-        batch_size=images,
-        image_size=size,
-        mean=MEAN,
-        std=STD,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        seed=0,
-        rank=0,
-        world=1,
-        num_workers=0,
-        augment=None,
-    )
+    return dataclasses.replace(PLAIN, batch_size=images, image_size=size, mean=MEAN, std=STD)
 
 
 def noise(*shape: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from effnet_fast.data.decode import read_image
 from effnet_fast.data.examine import examine_file
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.data.rng import order
+from plain_spec import PLAIN
 
 KINDS = ["resident", "torch", "dali"]
 N, SEED = 50, 7
@@ -31,19 +32,7 @@ CPU = torch.device("cpu")
 MEAN, STD = (0.51, 0.49, 0.44), (0.26, 0.25, 0.27)
 PIXELS = np.random.default_rng(1).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
 SPLIT = ArraySplit(PIXELS, np.arange(N))  # labels are indices, so they identify the images of a batch
-SPEC = LoaderSpec(
-    batch_size=8,
-    image_size=32,
-    mean=MEAN,
-    std=STD,
-    device=torch.device("cpu"),
-    dtype=torch.float32,
-    seed=SEED,
-    rank=0,
-    world=1,
-    num_workers=0,
-    augment=Augment(),
-)
+SPEC = dataclasses.replace(PLAIN, mean=MEAN, std=STD, seed=SEED, augment=Augment())
 EVAL = dataclasses.replace(SPEC, augment=None)
 
 

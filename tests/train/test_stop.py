@@ -29,22 +29,14 @@ def test_save_every_few_steps():
     assert not any(map(SaveDue(ALONE, steps=0, minutes=0), range(1, 11)))
 
 
-def test_save_every_few_minutes(clock):
-    due = SaveDue(ALONE, steps=0, minutes=2)
+@pytest.mark.parametrize(("steps", "expected"), [(0, [3, 6, 9]), (4, [3, 4, 7, 8])])
+def test_minutes_count_from_the_last_save(clock, steps, expected):
+    due = SaveDue(ALONE, steps=steps, minutes=2)
     saved = []
     for step in range(1, 11):
         clock.now += 50
         saved += [step] * due(step)
-    assert saved == [3, 6, 9]
-
-
-def test_minutes_count_from_the_last_save(clock):
-    due = SaveDue(ALONE, steps=4, minutes=2)
-    saved = []
-    for step in range(1, 11):
-        clock.now += 50
-        saved += [step] * due(step)
-    assert saved == [3, 4, 7, 8]
+    assert saved == expected
 
 
 @pytest.mark.parametrize("number", Stop.SIGNALS)

@@ -18,7 +18,7 @@ from effnet_fast.model.blocks import Conv
 from effnet_fast.model.network import Network, batch_norms
 from effnet_fast.model.zoo import create_model
 
-TorchDispatchMode = internal("torch.utils._python_dispatch.TorchDispatchMode")
+TorchDispatchMode: Any = internal("torch.utils._python_dispatch.TorchDispatchMode")
 
 FP32, BF16 = 4, 2  # bytes of an element
 EXAMPLE_BATCH = 256  # images of the step whose traffic `model_costs` reports

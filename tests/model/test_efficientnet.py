@@ -136,7 +136,7 @@ def test_one_value_per_channel_raises():
 
 
 def test_compiles_without_a_graph_break():
-    model = create_model("efficientnet-b0", output_stride=32)
+    model = create_model("efficientnet-b0", output_stride=32, width=0.25, depth=0.35)  # blocks of every kind
     explanation = torch._dynamo.explain(model)(torch.randn(2, 3, 32, 32))
     assert explanation.graph_break_count == 0
 

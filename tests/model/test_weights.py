@@ -34,6 +34,11 @@ def write(path: Path, state: dict[str, Tensor]) -> Path:
     return path
 
 
+def named(golden_name: str) -> dict[str, Tensor]:
+    """A file's names with a zero each, where the shapes do not matter."""
+    return {name: torch.zeros(1) for name in golden(golden_name)}
+
+
 @torch.no_grad()
 def assert_same_logits(model: torch.nn.Module, expected: Tensor, images: Tensor) -> None:
     assert (expected[0] - expected[1]).abs().max() > 0.1
@@ -239,7 +244,7 @@ def test_older_config_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict", "net"])
 def test_wrappers_and_old_densenet_names(tmp_path: Path, wrapper: str | None) -> None:
-    state = random_state(golden("torchvision_densenet201"))
+    state = named("torchvision_densenet201")
     old = {re.sub(r"(denselayer\d+\.(norm|conv))([12])", r"\1.\3", key): value for key, value in state.items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     if wrapper:
@@ -252,20 +257,27 @@ def test_wrappers_and_old_densenet_names(tmp_path: Path, wrapper: str | None) ->
 @pytest.mark.parametrize(
     ("average", "raw"), [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("ema_state_dict", "state_dict")]
 )
-def test_moving_average_of_a_trainer(tmp_path: Path, capsys, average: str, raw: str) -> None:
+def test_moving_average_of_a_trainer(tmp_path: Path, average: str, raw: str) -> None:
     """Files as timm's and torchvision's trainers save them, with their arguments."""
-    state = random_state(golden("torchvision_resnet50"))
+    state = named("torchvision_resnet50")
     averaged = {f"module.{name}": tensor + 1 for name, tensor in state.items()} | {"n_averaged": torch.tensor(3)}
     path, arguments = tmp_path / "w.pth", argparse.Namespace(ema=True)
     torch.save({raw: state, average: averaged, "args": arguments}, path)
-    model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path)
-    assert torch.equal(model.fc.weight, state["fc.weight"] + 1)
-    assert f"its moving average ({average}) is loaded" in capsys.readouterr().err
+    weights = read_weights(path)
+    assert (weights.tensors["fc.weight"].item(), weights.average) == (1, average)
     for nothing in (None, {}):
         torch.save({raw: state, average: nothing, "args": arguments}, path)
-        model = create_model("resnet50", 1000, 64, output_stride=32, pretrained=path)
-        assert torch.equal(model.fc.weight, state["fc.weight"])
-        assert "moving average" not in capsys.readouterr().err
+        weights = read_weights(path)
+        assert (weights.tensors["fc.weight"].item(), weights.average) == (0, None)
+
+
+def test_moving_average_in_a_model(tmp_path: Path, capsys) -> None:
+    state = random_state(golden("torchvision_efficientnet_b0"))
+    averaged = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": averaged}, tmp_path / "w.pth")
+    model = create_model("efficientnet-b0", 1000, 64, output_stride=32, pretrained=tmp_path / "w.pth")
+    assert torch.equal(model.classifier.weight, averaged["classifier.1.weight"])
+    assert "its moving average (state_dict_ema) is loaded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -293,7 +305,7 @@ def test_numpy_scalars_of_numpy_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["model.", "net.", "model._orig_mod.", "module.backbone."])
 def test_prefix_of_a_lightning_module(tmp_path: Path, prefix: str) -> None:
     """As a LightningModule saves it, with its other tensors and settings."""
-    state = random_state(golden("torchvision_resnet50"))
+    state = named("torchvision_resnet50")
     wrapped = {f"{prefix}{name}": tensor for name, tensor in state.items()} | {"loss.weight": torch.ones(2)}
     torch.save({"state_dict": wrapped, "epoch": 3, "hyper_parameters": {"lr": 0.1}}, tmp_path / "w.ckpt")
     weights = read_weights(tmp_path / "w.ckpt")

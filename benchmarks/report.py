@@ -167,6 +167,8 @@ def throughput(folder: Path = RESULTS) -> str:
     for content in results("throughput", folder):
         s = content["settings"]
         case = f"{s['model']} {s['image_size']} px, stride {s['output_stride']}, batch {s['batch_size']}, {s['dtype']}"
+        if content["device"] == "cpu":
+            case += f", {content['threads']} CPU threads"
         for row in content["rows"]:
             version = s["peers"].get(row["library"])
             library = f"{row['library']} {version}" if version else row["library"]

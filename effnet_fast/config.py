@@ -642,9 +642,16 @@ class ExportConfig(_Config):
     """Weights to use; auto is the moving average (EMA) if the run has one."""
     fold_batchnorm: bool = False
     """Fold BatchNorm into the preceding convolutions: fewer operations, same logits; for inference only."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the stored weights, for safetensors and hub; float16 halves the file, keeps BatchNorm's values and biases
+    in float32, and is converted to float32 when loaded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(
+            self.dtype == "float32" or self.format in ("safetensors", "hub"),
+            f"--dtype {self.dtype} is for --format safetensors or hub, not {self.format}",
+        )
         _require(
             self.layout == "effnet-fast" or self.format in ("safetensors", "hub"),
             f"--layout {self.layout} is for --format safetensors or hub, not {self.format}",

@@ -80,6 +80,30 @@ def test_same_logits_for_any_batch(trained: Path, tmp_path: Path, kind: str, fol
     assert (stored["image_size"], stored["folded"], stored["temperature"]) == (32, folded, 1.5)
 
 
+@pytest.mark.parametrize("flags", ["", "--fold_batchnorm", "--format hub"])
+def test_float16(trained: Path, tmp_path: Path, flags: str) -> None:
+    """Weights are stored as float16, BatchNorm and biases as float32; the loaded model computes in float32."""
+    output = tmp_path / "hub" if "hub" in flags else tmp_path / "half.safetensors"
+    run(f"export --checkpoint {trained} --output {output} --dtype float16 {flags}")
+    path = output / "model.safetensors" if "hub" in flags else output
+    for tensor in load_file(path).values():
+        assert not tensor.is_floating_point() or tensor.dtype == (torch.float16 if tensor.ndim > 1 else torch.float32)
+    half, full = (effnet_fast.load(file, device="cpu").model for file in (path, trained))
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(half(images), full(images), rtol=1e-2, atol=1e-2)
+
+
+def test_float16_cannot_hold_large_weights(trained: Path, tmp_path: Path, capsys) -> None:
+    saved = checkpoint.load(trained)
+    saved["ema"]["stem.conv.weight"][0] = 1e5
+    torch.save(saved, tmp_path / "large.pt")
+    run(f"export --checkpoint {tmp_path}/large.pt --dtype float16", expected=2)
+    message = "stem.conv.weight has a weight that torch.float16 cannot hold: export with --dtype float32"
+    assert message in capsys.readouterr().err
+
+
 def test_weights_flag(trained: Path, tmp_path: Path) -> None:
     saved = checkpoint.load(trained)
     for weights, group in (("auto", "ema"), ("ema", "ema"), ("raw", "model")):
@@ -184,6 +208,10 @@ def test_layouts_of_other_libraries(published: Path, tmp_path: Path, layout: str
     with torch.no_grad():
         expected = model(images) / 2  # at the model's temperature
         torch.testing.assert_close(ORACLES[layout](tensors, images), expected, rtol=1e-4, atol=1e-4)
+    half = tmp_path / "half" / "model.safetensors"
+    half.parent.mkdir()
+    run(f"export --checkpoint {published} --layout {layout} --output {half} --dtype float16")
+    assert {tensor.dtype for tensor in load_file(half).values() if tensor.ndim > 1} == {torch.float16}
     if layout == "torchvision":
         assert not (tmp_path / "config.json").exists()
         return
@@ -207,6 +235,7 @@ def test_config_json_of_another_library_is_kept(published: Path, tmp_path: Path,
     ("flags", "message"),
     [
         ("--layout timm", "timm's networks have output stride 32, this model 8"),
+        ("--dtype float16 --format onnx", "--dtype float16 is for --format safetensors or hub, not onnx"),
         ("--layout timm --format onnx", "--layout timm is for --format safetensors or hub, not onnx"),
         ("--layout timm --fold_batchnorm", "--fold_batchnorm is not for --layout timm"),
         ("--format hub --fold_batchnorm", "--fold_batchnorm is not for"),

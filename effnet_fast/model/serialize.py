@@ -46,6 +46,20 @@ def divide_logits(model: Network, divisor: float) -> None:
         parameter.div_(divisor)
 
 
+@torch.no_grad()
+def cast_weights(model: Network, dtype: torch.dtype) -> None:
+    """Cast the weights of convolutions and linear layers, in place; vectors, such as BatchNorm's, stay as they are.
+
+    Raises:
+        ValueError: a weight is too large for the type.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype)
+            if not parameter.isfinite().all():
+                raise ValueError(f"{name} has a weight that {dtype} cannot hold: export with --dtype float32")
+
+
 def to_safetensors(model: Network, metadata: Mapping[str, str]) -> bytes:
     """Serialize the state dict and the metadata as a safetensors file."""
     from safetensors.torch import save

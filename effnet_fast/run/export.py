@@ -16,7 +16,14 @@ from effnet_fast import __version__
 from effnet_fast.checkpoint import Checkpoint, write_atomically, write_json
 from effnet_fast.config import ExportConfig
 from effnet_fast.model import Network
-from effnet_fast.model.serialize import divide_logits, fold_batch_norms, to_onnx, to_safetensors, to_torch_export
+from effnet_fast.model.serialize import (
+    cast_weights,
+    divide_logits,
+    fold_batch_norms,
+    to_onnx,
+    to_safetensors,
+    to_torch_export,
+)
 from effnet_fast.model.trained import TrainedModel, load
 from effnet_fast.model.weights.timm import make_config, read_config
 from effnet_fast.model.weights.write import to_foreign
@@ -81,6 +88,7 @@ def _export_file(config: ExportConfig, path: Path) -> Path:
     if config.fold_batchnorm and not trained.folded:
         fold_batch_norms(trained.model)
         trained = dataclasses.replace(trained, folded=True)
+    cast_weights(trained.model, getattr(torch, config.dtype))
     _write(output, write(trained.model, _metadata(trained)), trained)
     return output
 
@@ -113,6 +121,7 @@ def _export_hub(config: ExportConfig, path: Path) -> Path:
 def _weights_and_config(config: ExportConfig, trained: TrainedModel) -> tuple[bytes, dict[str, Any]]:
     """The content of the safetensors file in the requested layout, and of config.json."""
     if config.layout == "effnet-fast":
+        cast_weights(trained.model, getattr(torch, config.dtype))
         return to_safetensors(trained.model, _metadata(trained)), {
             "library_name": "effnet_fast",
             **_description(trained),
@@ -120,6 +129,7 @@ def _weights_and_config(config: ExportConfig, trained: TrainedModel) -> tuple[by
     if trained.folded:
         raise ValueError(f"{config.checkpoint} has its BatchNorm folded, which --layout {config.layout} needs")
     divide_logits(trained.model, trained.temperature)  # other libraries know no temperature
+    cast_weights(trained.model, getattr(torch, config.dtype))
     foreign = to_foreign(trained.model, config.layout)
     features = trained.model.classifier.in_features
     settings = make_config(

@@ -87,7 +87,7 @@ def record(function, *args) -> list[tuple]:
 def source(kernel, args, constants) -> tuple[ASTSource, dict]:
     """Specialise a launch as Triton's runtime does: types, constants, divisibility by 16, integers equal to 1."""
     constants = dict(constants)
-    options = {"num_warps": constants.pop("num_warps")}
+    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     signature, values, hints = {}, {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if isinstance(value, torch.Tensor):

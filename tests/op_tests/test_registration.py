@@ -98,6 +98,19 @@ def test_error_of_a_kernel_names_op_and_shapes(monkeypatch):
         launch.launch("bn_silu", Kernel(), (1,), torch.zeros(2, 3), num_warps=4)
 
 
+def test_every_launch_fuses_multiply_and_add():
+    """Whatever the Triton version's default."""
+    started = []
+
+    class Kernel:
+        __getitem__ = staticmethod(lambda grid: lambda *args, **options: started.append(options))
+
+    launch.launch("silu", Kernel(), (1,), torch.zeros(1), num_warps=4, BLOCK=2)
+    with launch.launches_go_to(lambda *_, **options: started.append(options)):
+        launch.launch("silu", Kernel(), (1,), torch.zeros(1), num_warps=4, BLOCK=2)
+    assert started == [{"num_warps": 4, "enable_fp_fusion": True, "BLOCK": 2}] * 2
+
+
 def test_use_kernels(monkeypatch):
     x = torch.zeros(2, device=DEVICE)
     assert launch.use_kernels("triton", x)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effnet_fast import distributed
+from effnet_kernels import ahead as ahead
 from effnet_kernels import batch_norm as bn_ops
 from effnet_kernels import bn_silu_squeeze as squeeze_ops
 from effnet_kernels import mbconv as mbconv_ops

@@ -16,6 +16,7 @@ from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.loader import Loader, LoaderSpec
 from effnet_fast.model import ModelOptions, Network, batch_norms, from_description, model_from_options, recompute_blocks
 from effnet_fast.model.blocks import use_launches
+from effnet_fast.run.cold_start import compile_kernels
 from effnet_fast.run.plan import Plan
 from effnet_fast.run.rank_check import about_model, compare_ranks
 from effnet_fast.run.resolve import compile_model, loader_dtype, set_backends, worker_count
@@ -61,6 +62,7 @@ def build(plan: Plan) -> Parts:
         torch.compiler.reset()  # models of earlier runs in this process count against the limit of recompilations
     model = build_model(plan, plan.world.device)
     compare_ranks(about_model(model))
+    compile_kernels(plan, model)
     step = _build_step(plan, model)
     loader = make_loader(plan.loader, dataset.train, _loader_spec(plan, plan.augment))
     eval_images = dataset.val if dataset.val is not None else dataset.test

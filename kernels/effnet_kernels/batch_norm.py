@@ -14,7 +14,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effnet_kernels.launch import Kernels, channels_last, cpp_ops, kernel, launch, row_choice, tl, triton, use_kernels
+from effnet_kernels.launch import (
+    Kernels,
+    channels_last,
+    cpp_ops,
+    custom_op,
+    kernel,
+    launch,
+    row_choice,
+    tl,
+    triton,
+    use_kernels,
+)
 from effnet_kernels.silu import sigmoid, silu_slope
 from effnet_kernels.statistics import (
     Affine,
@@ -291,7 +302,7 @@ def grad_apply(
     return dx
 
 
-@torch.library.custom_op("effnet_kernels::batch_norm", mutates_args=())
+@custom_op("batch_norm")
 def _batch_norm(
     x: Tensor,
     weight: Tensor,
@@ -311,7 +322,7 @@ def _(x, weight, bias, residual, sample_scale, activation, eps, sync):
     return torch.empty_like(x), x.new_empty(4, x.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("effnet_kernels::batch_norm_backward", mutates_args=())
+@custom_op("batch_norm_backward")
 def _batch_norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -350,7 +361,7 @@ def _backward(ctx, dy: Tensor, _: Tensor):
 _batch_norm.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("effnet_kernels::batch_norm_eval", mutates_args=())
+@custom_op("batch_norm_eval")
 def _batch_norm_eval(
     x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: bool
 ) -> Tensor:

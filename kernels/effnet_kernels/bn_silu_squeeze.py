@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from effnet_kernels.batch_norm import batch_norm_reference
-from effnet_kernels.launch import Kernels, channels_last, implementation_choice, torch_is_faster, use_kernels
+from effnet_kernels.launch import (
+    Kernels,
+    channels_last,
+    custom_op,
+    implementation_choice,
+    torch_is_faster,
+    use_kernels,
+)
 from effnet_kernels.se_gate import apply_sums, five_sums, squeeze
 from effnet_kernels.statistics import (
     BatchNorm,
@@ -35,7 +42,7 @@ def bn_silu_squeeze_reference(x: Tensor, bn: BatchNorm, *, training: bool = True
     return batch_norm_reference(x, bn, training=training, activation=True).mean((2, 3))
 
 
-@torch.library.custom_op("effnet_kernels::bn_silu_squeeze", mutates_args=())
+@custom_op("bn_silu_squeeze")
 def _bn_silu_squeeze(x: Tensor, weight: Tensor, bias: Tensor, eps: float, sync: bool) -> tuple[Tensor, Tensor]:
     stats = batch_statistics(x, eps, sync)
     return squeeze(x, stats, (weight, bias)).to(x.dtype), stats
@@ -46,7 +53,7 @@ def _(x, weight, bias, eps, sync):
     return x.new_empty(x.shape[:2]), x.new_empty(4, x.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("effnet_kernels::bn_silu_squeeze_backward", mutates_args=())
+@custom_op("bn_silu_squeeze_backward")
 def _bn_silu_squeeze_backward(
     dpool: Tensor, x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, sync: bool
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +83,7 @@ def _backward(ctx, dpool: Tensor, _: Tensor):
 _bn_silu_squeeze.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("effnet_kernels::bn_silu_squeeze_eval", mutates_args=())
+@custom_op("bn_silu_squeeze_eval")
 def _bn_silu_squeeze_eval(x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return squeeze(x, stats, (weight, bias)).to(x.dtype)
 

@@ -41,6 +41,7 @@ from effnet_kernels.launch import (
     channel_block,
     channels_last,
     cpp_ops,
+    custom_op,
     kernel,
     launch,
     slots,
@@ -686,7 +687,7 @@ def backward(
     return dx, dw.sum(0), None if sums is None else sums.sum(0)
 
 
-@torch.library.custom_op("effnet_kernels::depthwise_conv", mutates_args=())
+@custom_op("depthwise_conv")
 def _depthwise_conv(x: Tensor, weight: Tensor, stride: int, padding: list[int]) -> Tensor:
     left, right, top, bottom = padding
     return forward(x, taps_first(weight), stride, (left, right, top, bottom), None, moments=False)[0]
@@ -700,7 +701,7 @@ def _(x, weight, stride, padding):
     return empty_channels_last(x, n, c, output_size(h, k, stride, top, bottom), output_size(w, k, stride, left, right))
 
 
-@torch.library.custom_op("effnet_kernels::depthwise_conv_backward", mutates_args=())
+@custom_op("depthwise_conv_backward")
 def _depthwise_conv_backward(
     g: Tensor, x: Tensor, weight: Tensor, stride: int, padding: list[int]
 ) -> tuple[Tensor, Tensor]:

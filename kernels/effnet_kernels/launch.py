@@ -53,6 +53,20 @@ def kernel(function: Any) -> Any:
     return triton.jit(function, do_not_specialize=numbers)
 
 
+# The functions of the ops that launch Triton kernels, by the ops' names.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function that changes none of its arguments as the op `effnet_kernels::name`."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        IMPLEMENTATIONS[f"effnet_kernels::{name}"] = function
+        return torch.library.custom_op(f"effnet_kernels::{name}", function, mutates_args=())
+
+    return register
+
+
 def use_kernels(kernels: Kernels, x: Tensor) -> bool:
     """Return whether a kernel of this package handles `x`, rather than PyTorch's operators.
 
@@ -71,7 +85,8 @@ def use_kernels(kernels: Kernels, x: Tensor) -> bool:
     if choice == "cpp":
         supported = _cpp_supports(x)
     else:
-        supported = HAS_TRITON and (x.is_cuda or INTERPRETED) and x.dtype in STORAGE_TYPES
+        can_launch = x.is_cuda or INTERPRETED or _replacement is not None
+        supported = HAS_TRITON and can_launch and x.dtype in STORAGE_TYPES
     if choice in ("triton", "cpp") and not supported:
         raise ValueError(f"kernels={choice!r} cannot serve a {x.dtype} tensor on {x.device}; use kernels='auto'")
     return choice != "torch" and supported

@@ -27,6 +27,7 @@ from effnet_kernels.launch import (
     Kernels,
     channels_last,
     cpp_ops,
+    custom_op,
     implementation_choice,
     torch_is_faster,
     use_kernels,
@@ -68,7 +69,7 @@ def _norm(stats: Tensor, weight: Tensor | None, bias: Tensor | None):
     return None if weight is None or bias is None else (stats, (weight, bias))
 
 
-@torch.library.custom_op("effnet_kernels::mbconv", mutates_args=())
+@custom_op("mbconv")
 def _mbconv(
     x: Tensor,
     weight1: Tensor | None,
@@ -107,7 +108,7 @@ def _(x, weight1, bias1, weight, weight2, bias2, w1, b1, w2, b2, stride, padding
     return *maps, *(x.new_empty(s, dtype=torch.float32) for s in shapes)
 
 
-@torch.library.custom_op("effnet_kernels::mbconv_backward", mutates_args=())
+@custom_op("mbconv_backward")
 def _mbconv_backward(
     dy: Tensor,
     x: Tensor,
@@ -180,7 +181,7 @@ def _backward(ctx, dy: Tensor, *_: Tensor):
 _mbconv.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("effnet_kernels::mbconv_eval", mutates_args=())
+@custom_op("mbconv_eval")
 def _mbconv_eval(
     x: Tensor,
     stats1: Tensor | None,

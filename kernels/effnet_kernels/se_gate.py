@@ -31,6 +31,7 @@ from effnet_kernels.launch import (
     channel_block,
     channels_last,
     cpp_ops,
+    custom_op,
     kernel,
     launch,
     power_of_2,
@@ -360,7 +361,7 @@ def se_backward(
     return apply_sums(dy, x, stats, bn, gate, dpool, sum_over_ranks(bn_sums, sync)), bn_sums, grads
 
 
-@torch.library.custom_op("effnet_kernels::se_gate", mutates_args=())
+@custom_op("se_gate")
 def _se_gate(
     x: Tensor, weight: Tensor, bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, sync: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -376,7 +377,7 @@ def _(x, weight, bias, w1, b1, w2, b2, eps, sync):
     return torch.empty_like(x), *(x.new_empty(s, dtype=torch.float32) for s in shapes)
 
 
-@torch.library.custom_op("effnet_kernels::se_gate_backward", mutates_args=())
+@custom_op("se_gate_backward")
 def _se_gate_backward(
     dy: Tensor,
     x: Tensor,
@@ -414,7 +415,7 @@ def _backward(ctx, dy: Tensor, *_: Tensor):
 _se_gate.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("effnet_kernels::se_gate_eval", mutates_args=())
+@custom_op("se_gate_eval")
 def _se_gate_eval(
     x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> Tensor:

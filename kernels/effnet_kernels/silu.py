@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effnet_kernels.launch import Kernels, cdiv, launch, on_cpu, tl, triton, use_kernels
+from effnet_kernels.launch import Kernels, cdiv, custom_op, launch, on_cpu, tl, triton, use_kernels
 
 BLOCK = 2048  # values per program: two 16-byte loads of bf16 for each of 128 threads
 
@@ -60,7 +60,7 @@ def _silu_backward_kernel(
     tl.store(dx_ptr + i, (dy * silu_slope(x, sigmoid(x))).to(dx_ptr.dtype.element_ty), mask=i < size)
 
 
-@torch.library.custom_op("effnet_kernels::silu", mutates_args=())
+@custom_op("silu")
 def _silu(x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     grid = (cdiv(x.numel(), BLOCK),)
@@ -68,7 +68,7 @@ def _silu(x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("effnet_kernels::silu_backward", mutates_args=())
+@custom_op("silu_backward")
 def _silu_backward(dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty_like(x)
     grid = (cdiv(x.numel(), BLOCK),)

@@ -1,0 +1,113 @@
+"""Compile the Triton kernels of a run side by side before its first step, unless Triton's cache holds them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from effnet_fast import distributed, provenance
+from effnet_fast.checkpoint import write_atomically
+from effnet_fast.model import Network, batch_norms
+from effnet_fast.model.blocks import ahead, kernels_in_use
+from effnet_fast.precision import autocast
+from effnet_fast.run.plan import Plan
+from effnet_fast.run.verdicts import cache_folder, device_key
+from effnet_fast.train.evaluate import evaluating
+
+MOST_PROCESSES = 12
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def compile_kernels(plan: Plan, model: Network) -> None:
+    """Compile the kernels of training and evaluation; the other ranks of a machine wait for its first."""
+    device = plan.world.device
+    if device.type != "cuda" or kernels_in_use(plan.kernels, device) != "triton":
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sizes = {plan.image_size, *plan.sizes.sizes}
+        launches = step_launches(model, plan.precision, device, plan.images_per_pass, sizes)
+        compile_missing(launches, _record_of(launches, device), say=distributed.is_main())
+    distributed.barrier()
+
+
+def step_launches(
+    model: Network, precision: str, device: torch.device, images: int, sizes: set[int]
+) -> list[ahead.Launch]:
+    """The distinct launches of a forward and backward pass and of an evaluation, found on fake tensors.
+
+    Args:
+        model: in training mode, on any device.
+        precision: bf16, fp16 or no.
+        device: of the fake tensors.
+        images: of one pass.
+        sizes: of the training images, in pixels.
+    """
+
+    def step(fakes: FakeTensorMode) -> None:
+        tensors = {name: fakes.from_tensor(t) for name, t in model.state_dict(keep_vars=True).items()}
+        for size in sizes:
+            x = torch.empty(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+            with autocast(precision, device):
+                logits = functional_call(model, tensors, (x,))
+            logits.float().sum().backward()
+            with evaluating(model), autocast(precision, device):
+                functional_call(model, tensors, (x,))
+
+    norms = [norm for norm in batch_norms(model) if norm.synchronised]
+    try:
+        for norm in norms:  # fake tensors are not sent to other ranks
+            norm.synchronised = False
+        return ahead.recorded(step)
+    finally:
+        for norm in norms:
+            norm.synchronised = True
+
+
+def compile_missing(launches: list[ahead.Launch], record: Path, *, say: bool) -> None:
+    """Compile launches unless `record` lists kernels that are all in Triton's cache; then write `record`.
+
+    Args:
+        launches: from `step_launches`.
+        record: a file that belongs to these launches.
+        say: whether to print the progress.
+    """
+    if not launches or _all_compiled(record):
+        return
+    workers = min(provenance.cores(), MOST_PROCESSES, len(launches))
+    if say:
+        print(f"compiling {len(launches)} GPU kernels in {workers} processes, once for this GPU", flush=True)
+    compiled, done, said = [], 0, time.monotonic()
+    for done, kernel in enumerate(ahead.compile_all(launches, ahead.current_target(), workers), start=1):
+        compiled += [kernel] if kernel else []
+        if say and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+            print(f"compiled {done} of {len(launches)} GPU kernels", flush=True)
+            said = time.monotonic()
+    if done == len(launches):
+        _write(record, compiled)
+
+
+def _record_of(launches: list[ahead.Launch], device: torch.device) -> Path:
+    digest = hashlib.sha256("\n".join(sorted(map(repr, launches))).encode()).hexdigest()[:16]
+    return cache_folder() / f"compiled-{device_key(device)}-{digest}.json"
+
+
+def _all_compiled(record: Path) -> bool:
+    try:
+        return all(ahead.is_compiled(key, name) for key, name in json.loads(record.read_text()))
+    except (OSError, ValueError, TypeError):  # missing, incomplete, or written by another program
+        return False
+
+
+def _write(record: Path, compiled: list[list[str]]) -> None:
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, json.dumps(compiled).encode())
+    except OSError:  # a read-only home folder
+        pass

@@ -51,7 +51,9 @@ def step_launches(
     """
 
     def step(fakes: FakeTensorMode) -> None:
-        tensors = {name: fakes.from_tensor(t) for name, t in model.state_dict(keep_vars=True).items()}
+        tensors: dict[str, torch.Tensor] = {
+            name: fakes.from_tensor(t) for name, t in model.state_dict(keep_vars=True).items()
+        }
         for size in sizes:
             x = torch.empty(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
             with autocast(precision, device):

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from effnet_kernels.launch import IMPLEMENTATIONS, launches_go_to, triton
 
@@ -31,7 +31,7 @@ class Launch:
 
     Attributes:
         module, name: of the kernel.
-        arguments: a dtype for each pointer, and a number of the same type for each number.
+        arguments: a dtype's name for each pointer, and a number of the same type for each number.
         options: the named arguments: compile-time constants and the compiler's options.
     """
 
@@ -41,11 +41,14 @@ class Launch:
     options: tuple[tuple[str, Any], ...]
 
 
-class _OpsOnFakes(TorchDispatchMode):
+class _OpsOnFakes(FakeTensorMode):
     """Runs the ops' launchers on fake tensors, for which torch would compute the results' shapes only."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return IMPLEMENTATIONS.get(func.name(), func)(*args, **(kwargs or {}))
+        if func.name() not in IMPLEMENTATIONS:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        with self:
+            return IMPLEMENTATIONS[func.name()](*args, **(kwargs or {}))
 
 
 def recorded(step: Callable[[FakeTensorMode], object]) -> list[Launch]:
@@ -55,7 +58,7 @@ def recorded(step: Callable[[FakeTensorMode], object]) -> list[Launch]:
     def note(op: str, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         found[Launch(kernel.fn.__module__, kernel.fn.__name__, tuple(map(_kind, args)), tuple(options.items()))] = None
 
-    with FakeTensorMode() as fakes, launches_go_to(note), _OpsOnFakes():
+    with _OpsOnFakes() as fakes, launches_go_to(note):
         step(fakes)
     return list(found)
 
@@ -63,7 +66,7 @@ def recorded(step: Callable[[FakeTensorMode], object]) -> list[Launch]:
 def _kind(argument: Any) -> Any:
     """Equal for arguments that need the same compilation: kernels are not specialised for their numbers."""
     if isinstance(argument, Tensor):
-        return argument.dtype
+        return str(argument.dtype).removeprefix("torch.")
     return argument if not isinstance(argument, int) else 2**31 if argument >= 2**31 else 0
 
 
@@ -91,7 +94,8 @@ def compile_all(launches: list[Launch], target: Any, workers: int) -> Iterator[l
             for number, process in enumerate(processes):
                 assert process.stdin is not None
                 with contextlib.suppress(BrokenPipeError), process.stdin as task:  # kernels of one that died come later
-                    task.write(pickle.dumps((target, launches[number::workers])))
+                    share = [asdict(launch) for launch in launches[number::workers]]
+                    task.write(json.dumps([asdict(target), share]).encode())
             for line in lines:
                 yield line.split()
     finally:
@@ -105,23 +109,25 @@ def is_compiled(key: str, name: str) -> bool:
     return triton.runtime.cache.get_cache_manager(key).get_group(f"{name}.json") is not None
 
 
-def _compile(launch: Launch) -> str:
-    kernel = getattr(importlib.import_module(launch.module), launch.name)
+def _compile(module: str, name: str, arguments: list[Any], options: list[tuple[str, Any]]) -> str:
+    kernel = getattr(importlib.import_module(module), name)
+    kinds = [getattr(torch, argument) if isinstance(argument, str) else argument for argument in arguments]
     with contextlib.suppress(Exception):
-        compiled = kernel.warmup(*launch.arguments, grid=(1,), **dict(launch.options))
+        compiled = kernel.warmup(*kinds, grid=(1,), **dict(options))
         return f"{compiled.hash} {compiled.name}"
     return ""
 
 
 def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one ends this
-    target, launches = pickle.load(sys.stdin.buffer)
+    fields, launches = json.load(sys.stdin)
+    target = triton.backends.compiler.GPUTarget(**fields)
     without_gpu = types.SimpleNamespace(
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     triton.runtime.driver.set_active(without_gpu)
     for launch in launches:
-        print(_compile(launch), flush=True)
+        print(_compile(**launch), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,24 +20,14 @@ from effnet_fast.data.decode import load_image, read_image
 from effnet_fast.data.examine import examine_file
 from effnet_fast.data.folder import load_folder
 from effnet_fast.data.image import preprocess
-from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.orientation import TURNS, read_orientation, turn_image, turn_pixels
 from effnet_fast.data.resize import central_square, resize
+from plain_spec import PLAIN
 
 ALL = {**{name: content for name, (content, _) in TURNED.items()}, **UNCLEAR, **NOT_FOR_DALI}
 SIZE = 24
-SPEC = LoaderSpec(
-    batch_size=7,
-    image_size=SIZE,
-    mean=(0.0, 0.0, 0.0),
-    std=(1.0, 1.0, 1.0),
-    device=torch.device("cpu"),
-    dtype=torch.uint8,
-    seed=0,
-    rank=0,
-    world=1,
-    num_workers=0,
-    augment=None,
+SPEC = dataclasses.replace(
+    PLAIN, batch_size=7, image_size=SIZE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), dtype=torch.uint8
 )
 
 

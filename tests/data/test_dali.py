@@ -13,8 +13,8 @@ import torch
 
 from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.dataset import ArraySplit
-from effnet_fast.data.loader import LoaderSpec
 from marks import on_gpu
+from plain_spec import PLAIN
 
 dali = pytest.importorskip("nvidia.dali")
 
@@ -23,18 +23,8 @@ from effnet_fast.data.dali import DaliLoader, graph  # noqa: E402 (needs DALI)
 N, STEPS = 48, 6
 PIXELS = np.random.default_rng(4).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
 SPLIT = ArraySplit(PIXELS, np.arange(N))
-SPEC = LoaderSpec(
-    batch_size=8,
-    image_size=32,
-    mean=(0.51, 0.49, 0.44),
-    std=(0.26, 0.25, 0.27),
-    device=torch.device("cpu"),
-    dtype=torch.float32,
-    seed=5,
-    rank=0,
-    world=1,
-    num_workers=2,
-    augment=Augment(),
+SPEC = dataclasses.replace(
+    PLAIN, mean=(0.51, 0.49, 0.44), std=(0.26, 0.25, 0.27), seed=5, num_workers=2, augment=Augment()
 )
 
 

@@ -18,24 +18,15 @@ from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.dataset import ArraySplit
 from effnet_fast.data.loader import LoaderSpec
 from marks import on_gpu
+from plain_spec import PLAIN
 
 pytest.importorskip("nvidia.dali")
 
 N = 96
 PIXELS = np.random.default_rng(3).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
 SPLIT = ArraySplit(PIXELS, np.arange(N))
-SPEC = LoaderSpec(
-    batch_size=32,
-    image_size=32,
-    mean=(0.51, 0.49, 0.44),
-    std=(0.26, 0.25, 0.27),
-    device=torch.device("cpu"),
-    dtype=torch.float32,
-    seed=11,
-    rank=0,
-    world=1,
-    num_workers=1,
-    augment=None,
+SPEC = dataclasses.replace(
+    PLAIN, batch_size=32, mean=(0.51, 0.49, 0.44), std=(0.26, 0.25, 0.27), seed=11, num_workers=1
 )
 ALL = Augment(rotation=15, color_jitter=0.4, random_erasing=0.5)
 

@@ -1,6 +1,7 @@
 """`effnet-fast cam` from end to end: images of many kinds in; pictures, tables and a gallery out."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -16,7 +17,6 @@ from effnet_fast.config import CamConfig
 from effnet_fast.data import FileSplit
 from effnet_fast.data.examine import examine_file
 from effnet_fast.data.image import load_image
-from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.torch_loader import TorchLoader
 from effnet_fast.explain import cam, explainer, output, overlay
 from effnet_fast.explain.image_files import list_image_files
@@ -24,6 +24,7 @@ from effnet_fast.explain.models import load_models
 from effnet_fast.run import quick_study
 from effnet_fast.run import study as study_verb
 from effnet_fast.run.training import Outcome
+from plain_spec import PLAIN
 
 QUICK = "--curve_steps 4 --device cpu"
 
@@ -120,9 +121,7 @@ def test_preprocessing_equals_evaluation_loader(tmp_path, study):
         paths.append(tmp_path / f"{i}.jpg")
         picture(i, width, height).save(paths[-1], quality=95, exif=exif)
     for model in (model.trained for model in models_of(study)):
-        spec = LoaderSpec(
-            4, model.image_size, model.mean, model.std, torch.device("cpu"), torch.float32, 0, 0, 1, 0, None
-        )
+        spec = dataclasses.replace(PLAIN, batch_size=4, image_size=model.image_size, mean=model.mean, std=model.std)
         files = tuple(examine_file(path).file(path) for path in paths)
         loader = TorchLoader(FileSplit(files, np.zeros(4, np.int64)), spec)
         ((expected, _),) = loader.epoch(0)

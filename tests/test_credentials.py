@@ -63,8 +63,9 @@ def test_launcher_prints_no_password(url, masked):
 def test_search_leaves_no_password_in_its_files(tmp_path, monkeypatch, capfd):
     line = (
         "search --dataset synthetic --output_stride 32 --limit_train 32 --limit_eval 20 --batch_size 16 "
-        "--image_size 16 --search_epochs 1 --alpha 1.2 --beta 1.1 --gamma 1.15 --loader resident --num_workers 1 "
-        f"--device cpu --save_dir {tmp_path} --run_name masked --storage sqlite:///{tmp_path}/search.db?password=s3cret"
+        "--image_size 16 --search_epochs 1 --alpha 1.2 --beta 1.1 --gamma 1.15 --phi 1 --max_flops 5e7 "
+        f"--loader resident --num_workers 1 --device cpu --save_dir {tmp_path} --run_name masked "
+        f"--storage sqlite:///{tmp_path}/search.db?password=s3cret"
     )
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "effnet_fast", *line.split()])
     run(line)

@@ -35,10 +35,11 @@ class Candidate:
     peer: str | None = None
 
 
-# SGD's rate of 0.1 for batches of 128 (Goyal et al. 2017: proportional to the batch), at the recipe's 64.
-_PLAIN = "batch_size=64 optimizer=sgd learning_rate=0.05 weight_decay=5e-4 label_smoothing=0.1"
-_ZERO = "label_smoothing=0.1 zero_init_residual=true"
-_MUON = f"{_ZERO} batch_size=128 optimizer=muon learning_rate=5e-3 weight_decay=0.05"
+_BARE = "label_smoothing=0.1 zero_init_residual=false alternating_flip=false resize_schedule=null"
+# SGD's rate is 0.1 for batches of 128 (Goyal et al. 2017: proportional to the batch).
+_PLAIN = f"{_BARE} batch_size=64 optimizer=sgd learning_rate=0.05 weight_decay=5e-4"
+_ADAMW = f"{_BARE} zero_init_residual=true batch_size=128 optimizer=adamw learning_rate=3e-3 weight_decay=0.05"
+_MUON = f"{_BARE} zero_init_residual=true batch_size=128 optimizer=muon learning_rate=5e-3 weight_decay=0.05"
 _RESIZED = f"{_MUON} resize_schedule=20:0.2,24:0.5,32"
 
 
@@ -50,9 +51,7 @@ CANDIDATES = {
     "plain": Candidate(_PLAIN, against="timm"),
     "timm": Candidate(_PLAIN, peer="timm"),
     "zero-init": Candidate(f"{_PLAIN} zero_init_residual=true", against="plain"),
-    "adamw": Candidate(
-        f"{_ZERO} batch_size=128 optimizer=adamw learning_rate=3e-3 weight_decay=0.05", against="zero-init"
-    ),
+    "adamw": Candidate(_ADAMW, against="zero-init"),
     "muon": Candidate(_MUON, against="adamw"),
     "muon-resize": Candidate(_RESIZED, against="muon"),
     "alternating-flip": _resized_with("alternating_flip=true"),

@@ -36,6 +36,7 @@ class SqueezeExcite(NamedTuple):
 
 MAX_SPANS = 16  # spans of the channels, and splits of the images, that the next launch adds up
 MAX_SPLITS = 16
+GROUP_VALUES = 64
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class GateLaunch:
     def span(self, c: int) -> int:
         """Channels per span of a sum over `c` channels."""
         return self.block_c * max(self.turns, cdiv(c, self.block_c * MAX_SPANS))
+
+    @property
+    def group(self) -> int:
+        """Spans whose sums are loaded at once: at most GROUP_VALUES values a thread, which fit in its registers."""
+        values = max(self.block_n * self.block_r // (32 * self.num_warps), 1)
+        return min(max(GROUP_VALUES // values, 1), MAX_SPANS - 1)
 
     def constants(self, c: int) -> dict[str, int]:
         """Compile-time arguments of the kernels."""
@@ -111,17 +118,18 @@ def _tile(N, R, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _sum_of_spans(
-    sums_ptr,  # [spans, N, R], at most MAX_SPANS
+    sums_ptr,  # [spans, N, R]
     spans,
     NR,
     nr,
     nr_ok,
-    MAX_SPANS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """Add the spans' sums in order: [BLOCK_N, BLOCK_R]. Unrolled, so that all loads wait for memory at once."""
+    """Add the spans' sums in order: [BLOCK_N, BLOCK_R]. The loads of a group of spans wait for memory at once."""
     total = load(sums_ptr + nr, nr_ok)
-    for span in tl.static_range(1, MAX_SPANS):
-        total += load(sums_ptr + span * NR + nr, nr_ok & (span < spans))
+    for first in range(1, spans, GROUP):
+        for i in tl.static_range(GROUP):
+            total += load(sums_ptr + (first + i) * NR + nr, nr_ok & (first + i < spans))
     return total
 
 
@@ -173,7 +181,7 @@ def _gate_kernel(
     C,
     R,
     spans,
-    MAX_SPANS: tl.constexpr,
+    GROUP: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -181,7 +189,7 @@ def _gate_kernel(
 ):
     C = C // VEC * VEC
     n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
-    hidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, MAX_SPANS)
+    hidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, GROUP)
     hidden += load(b1_ptr + r, r < R)[None, :]
     # All programs of these images compute the same hidden values; the first one stores them.
     tl.store(hidden_ptr + nr, hidden, mask=nr_ok & (tl.program_id(1) == 0))
@@ -204,7 +212,7 @@ def _dpool_kernel(
     C,
     R,
     spans,
-    MAX_SPANS: tl.constexpr,
+    GROUP: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -213,7 +221,7 @@ def _dpool_kernel(
     C = C // VEC * VEC
     n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
     hidden = load(hidden_ptr + nr, nr_ok)
-    dhidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, MAX_SPANS) * silu_slope(hidden, sigmoid(hidden))
+    dhidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, GROUP) * silu_slope(hidden, sigmoid(hidden))
     tl.store(dhidden_ptr + nr, dhidden, mask=nr_ok & (tl.program_id(1) == 0))
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     rc_ok = (r < R)[:, None] & (c < C)[None, :]
@@ -369,7 +377,7 @@ def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
         c,
         r,
         len(sums),
-        MAX_SPANS=MAX_SPANS,
+        GROUP=config.group,
         **config.constants(c),
     )
     return gate, hidden
@@ -409,7 +417,7 @@ def _dpool(sums: Tensor, gate: Tensor, hidden: Tensor, se: SqueezeExcite) -> tup
         c,
         r,
         len(spans),
-        MAX_SPANS=MAX_SPANS,
+        GROUP=config.group,
         **config.constants(c),
     )
     return dpool, dhidden

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -19,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import effnet_fast
 from effnet_fast.data import load_dataset
 from effnet_fast.data.archive import Archive
 from effnet_fast.data.cifar import CIFAR10, Source, load_cifar, load_source, unpickle
@@ -510,3 +513,14 @@ def test_cifar10_layout(tmp_path):
     assert dataset.train.labels.tolist() == [0, 9, 2, 1] * 5
     fifth = dataset.train.images[16:].transpose(0, 3, 1, 2).reshape(4, 3072)
     assert np.array_equal(fifth, files["data_batch_5"][b"data"])
+
+
+def test_the_kept_weights_classify_the_test_images(cifar100_dir):
+    """The first 500 of 10,000 images agree with the result that is kept with the weights, within its sampling error."""
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "cifar100-cpu-long"
+    expected = json.loads((folder / "test-evaluation.json").read_text())["top1"]
+    classifier = effnet_fast.load(folder / "model.safetensors", device="cpu")
+    test = load_cifar("cifar100", cifar100_dir, download=False).test
+    best = classifier.predict([Image.fromarray(pixels) for pixels in test.images[:500]], top=1)
+    hits = [p.label == classifier.classes[label] for (p,), label in zip(best, test.labels[:500], strict=True)]
+    assert 100 * np.mean(hits) == pytest.approx(expected, abs=8)

@@ -38,8 +38,9 @@ class Candidate:
 _BARE = "label_smoothing=0.1 zero_init_residual=false alternating_flip=false resize_schedule=null"
 # SGD's rate is 0.1 for batches of 128 (Goyal et al. 2017: proportional to the batch).
 _PLAIN = f"{_BARE} batch_size=64 optimizer=sgd learning_rate=0.05 weight_decay=5e-4"
-_ADAMW = f"{_BARE} zero_init_residual=true batch_size=128 optimizer=adamw learning_rate=3e-3 weight_decay=0.05"
-_MUON = f"{_BARE} zero_init_residual=true batch_size=128 optimizer=muon learning_rate=5e-3 weight_decay=0.05"
+_ZERO = f"{_BARE} zero_init_residual=true batch_size=128 weight_decay=0.05"
+_ADAMW = f"{_ZERO} optimizer=adamw learning_rate=3e-3"
+_MUON = f"{_ZERO} optimizer=muon learning_rate=5e-3"
 _RESIZED = f"{_MUON} resize_schedule=20:0.2,24:0.5,32"
 
 

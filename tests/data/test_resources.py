@@ -18,22 +18,10 @@ from PIL import Image
 
 from effnet_fast.data import torch_loader
 from effnet_fast.data.dataset import ArraySplit, FileSplit, ImageFile
-from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.data.torch_loader import TorchLoader
+from plain_spec import PLAIN
 
-SPEC = LoaderSpec(
-    batch_size=8,
-    image_size=32,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.25, 0.25, 0.25),
-    device=torch.device("cpu"),
-    dtype=torch.float32,
-    seed=0,
-    rank=0,
-    world=1,
-    num_workers=1,
-    augment=None,
-)
+SPEC = dataclasses.replace(PLAIN, num_workers=1)
 SPLIT = ArraySplit(np.zeros((16, 32, 32, 3), np.uint8), np.zeros(16, np.int64))
 
 PEAK = """
@@ -126,7 +114,7 @@ def test_shared_memory_that_fills_up_later_ends_in_one_line(monkeypatch: pytest.
 
 INTERRUPTED = """
 import dataclasses, signal, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 from test_resources import SPEC, SPLIT, TorchLoader
 signal.signal(signal.SIGINT, signal.default_int_handler)
 batches = TorchLoader(SPLIT, SPEC).epoch(0)
@@ -138,7 +126,8 @@ signal.pause()
 
 def test_ctrl_c_ends_a_process_with_workers() -> None:
     """The signal goes to the whole process group, as from a terminal."""
-    command = [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent)]
+    folder = Path(__file__).parent
+    command = [sys.executable, "-c", INTERRUPTED, str(folder), str(folder.parent / "shared")]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -175,8 +175,8 @@ class TrainConfig(_Config):
     resize_schedule: str | None = None
     """Progressive resizing: SIZE:SHARE,...,SIZE, e.g. 20:0.15,24:0.35,32 resizes the training images to 20 px for the
     first 15 % of the steps, to 24 px for the next 35 %, and to 32 px for the rest. Images are augmented at IMAGE_SIZE,
-    then resized; sizes rise, up to IMAGE_SIZE, at which the model is evaluated. Not for search and study, whose models
-    differ in image size."""
+    then resized; sizes rise, up to IMAGE_SIZE, at which the model is evaluated. Sizes may be percentages of IMAGE_SIZE,
+    e.g. 62.5%:0.4,75%:0.4,100%; in search and study they must be, since the models differ in image size."""
     output_stride: Literal[4, 8, 16, 32] | None = None
     """Downsampling factor of the final feature map. Default: 8 below 128 px, else 32; for ResNet and DenseNet 8 (stem
     without stride) up to 64 px, else 32."""
@@ -334,7 +334,7 @@ class TrainConfig(_Config):
         _require(0 <= self.seed < 2**64, f"--seed must be from 0 to 2**64 - 1, not {self.seed}")
         _require(0 < self.layer_decay <= 1, f"--layer_decay must be above 0 and at most 1, not {self.layer_decay}")
         _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
-        resize_stages(self.resize_schedule)
+        resize_stages(self.resize_schedule, image_size=100)  # checks the form; plan.py knows the image size
         unknown = [name for name in self.trackers if name not in TRACKERS]
         _require(not unknown, f"--tracker {self.tracker}: choose among {', '.join(TRACKERS)}, or none")
         for name, given in (
@@ -365,8 +365,11 @@ class TrainConfig(_Config):
         return [] if self.tracker == "none" else [name.strip() for name in self.tracker.split(",")]
 
 
-def resize_stages(schedule: str | None) -> list[tuple[int, float]]:
+def resize_stages(schedule: str | None, image_size: int) -> list[tuple[int, float]]:
     """Parse `--resize_schedule` into the pixels and the share of the steps of each stage; None gives none.
+
+    Args:
+        image_size: pixels of 100 %.
 
     Raises:
         ValueError: the schedule is malformed.
@@ -375,10 +378,12 @@ def resize_stages(schedule: str | None) -> list[tuple[int, float]]:
         return []
     flag = f"--resize_schedule {schedule}"
     *early, last = schedule.split(",")
+    _require(schedule.count("%") in (0, len(early) + 1), f"{flag}: use pixels or percentages for all sizes")
     try:
-        stages = [(int(size), float(share)) for size, share in (stage.split(":") for stage in early)]
-        stages.append((int(last), 1 - sum(share for _, share in stages)))
-    except ValueError as error:
+        pairs = [(size, float(share)) for size, share in (stage.split(":") for stage in early)]
+        pairs.append((last, 1 - sum(share for _, share in pairs)))
+        stages = [(_pixels(size, image_size), share) for size, share in pairs]
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{flag}: use SIZE:SHARE,...,SIZE, e.g. 20:0.15,24:0.35,32") from error
     sizes = [size for size, _ in stages]
     _require(all(share > 0 for _, share in stages), f"{flag}: shares must be above 0, and their sum below 1")
@@ -387,6 +392,11 @@ def resize_stages(schedule: str | None) -> list[tuple[int, float]]:
     # torch.compile compiles a model for 8 sizes at most (torch._dynamo.config.recompile_limit).
     _require(len(sizes) <= 8, f"{flag}: use at most 8 sizes")
     return stages
+
+
+def _pixels(size: str, image_size: int) -> int:
+    """A size of `--resize_schedule` in pixels: "24", or "75%" of `image_size`, rounded."""
+    return round(float(size[:-1]) / 100 * image_size) if size.endswith("%") else int(size)
 
 
 @dataclass(frozen=True)
@@ -402,8 +412,9 @@ class _FamilyConfig(TrainConfig):
             self.resume == "auto", "--resume is always auto for this verb; to start over, choose another --run_name"
         )
         _require(
-            self.resize_schedule is None,
-            "--resize_schedule is in pixels, and the models of this verb differ in image size: remove it",
+            self.resize_schedule is None or "%" in self.resize_schedule,
+            f"--resize_schedule {self.resize_schedule} is in pixels, and the models of this verb differ in image size: "
+            "use percentages, e.g. 62.5%:0.4,75%:0.4,100%",
         )
         _require(
             self.time_budget == 0,

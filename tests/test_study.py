@@ -14,7 +14,7 @@ from examples import run_examples
 
 TINY = (
     "study --dataset synthetic --output_stride 32 --limit_train 16 --limit_eval 20 --batch_size 8 --num_epochs 1 "
-    "--loader resident --num_workers 1 --device cpu"
+    "--loader resident --num_workers 1 --device cpu --resize_schedule 75%:0.5,100%"
 )
 NAMES = ["baseline", "deeper", "wider", "higher-resolution", "compound"]
 
@@ -42,7 +42,9 @@ def test_index_points_to_checkpoints_of_the_paper_models(finished):
     factors = []
     for model in models:
         assert model["checkpoint"] == f"{model['run']}/last.pt" == f"runs/{model['name']}-0/last.pt"
-        architecture = checkpoint.load(finished / model["checkpoint"])["architecture"]
+        trained_model = checkpoint.load(finished / model["checkpoint"])
+        assert trained_model["config"]["resize_schedule"] == "75%:0.5,100%"
+        architecture = trained_model["architecture"]
         factors.append([architecture[name] for name in ("depth", "width", "image_size", "output_stride")])
     assert factors == [[1, 1, 32, 32], [4, 1, 32, 32], [1, 2, 32, 32], [1, 1, 64, 32], [1.4, 1.2, 42, 32]]
 

@@ -95,7 +95,7 @@ class Plan:
     @property
     def sizes(self) -> ImageSizes:
         """Size of the training images at each step; `--resize_schedule` starts together with the learning rate's."""
-        stages = resize_stages(self.config.resize_schedule) or [(self.image_size, 1.0)]
+        stages = resize_stages(self.config.resize_schedule, self.image_size) or [(self.image_size, 1.0)]
         return image_sizes(stages, self.schedule_start, self.steps)
 
     @property
@@ -178,7 +178,7 @@ def make_plan(config: TrainConfig, world: World, resumed: Resumed | None) -> Pla
         raise ValueError(f"--batch_size {config.batch_size} is larger than the {len(dataset.train)} training images")
 
     image_size = resolve_image_size(config.image_size, config.model, dataset.native_size)
-    if any(size > image_size for size, _ in resize_stages(config.resize_schedule)):
+    if any(size > image_size for size, _ in resize_stages(config.resize_schedule, image_size)):
         raise ValueError(
             f"--resize_schedule {config.resize_schedule}: images of {image_size} px are not enlarged; use sizes of at "
             f"most {image_size}, or a larger --image_size"

@@ -19,7 +19,7 @@ RUN = (
 
 
 def test_shares_of_the_steps():
-    sizes = image_sizes(resize_stages("20:0.15,24:0.35,32"), 0, 100)
+    sizes = image_sizes(resize_stages("20:0.15,24:0.35,32", 32), 0, 100)
     assert [sizes(step) for step in (0, 14, 15, 49, 50, 99)] == [20, 20, 24, 24, 32, 32]
     assert sizes.counts(0, 100) == {20: 15, 24: 35, 32: 50}
     assert sizes.counts(10, 40) == {20: 5, 24: 25}
@@ -87,6 +87,11 @@ def test_a_run_stopped_in_the_middle_ends_as_an_uninterrupted_one(tmp_path, caps
         ("32:0.5,20", "each size must be larger than the one before"),
         ("20:0.2,20:0.2,32", "each size must be larger than the one before"),
         ("4:0.5,32", "sizes must be at least 8 px"),
+        ("62.5%:0.4,75%:0.4,100%", None),
+        ("75%:0.4,32", "use pixels or percentages for all sizes"),
+        ("20%5:0.4,100%", "use SIZE:SHARE"),
+        ("75%:0.4,inf%", "use SIZE:SHARE"),
+        ("75%:0.4,75.1%", "each size must be larger than the one before"),
         (",".join(f"{8 + i}:0.1" for i in range(8)) + ",32", "use at most 8 sizes"),
     ],
 )
@@ -103,6 +108,7 @@ def test_schedules(schedule, words):
     ("flags", "words"),
     [
         ("--resize_schedule 20:0.5,48", "--resize_schedule 20:0.5,48: images of 32 px are not enlarged"),
+        ("--resize_schedule 75%:0.5,110%", "--resize_schedule 75%:0.5,110%: images of 32 px are not enlarged"),
         ("--resize_schedule 32:0.5", "use SIZE:SHARE"),
         (
             "--model densenet201 --output_stride 32 --resize_schedule 16:0.5,32",
@@ -119,9 +125,15 @@ def test_bad_flags_are_one_line(tmp_path, capsys, flags, words):
     assert words in mistake(capsys, f"{line} --save_dir {tmp_path} {flags} --dry_run")
 
 
+def test_percentages_of_the_image_size():
+    assert resize_stages("62.5%:0.4,75%:0.4,100%", 32) == resize_stages("20:0.4,24:0.4,32", 32)
+    assert [size for size, _ in resize_stages("62.5%:0.4,75%:0.4,100%", 45)] == [28, 34, 45]
+
+
 @pytest.mark.parametrize("config", [SearchConfig, StudyConfig])
-def test_search_and_study_refuse_it(config):
-    with pytest.raises(ValueError, match="the models of this verb differ in image size: remove it"):
+def test_search_and_study_take_percentages_only(config):
+    assert config(resize_schedule="75%:0.5,100%")
+    with pytest.raises(ValueError, match="is in pixels, and the models of this verb differ in image size: use perc"):
         config(resize_schedule="20:0.5,32")
 
 

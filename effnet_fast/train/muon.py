@@ -31,7 +31,7 @@ class Muon(torch.optim.AdamW):
             or [rows, columns, 1, 1].
         lr: the default learning rate.
         momentum: Muon's momentum; AdamW uses betas of 0.9 and 0.999.
-        dtype: dtype of the orthogonalisation; None means bfloat16 on CUDA and float32 elsewhere.
+        dtype: dtype of the orthogonalisation; None means bfloat16 on CUDA and on CPUs with AMX, float32 elsewhere.
     """
 
     grad_scale: Tensor
@@ -71,12 +71,19 @@ class Muon(torch.optim.AdamW):
         momentum = torch.stack([buffer.flatten(1) for buffer in buffers])
         momentum.lerp_(grads, keep * (1 - self.momentum))
         rows, columns = grads.shape[1:]
-        dtype = self.dtype or (torch.bfloat16 if grads.is_cuda else torch.float32)
+        dtype = self.dtype or fastest_dtype(grads.device)
         update = orthogonalize(torch.lerp(grads, momentum, self.momentum), dtype).to(grads.dtype)
         weights = torch.stack([p.flatten(1) for p in params])
         weights = weights * (1 - keep * lr * weight_decay) - keep * lr * 0.2 * math.sqrt(max(rows, columns)) * update
         torch._foreach_copy_(buffers, [m.view_as(buffer) for m, buffer in zip(momentum, buffers, strict=True)])
         torch._foreach_copy_(params, [w.view_as(p) for w, p in zip(weights, params, strict=True)])
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype whose matrix products are fastest: bfloat16 on CUDA and on CPUs with AMX, else float32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.11 lacks it
+    has_amx = device.type == "cpu" and capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if device.type == "cuda" or has_amx else torch.float32
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:

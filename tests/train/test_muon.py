@@ -6,7 +6,7 @@ from torch import nn
 
 from effnet_fast import create_model
 from effnet_fast.train import optim
-from effnet_fast.train.muon import Muon, orthogonalize
+from effnet_fast.train.muon import Muon, fastest_dtype, orthogonalize
 
 SHAPES = [(24, 8, 1, 1), (8, 24, 1, 1), (24, 8, 1, 1), (16, 16, 1, 1)]
 
@@ -50,6 +50,13 @@ def test_orthogonalize():
         assert (values[:2] > 0.3).all()
         assert (values[:2] < 1.3).all()
         assert (values[2] == 0).all()
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_dtype_without_a_choice(monkeypatch, has_amx):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx}, raising=False)
+    assert fastest_dtype(torch.device("cpu")) == (torch.bfloat16 if has_amx else torch.float32)
+    assert fastest_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_update_reads_no_value():

@@ -81,7 +81,7 @@ class Muon(torch.optim.AdamW):
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """The dtype whose matrix products are fastest: bfloat16 on CUDA and on CPUs with AMX, else float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.11 lacks it
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.11 lacks it
     has_amx = device.type == "cpu" and capabilities().get("amx_bf16", False)
     return torch.bfloat16 if device.type == "cuda" or has_amx else torch.float32
 

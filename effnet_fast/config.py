@@ -250,9 +250,10 @@ class TrainConfig(_Config):
     deterministic: bool = False
     """Use only deterministic algorithms on CUDA, at some cost in speed; CPU runs are always deterministic."""
 
-    kernels: Literal["auto", "triton", "cpp", "torch"] = operational("auto")
+    kernels: Literal["auto", "triton", "triton-block", "cpp", "torch"] = operational("auto")
     """Fused kernels in the MBConv blocks, in Triton on CUDA and in C++ on the CPU, which builds them once; auto uses
-    them, torch never; EFFNET_KERNELS=torch disables them too."""
+    them, torch never; EFFNET_KERNELS=torch disables them too. triton-block also makes a block's 1x1 convolutions Triton
+    kernels in the forward pass; no GPU has timed it yet, so auto does not choose it."""
     loader: LoaderName = operational("auto")
     """Data loader; auto takes the fastest one measured on this device, else DALI if it is installed."""
     num_workers: int = operational(8)
@@ -809,6 +810,8 @@ class TuneConfig(_Config):
     """Downsampling factor of the final feature map, as in train."""
     batch_size: int = 256
     """Images per forward pass on one GPU: train's --batch_size over ranks and accumulation steps."""
+    kernels: Literal["triton", "triton-block"] = "triton"
+    """triton-block also times the blocks' 1x1 convolutions, which train runs in Triton with --kernels triton-block."""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] | bool = "auto"
     """Autocast dtype, as in train; auto is bf16."""
     seconds: float = 240

@@ -59,10 +59,10 @@ assert cubins() == len(launches)
 """
 
 
-@pytest.mark.parametrize("precision", ["bf16", "no"])
-def test_the_launches_are_those_of_a_step(monkeypatch, precision):
+@pytest.mark.parametrize(("precision", "kernels"), [("bf16", "triton"), ("no", "triton"), ("no", "triton-block")])
+def test_the_launches_are_those_of_a_step(monkeypatch, precision, kernels):
     """Those that real tensors give, in training and in evaluation."""
-    model = create_model("efficientnet-b0", output_stride=8, width=0.25, depth=0.3, kernels="triton")
+    model = create_model("efficientnet-b0", output_stride=8, width=0.25, depth=0.3, kernels=kernels)
     found = cold_start.step_launches(model, precision, CPU, 2, {32, 24})
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -80,6 +80,7 @@ def test_the_launches_are_those_of_a_step(monkeypatch, precision):
     real = ahead.recorded(step)
     assert len(found) == len(set(found)) > 30
     assert set(found) == set(real)
+    assert ("_product_kernel" in {launch.name for launch in found}) == (kernels == "triton-block")
 
 
 def test_kernels_compiled_ahead_are_those_that_start(tmp_path):

@@ -65,6 +65,16 @@ def test_wrong_values_are_broken(monkeypatch):
     assert "--kernels torch" in detail
 
 
+def test_products_are_checked_on_a_gpu(monkeypatch):
+    kernels = []
+    monkeypatch.setattr(self_check, "block_error", lambda device, asked, *block: kernels.append(asked) or 0.1)
+    assert self_check.check_products(CPU)[0] == "absent"
+    status, detail = self_check.check_products(GPU)
+    assert status == "broken"
+    assert detail.endswith("do not use --kernels triton-block")
+    assert set(kernels) == {"triton-block"}
+
+
 def test_failing_check_exits_1(monkeypatch, capsys):
     def fail(device):
         raise RuntimeError("first line\nsecond line")

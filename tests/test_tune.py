@@ -12,7 +12,7 @@ from command_line import run
 from effnet_fast import create_model
 from effnet_fast.config import TrainConfig, TuneConfig
 from effnet_fast.distributed import World
-from effnet_fast.model.blocks import tuning, use_launches
+from effnet_fast.model.blocks import MBConv, tuning, use_launches
 from effnet_fast.model.launch_layers import launch_layers
 from effnet_fast.run import plan, tune
 from effnet_fast.run.build import build
@@ -197,6 +197,20 @@ def test_layers_of_a_model():
     )
 
 
+def test_the_products_of_a_model():
+    """Only for triton-block: each block's projection, and its expansion where it has one."""
+    model = create_model("efficientnet-b0", output_stride=32, width=0.25, depth=0.3)
+    plain, whole = (launch_layers(model, 64, 32, products=products) for products in (False, True))
+    products = [layer for layer in whole if tuning.parts_of(layer) == ["product"]]
+    assert [layer for layer in whole if layer not in products] == plain
+    blocks = [block for block in model.modules() if isinstance(block, MBConv)]
+    expansions = {(layer.c, layer.outputs) for layer in products if not layer.prologue}
+    assert {(layer.c, layer.outputs) for layer in products if layer.prologue} == {
+        (block.project.conv.in_channels, block.project.conv.out_channels) for block in blocks
+    }
+    assert expansions == {(conv.in_channels, conv.out_channels) for conv in (b.expand.conv for b in blocks[1:])}
+
+
 class Here:
     """An executor that calls in this thread and compiles nothing."""
 
@@ -232,6 +246,14 @@ def test_a_gpu_times_launches(timings, capsys):
     known = Timings(torch.device("cuda"), "bf16").read()
     assert any(timing.ms for timing in known)
     assert f"{len(known)} candidates timed" in capsys.readouterr().out
+
+
+def test_questions_about_products():
+    asked = {kernels: tune.questions(TuneConfig(kernels=kernels)) for kernels in ("triton", "triton-block")}
+    assert not [question for question in asked["triton"] if question.part == "product"]
+    (first, *_) = products = [question for question in asked["triton-block"] if question.part == "product"]
+    assert len(asked["triton-block"]) == len(asked["triton"]) + len(products)
+    assert str(first.layer).endswith(f" to {first.layer.outputs}")
 
 
 def test_settings():

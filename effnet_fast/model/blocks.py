@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from effnet_fast import distributed
 from effnet_kernels import ahead as ahead
 from effnet_kernels import batch_norm as bn_ops
+from effnet_kernels import block as block_ops
 from effnet_kernels import bn_silu_squeeze as squeeze_ops
 from effnet_kernels import mbconv as mbconv_ops
 from effnet_kernels import se_gate as gate_ops
 from effnet_kernels import tuning as tuning
-from effnet_kernels.cpu import block as cpu_ops
 from effnet_kernels.launch import Kernels, use_kernels
 from effnet_kernels.launch import launches_used as launches_used
 from effnet_kernels.launch import use_launches as use_launches
@@ -38,11 +38,12 @@ class Style:
     Attributes:
         padding: see `Conv`.
         bn_eps, bn_momentum: see `BatchNorm`.
-        kernels: `auto` uses Triton for CUDA tensors and C++ for CPU tensors where they are supported; `triton` and
-            `cpp` raise an error where they are not; `torch` calls the modules in this file. The kernels fuse everything
-            between an MBConv's two 1x1 convolutions (on the CPU, in float32 training, the whole block), and elsewhere
-            BatchNorm, Swish and the residual. They do not call the fused modules, so forward hooks inside a block, or
-            on the head in training, need `torch`.
+        kernels: `auto` uses Triton for CUDA tensors and C++ for CPU tensors where they are supported; `triton`,
+            `triton-block` and `cpp` raise an error where they are not; `torch` calls the modules in this file. The
+            kernels fuse everything between an MBConv's two 1x1 convolutions, and elsewhere BatchNorm, Swish and the
+            residual. In training, `triton-block`, and on the CPU in float32 also the C++ kernels, fuse the whole block.
+            They do not call the fused modules, so forward hooks inside a block, or on the head in training, need
+            `torch`.
     """
 
     padding: Padding = "symmetric"
@@ -52,7 +53,7 @@ class Style:
 
 
 def kernels_in_use(kernels: Kernels, device: torch.device) -> Kernels:
-    """Which kernels handle float32 tensors on `device`: triton, cpp or torch."""
+    """Which kernels handle float32 tensors on `device`: triton (triton-block too), cpp or torch."""
     if not use_kernels(kernels, torch.empty(1, device=device)):
         return "torch"
     return "triton" if device.type == "cuda" else "cpp"
@@ -207,9 +208,9 @@ class ConvNormAct(nn.Module):
             return self.finish(y)
         return self.act(self.norm(y))
 
-    def fused(self) -> cpu_ops.ConvNorm:
+    def fused(self) -> block_ops.ConvNorm:
         """The parameters of this layer for effnet_kernels."""
-        return cpu_ops.ConvNorm(self.conv.weight, self.norm.fused())
+        return block_ops.ConvNorm(self.conv.weight, self.norm.fused())
 
     def finish(self, y: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Everything after the convolution as one op, times `scale` [N], plus `residual`."""
@@ -343,8 +344,8 @@ class MBConv(nn.Module):
 
     def _block(self, x: Tensor, scale: Tensor | None) -> Tensor:
         if use_kernels(self.kernels, x):
-            use_cpu_block = self.depthwise.norm.training and cpu_ops.supports(x, self.project.conv.weight)
-            return self._cpu_block(x, scale) if use_cpu_block else self._fused_block(x, scale)
+            whole = self.depthwise.norm.training and block_ops.supports(self.kernels, x, self.project.conv.weight)
+            return self._whole_block(x, scale) if whole else self._fused_block(x, scale)
         y = self.project(self.se(self.depthwise(self.expand(x))))
         if scale is not None:
             y = y * scale[:, None, None, None]
@@ -368,9 +369,9 @@ class MBConv(nn.Module):
         y = self.project.conv(gated)
         return self.project.finish(y, x if self.residual else None, scale)
 
-    def _cpu_block(self, x: Tensor, scale: Tensor | None) -> Tensor:
+    def _whole_block(self, x: Tensor, scale: Tensor | None) -> Tensor:
         conv = self.depthwise.conv
-        return cpu_ops.mbconv_block(
+        return block_ops.mbconv_block(
             x,
             self.expand.fused() if isinstance(self.expand, ConvNormAct) else None,
             self.depthwise.fused(),

@@ -13,13 +13,14 @@ from effnet_fast.model.efficientnet import EfficientNet
 from effnet_fast.model.network import Network, batch_norms
 
 
-def launch_layers(model: Network, images: int, pixels: int) -> list[tuning.Layer]:
+def launch_layers(model: Network, images: int, pixels: int, *, products: bool = False) -> list[tuning.Layer]:
     """Distinct layers, largest map first; computes shapes only, on the meta device.
 
     Args:
         model: stays as it is.
         images: of one forward pass.
         pixels: height and width of the images.
+        products: with the 1x1 convolutions of the blocks, for `kernels="triton-block"`.
     """
     model = copy.deepcopy(model).to("meta").eval()
     layers: dict[tuning.Layer, None] = {}
@@ -29,9 +30,13 @@ def launch_layers(model: Network, images: int, pixels: int) -> list[tuning.Layer
     def note_block(block: MBConv, arguments: tuple[Tensor], _: Any) -> None:
         conv, size = block.depthwise.conv, arguments[0].shape[-1]
         hidden, is_expanded = block.se.reduce.out_channels, isinstance(block.expand, ConvNormAct)
-        layers[
-            tuning.Layer(images, conv.in_channels, size, conv.kernel_size[0], conv.stride[0], hidden, is_expanded)
-        ] = None
+        layer = tuning.Layer(images, conv.in_channels, size, conv.kernel_size[0], conv.stride[0], hidden, is_expanded)
+        layers[layer] = None
+        if products:
+            inputs, outputs = arguments[0].shape[1], block.project.conv.out_channels
+            layers[tuning.Layer(images, layer.c, layer.out, outputs=outputs)] = None
+            if is_expanded:
+                layers[tuning.Layer(images, inputs, size, prologue=False, outputs=layer.c)] = None
 
     def note_norm(norm: BatchNorm, arguments: tuple[Tensor], _: Any) -> None:
         _, channels, size, _ = arguments[0].shape
@@ -51,7 +56,7 @@ def launch_layers(model: Network, images: int, pixels: int) -> list[tuning.Layer
     return sorted(layers, key=lambda layer: -layer.rows * layer.c)
 
 
-def launch_keys(model: Network, images: int, pixels: int) -> set[tuple[str, tuple[int, ...]]]:
+def launch_keys(model: Network, images: int, pixels: int, *, products: bool) -> set[tuple[str, tuple[int, ...]]]:
     """(kernel, sizes) of every launch and op that can be tuned in a training step."""
-    layers = launch_layers(model, images, pixels)
+    layers = launch_layers(model, images, pixels, products=products)
     return {(part, tuning.PARTS[part].sizes(layer)) for layer in layers for part in tuning.parts_of(layer)}

@@ -125,7 +125,7 @@ def load(
         path: a run's checkpoint, or its safetensors export.
         weights: which weights of a checkpoint: auto (the moving average if there is one), ema or raw.
         device: auto, cpu, cuda or cuda:N; a CUDA device becomes the current one.
-        kernels: auto, triton, cpp or torch, see `blocks.Style`; forward hooks need torch.
+        kernels: auto, triton, triton-block, cpp or torch, see `blocks.Style`; forward hooks need torch.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -41,7 +41,8 @@ class ModelOptions:
         bn_momentum: None is 0.01 (reference models: 0.1).
         zero_init_residual: see `initialise.zero_residuals`; EfficientNets and ResNets.
         depthwise_init: default (normal by fan-out) or identity, see `initialise.identity_depthwise`; EfficientNets.
-        kernels: auto, triton, cpp or torch, see `blocks.Style`. Not part of the architecture, so not in checkpoints.
+        kernels: auto, triton, triton-block, cpp or torch, see `blocks.Style`. Not part of the architecture, so not in
+            checkpoints.
     """
 
     name: str = "efficientnet-b0"

@@ -57,7 +57,8 @@ def resizing(plan: Plan) -> str:
 
 def tuned(plan: Plan, parts: Parts) -> str:
     """How many of the run's launches and ops `effnet-fast tune` chose."""
-    keys = launch_keys(parts.model, plan.images_per_pass, plan.image_size)
+    products = plan.kernels == "triton-block"
+    keys = launch_keys(parts.model, plan.images_per_pass, plan.image_size, products=products)
     ops = {key for key in keys if key[0] in tuning.OPS}
     used = keys & plan.launches.keys()
     if used:
@@ -67,7 +68,7 @@ def tuned(plan: Plan, parts: Parts) -> str:
         )
     return (
         f"no tuned launch fits: effnet-fast tune --model {plan.config.model} --image_size {plan.image_size} "
-        f"--batch_size {plan.images_per_pass} times this run's"
+        f"--batch_size {plan.images_per_pass}{' --kernels triton-block' if products else ''} times this run's"
     )
 
 

@@ -59,7 +59,7 @@ class Plan:
         max_images_per_pass: most images per pass on one rank; kept when the number of ranks changes.
         class_weights: weight of each class in the training loss, or None.
         augment: augmentation of the training images.
-        kernels: auto, triton, cpp or torch; torch where the Triton kernels fail their self-check.
+        kernels: auto, triton, triton-block, cpp or torch; torch where the Triton kernels fail their self-check.
         launches: launches that replace the Triton kernels' own choices, and ops that run on PyTorch's operators
             instead, chosen by `effnet-fast tune` on this GPU.
         loader, loader_reason: kind of the loader, and why in one line.

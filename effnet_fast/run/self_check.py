@@ -154,11 +154,21 @@ def check_dali(device: torch.device) -> Answer:
 
 
 def check_kernels(device: torch.device) -> Answer:
+    return _check_blocks(device, "triton" if device.type == "cuda" else "auto", "use --kernels torch")
+
+
+def check_products(device: torch.device) -> Answer:
+    """Compare blocks whose 1x1 convolutions are Triton products too; `auto` does not choose them."""
+    if device.type != "cuda":
+        return "absent", "--kernels triton-block needs a GPU"
+    return _check_blocks(device, "triton-block", "do not use --kernels triton-block")
+
+
+def _check_blocks(device: torch.device, kernels: Kernels, advice: str) -> Answer:
     """Compare MBConv blocks in training mode, on odd sizes in float32, with PyTorch's operators in float64."""
-    kernels: Kernels = "triton" if device.type == "cuda" else "auto"
     worst = max(block_error(device, kernels, *block) for block in BLOCKS)
     if not worst <= TOLERANCE:
-        return "broken", f"a block's relative error against float64 is {worst:.1e}: use --kernels torch"
+        return "broken", f"a block's relative error against float64 is {worst:.1e}: {advice}"
     return "ok", f"{len(BLOCKS)} MBConv blocks equal float64 within {worst:.1e} (relative RMS, output and gradients)"
 
 
@@ -285,6 +295,7 @@ CHECKS: dict[str, Callable[[torch.device], Answer]] = {
     "torch": check_torch,
     "triton": check_triton,
     "kernels": check_kernels,
+    "products": check_products,
     "graph": check_graph,
     "dali": check_dali,
     "ranks": check_ranks,

@@ -67,7 +67,7 @@ def questions(config: TuneConfig) -> list[Question]:
     """The questions of a model's training step, each once: by part, the largest layer first."""
     pixels = resolve_image_size(config.image_size, config.model, NATIVE_SIZE)
     model = create_model(config.model, image_size=pixels, output_stride=config.output_stride, kernels="torch")
-    layers = launch_layers(model, config.batch_size, pixels)
+    layers = launch_layers(model, config.batch_size, pixels, products=config.kernels == "triton-block")
     asked = [Question(part, layer) for part in tuning.PARTS for layer in layers if part in tuning.parts_of(layer)]
     return list({question.key: question for question in asked}.values())
 

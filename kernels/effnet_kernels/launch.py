@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ except ImportError:  # the kernels are never called; only the references run
     tl = None
     HAS_TRITON = False
 
-Kernels = Literal["auto", "triton", "cpp", "torch"]
+# `triton-block`: as `triton`, with the 1x1 convolutions of a block as Triton products too (block.py).
+Kernels = Literal["auto", "triton", "triton-block", "cpp", "torch"]
 
 STORAGE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 CPU_STORAGE_TYPES = (torch.bfloat16, torch.float32)
@@ -67,18 +68,25 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
+def chosen(kernels: Kernels) -> str:
+    """`kernels`, or EFFNET_KERNELS in place of `auto`; EFFNET_KERNELS=torch overrides every choice."""
+    return _ENVIRONMENT if kernels == "auto" or _ENVIRONMENT == "torch" else kernels
+
+
 def use_kernels(kernels: Kernels, x: Tensor) -> bool:
     """Return whether a kernel of this package handles `x`, rather than PyTorch's operators.
 
     `auto` means Triton for CUDA tensors and C++ for CPU tensors, where it can be built and nothing is being exported
-    or traced; EFFNET_KERNELS=torch overrides every choice.
+    or traced.
 
     Raises:
-        ValueError: the choice is unknown, or it is `triton` or `cpp`, which cannot handle `x`.
+        ValueError: the choice is unknown, or it is `triton`, `triton-block` or `cpp`, which cannot handle `x`.
     """
-    choice = _ENVIRONMENT if kernels == "auto" or _ENVIRONMENT == "torch" else kernels
-    if choice not in ("auto", "triton", "cpp", "torch"):
-        raise ValueError(f"kernels (or EFFNET_KERNELS) must be auto, triton, cpp or torch, not {choice!r}")
+    choice = chosen(kernels)
+    if choice not in get_args(Kernels):
+        raise ValueError(
+            f"kernels (or EFFNET_KERNELS) must be auto, triton, triton-block, cpp or torch, not {choice!r}"
+        )
     if choice == "auto" and not x.is_cuda:
         traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
         return not traced and x.numel() > 0 and _cpp_supports(x)
@@ -87,7 +95,7 @@ def use_kernels(kernels: Kernels, x: Tensor) -> bool:
     else:
         can_launch = x.is_cuda or INTERPRETED or _replacement is not None
         supported = HAS_TRITON and can_launch and x.dtype in STORAGE_TYPES
-    if choice in ("triton", "cpp") and not supported:
+    if choice in ("triton", "triton-block", "cpp") and not supported:
         raise ValueError(f"kernels={choice!r} cannot serve a {x.dtype} tensor on {x.device}; use kernels='auto'")
     return choice != "torch" and supported
 

@@ -167,11 +167,14 @@ def _five_sums_kernel(
     stats_ptr,  # [4, C]
     gamma_ptr,  # [C]
     beta_ptr,  # [C]
+    gate_ptr,  # [N, C] if GATED
     sums_ptr,  # [5, N, C] if HAS_DY, else [2, N, C], the last two
+    gated_ptr,  # [N, HW, C] if GATED, silu(z) gate
     HW,
     C,
     NC,
     HAS_DY: tl.constexpr,
+    GATED: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -179,6 +182,8 @@ def _five_sums_kernel(
     C, NC = C // VEC * VEC, NC // VEC * VEC
     c, c_ok, nc, base, pixel, tile = _image_walk(C, HW, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
+    if GATED:
+        gate = load(gate_ptr + nc, c_ok)[None, :]
     slope_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     slope_xhat_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if HAS_DY:
@@ -198,6 +203,8 @@ def _five_sums_kernel(
             dy_act_sum += dy * z * s
             dy_slope_sum += dy * slope
             dy_slope_xhat_sum += dy * slope * xhat
+        if GATED:
+            tl.store(gated_ptr + base + tile, (z * s * gate).to(gated_ptr.dtype.element_ty), mask=ok)
         base += BLOCK_M * C
     if HAS_DY:
         tl.store(sums_ptr + nc, tl.sum(dy_act_sum, axis=0), mask=c_ok)
@@ -288,9 +295,23 @@ def five_sums(dy: Tensor | None, x: Tensor, stats: Tensor, bn: Affine) -> Tensor
     """The five sums above, [5, N, C] float32; without dy the last two, [2, N, C]."""
     if ops := cpp_ops(x):
         return ops.five_sums(dy, x, stats, *bn)
+    return _launch_five_sums(dy, x, stats, bn, None)[0]
+
+
+def gated_five_sums(dy: Tensor, x: Tensor, stats: Tensor, bn: Affine, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """The five sums, and from the same pass silu(z) times gate [N, C]: what `excite` returns. In Triton only."""
+    sums, gated = _launch_five_sums(dy, x, stats, bn, gate)
+    assert gated is not None
+    return sums, gated
+
+
+def _launch_five_sums(
+    dy: Tensor | None, x: Tensor, stats: Tensor, bn: Affine, gate: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     n, c, h, w = x.shape
     config = five_sums_choice(n, c, h * w)
     sums = torch.empty(2 if dy is None else 5, n, c, device=x.device, dtype=torch.float32)
+    gated = None if gate is None else torch.empty_like(x)
     launch(
         "se_gate",
         _five_sums_kernel,
@@ -299,14 +320,17 @@ def five_sums(dy: Tensor | None, x: Tensor, stats: Tensor, bn: Affine) -> Tensor
         x,
         stats,
         *bn,
+        sums if gate is None else gate,
         sums,
+        sums if gated is None else gated,
         h * w,
         c,
         n * c,
         HAS_DY=dy is not None,
+        GATED=gate is not None,
         **config.constants(c),
     )
-    return sums
+    return sums, gated
 
 
 def apply_sums(

@@ -243,7 +243,7 @@ def running_statistics(bn: BatchNorm) -> Tensor:
 def update_running(bn: BatchNorm, stats: Tensor) -> None:
     """running += momentum * (batch - running) with the unbiased variance, as torch does, in one launch."""
     with torch.no_grad():
-        mean, _, var, _ = stats.detach().unbind()
+        mean, _, var, _ = stats.detach().to(bn.running_mean.dtype).unbind()
         torch._foreach_lerp_([bn.running_mean, bn.running_var], [mean, var], bn.momentum)
 
 

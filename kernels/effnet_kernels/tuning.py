@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, gate_mlp, mbconv, se_gate, statistics
+from effnet_kernels import batch_norm, bn_silu_squeeze, depthwise_conv, gate_mlp, mbconv, pointwise, se_gate, statistics
 from effnet_kernels.gate_mlp import SqueezeExcite
 from effnet_kernels.launch import LaunchChoice, Sizes, cdiv, launches_go_to, launches_used
 from effnet_kernels.statistics import BatchNorm
@@ -42,6 +42,8 @@ class Layer:
         hidden: hidden values of the gate after it.
         prologue: whether a BatchNorm and Swish precede the convolution.
         pooled: whether the layer is a head, which keeps only the map's mean.
+        outputs: channels of the 1x1 convolution that reads the map, 0 where another layer does. With `prologue` it is a
+            projection, else an expansion. Only `kernels="triton-block"` runs these in Triton.
     """
 
     n: int
@@ -52,6 +54,7 @@ class Layer:
     hidden: int = 1
     prologue: bool = True
     pooled: bool = False
+    outputs: int = 0
 
     @property
     def rows(self) -> int:
@@ -65,7 +68,8 @@ class Layer:
 
     def __str__(self) -> str:
         conv = f" k{self.kernel} s{self.stride}" if self.kernel else ""
-        return f"{self.n}x{self.c}x{self.size}x{self.size}{conv}"
+        product = f" to {self.outputs}" if self.outputs else ""
+        return f"{self.n}x{self.c}x{self.size}x{self.size}{conv}{product}"
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,12 @@ def _gate_backward(i: Inputs) -> Call:
     return _bind(gate_mlp.gate_backward, *vectors, i.gate(), i.layer.out**2)
 
 
+def _product(i: Inputs) -> Call:
+    is_projection, weight = i.layer.prologue, i.vector(i.layer.outputs, i.layer.c, 1, 1)
+    prologue = pointwise.Prologue(i.stats(), i.affine(), i.per_image()) if is_projection else None
+    return _bind(pointwise.product, i.x(), weight, prologue, moments=not is_projection)
+
+
 def _mbconv(i: Inputs) -> Call:
     layer, se, second = i.layer, i.gate(), i.batch_norm()
     first = i.batch_norm() if layer.prologue else None
@@ -246,6 +256,7 @@ _PARTS = (
     _rows(batch_norm.grad_apply_choice, 3, _grad_apply),
     _gate(gate_mlp.forward_choice, lambda i: _bind(gate_mlp.gate_forward, i.per_image(), i.gate())),
     _gate(gate_mlp.backward_choice, _gate_backward),
+    Part(pointwise.product_choice, lambda s: (s.rows, s.c, s.outputs), _product, (1, 0)),
     Part(
         mbconv.mbconv_choice,
         lambda s: (s.n, s.c, s.size, s.size, s.kernel, s.stride, s.hidden, int(s.prologue)),
@@ -263,10 +274,12 @@ _HEAD = ("statistics", "squeeze", "five sums", "apply sums", "bn_silu_squeeze")
 
 def parts_of(layer: Layer) -> list[str]:
     """Names of the parts that a training step runs on a layer, those with most traffic first."""
+    if layer.outputs:
+        return ["product"]
     if not layer.kernel:
         return list(_HEAD if layer.pooled else _NORM)
     block = [name for name in PARTS if name not in _NORM or (layer.prologue and name in _EXPANSION)]
-    return [name for name in block if name != "bn_silu_squeeze"]
+    return [name for name in block if name not in ("product", "bn_silu_squeeze")]
 
 
 def tolerance(part: str, dtype: torch.dtype) -> float:

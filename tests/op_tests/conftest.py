@@ -33,8 +33,11 @@ def poisoned_allocations():
 
 @pytest.fixture(scope="session", autouse=True)
 def faithful_interpreter():
-    """Round to bfloat16 as a GPU does, to nearest even (the interpreter truncates); skip its slow overflow checks."""
-    convert = interpreter._convert_float
+    """Round to bfloat16 as a GPU does, to nearest even (the interpreter truncates); skip its slow overflow checks.
+
+    Products of bfloat16 tiles are those of their values: the interpreter multiplies their bits as integers.
+    """
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounded(values, source, target, mode):
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -45,10 +48,21 @@ def faithful_interpreter():
             return values.view(np.uint16).astype(np.uint32) << 16
         return convert(values, source, target, mode)
 
+    def widened(tile):
+        if tile.dtype.scalar != tl.bfloat16:
+            return tile
+        bits = rounded(tile.data, tl.bfloat16, tl.float32, None)
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def product(self, a, b, *rest):
+        return dot(self, widened(a), widened(b), *rest)
+
     builder = interpreter.interpreter_builder
     options = builder.options
     interpreter._convert_float = rounded
+    interpreter.InterpreterBuilder.create_dot = product
     builder.options = dataclasses.replace(options, sanitize_overflow=False)
     yield
     interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = dot
     builder.options = options

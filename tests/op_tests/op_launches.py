@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from effnet_fast.model import scaling
-from effnet_kernels import batch_norm, bn_silu_squeeze, launch, mbconv, silu
+from effnet_kernels import batch_norm, block, bn_silu_squeeze, launch, mbconv, silu
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -61,6 +61,19 @@ def block_step(n: int, block: tuple[int, ...], dtype: torch.dtype) -> None:
     p, affine = meta(n, outputs, *y.shape[2:], dtype=dtype), (meta(outputs), meta(outputs))
     z, stats = batch_norm._batch_norm._init_fn(p, *affine, p, meta(n, dtype=dtype), False, 1e-3, False)
     batch_norm._batch_norm_backward._init_fn(z, p, stats, *affine, meta(n, dtype=dtype), False, False)
+
+
+def whole_block_step(n: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Launch all kernels of one training step of a block as one op, its 1x1 convolutions included."""
+    inputs, outputs, size, k, stride, expansion = shape
+    c, r, pad = inputs * expansion, max(1, inputs // 4), [k // 2] * 4
+    x, scale = meta(n, inputs, size, size, dtype=dtype), meta(n, dtype=dtype)
+    expand = [] if expansion == 1 else [meta(c, inputs, 1, 1), meta(c), meta(c)]
+    layers = expand, [meta(c, 1, k, k), meta(c), meta(c)], [meta(r, c, 1, 1), meta(r), meta(c, r, 1, 1), meta(c)]
+    layers += ([meta(outputs, c, 1, 1), meta(outputs), meta(outputs)],)
+    residual = stride == 1 and inputs == outputs
+    y, *saved = block._block._init_fn(x, *layers, scale, residual, stride, pad, 1e-3, False)
+    block._block_backward._init_fn(y, x, *layers, saved, scale, residual, stride, pad, False)
 
 
 def ends_step(n: int, model: int, size: int, dtype: torch.dtype) -> None:
@@ -159,6 +172,8 @@ def resources(kernel, args, constants, arch: int) -> dict:
     sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     accesses = re.findall(r"\b(ld|st)\.global(?:\.[a-z]\w*(?:::\w+)?)*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     widths = Counter(f"{op}{int(vector or 1) * int(bits) // 8}" for op, vector, bits in accesses)
+    copies = re.findall(r"\bcp\.async\.\w+\.shared\.global\b[^;]*?\], (0x[0-9a-f]+|\d+)", compiled.asm["ptx"])
+    widths.update(f"ld{int(size, 0)}" for size in copies)  # loads into shared memory
     instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", listing, re.MULTILINE))
     return {
         "registers": sizes["REG"],
@@ -177,14 +192,16 @@ def main(arch: int, dtype: torch.dtype, models: list[int]) -> None:
     Without models: of two blocks of B0 at 32 px.
     """
     if not models:
-        launches = [call for block in blocks(0, 32, 8)[2:5:2] for call in record(block_step, 512, block, dtype)]
+        steps = [(step, shape) for shape in blocks(0, 32, 8)[2:5:2] for step in (block_step, whole_block_step)]
+        launches = [call for step, shape in steps for call in record(step, 512, shape, dtype)]
     else:
         launches = record(ends_step, 128, 0, 224, dtype)
     for model in models:
-        for block in blocks(model):
-            launches += record(block_step, 128, block, dtype)
-        for block in blocks(model, 32, 8):
-            launches += record(block_step, 512, block, dtype)
+        for step in (block_step, whole_block_step):
+            for shape in blocks(model):
+                launches += record(step, 128, shape, dtype)
+            for shape in blocks(model, 32, 8):
+                launches += record(step, 512, shape, dtype)
     compiled = set()
     for kernel, _, args, constants in launches:
         src, options = source(kernel, args, constants)

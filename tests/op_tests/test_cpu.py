@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from op_cases import CASES, OPS, TOLERANCE, Case, compare, make_inputs, relative_rms, run
+from test_block import BLOCKS, block_step, check_dropped_samples, check_recomputation, compare_block, opcheck_block
 from test_model import assert_as_good, check_zeroed_block, images, narrow, step
 
 from command_line import run as run_cli
@@ -20,18 +21,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the ops' test
 
 NAMES = [name for name in OPS if name != "silu"]
 CASE = Case(2, 24, 7, 5, 3, 1)
-# inputs, outputs, kernel, stride, expand, batch, height, width, padding
-BLOCKS = [
-    (16, 24, 3, 1, 6, 3, 9, 7, "symmetric"),
-    (24, 24, 5, 1, 6, 20, 8, 8, "symmetric"),
-    (13, 13, 3, 1, 4, 2, 11, 5, "same"),
-    (16, 40, 5, 2, 6, 4, 9, 10, "same"),
-    (16, 16, 3, 2, 1, 2, 8, 8, "same"),
-    (8, 8, 3, 1, 1, 5, 4, 4, "symmetric"),
-    (80, 112, 5, 2, 6, 70, 2, 2, "symmetric"),
-    (24, 24, 3, 1, 6, 3, 40, 41, "symmetric"),
-    (112, 112, 5, 1, 6, 40, 1, 1, "symmetric"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -56,45 +45,13 @@ def test_against_float64(name, case, dtype):
         compare(OPS[name], case, dtype, "cpp")
 
 
-def block_step(settings, kernels, dtype=torch.float32, threads=1, drop_path=0.0):
-    """Output, gradients and buffers of one training step of an MBConv block, by name."""
-    inputs, outputs, kernel, stride, expand, n, h, w, padding = settings
-    torch.manual_seed(0)
-    style = Style(padding=padding, kernels=kernels, bn_momentum=0.1)
-    block = MBConv(inputs, outputs, kernel, stride, expand, style=style, drop_path=drop_path).to(dtype)
-    for p in block.parameters():
-        p.data = torch.randn_like(p) * 0.3 + (1 if p.dim() == 1 else 0)
-    x = (torch.randn(n, inputs, h, w) + 0.5).to(dtype).requires_grad_()
-    torch.manual_seed(1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        y = block(x)
-        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))
-    finally:
-        torch.set_num_threads(before)
-    gradients = {name: p.grad for name, p in block.named_parameters()}
-    return {"y": y.detach(), "x": x.grad} | gradients | dict(block.named_buffers())
-
-
 @pytest.mark.parametrize("settings", BLOCKS, ids=str)
 def test_block_against_float64(settings):
-    actual, baseline = (block_step(settings, kernels) for kernels in ("cpp", "torch"))
-    exact = block_step(settings, "torch", torch.float64)
-    for name, value in exact.items():
-        if value.abs().max() < 1e-7:  # truly 0, as a BatchNorm cancels it: only rounding is left
-            continue
-        # PyTorch's operators set the limit where terms of a sum cancel.
-        limit = max(2e-5, 3 * relative_rms(baseline[name], value))
-        assert relative_rms(actual[name], value) <= limit, (name, relative_rms(actual[name], value))
+    compare_block(settings, "cpp")
 
 
 def test_block_drops_the_same_samples():
-    actual, baseline = (block_step(BLOCKS[1], kernels, drop_path=0.5) for kernels in ("cpp", "torch"))
-    dropped = [n for n, y in enumerate(baseline["y"]) if (baseline["x"][n] == 0).all()]
-    assert relative_rms(actual["y"], baseline["y"]) <= 1e-5
-    assert relative_rms(actual["x"], baseline["x"]) <= 1e-4
-    assert dropped == [n for n, y in enumerate(actual["y"]) if (actual["x"][n] == 0).all()]
+    check_dropped_samples("cpp")
 
 
 def test_a_block_that_starts_as_its_shortcut():
@@ -209,31 +166,11 @@ def test_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize("expand", [1, 6])
 def test_opcheck_of_the_block(expand):
-    torch.use_deterministic_algorithms(False)  # opcheck also compares torch.empty of fakes: no NaN there
-    c = 4 * expand
-
-    def leaf(*shape):
-        return torch.randn(shape, requires_grad=True)
-
-    layer = [[leaf(c, 4, 1, 1), leaf(c), leaf(c)] if expand > 1 else [], [leaf(c, 1, 3, 3), leaf(c), leaf(c)]]
-    layer += [[leaf(2, c, 1, 1), leaf(2), leaf(c, 2, 1, 1), leaf(c)], [leaf(4, c, 1, 1), leaf(4), leaf(4)]]
-    x = torch.randn(3, 4, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
-    args = (x, *layer, torch.rand(3), True, 1, [1, 1, 1, 1], 1e-3, False)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    results = torch.library.opcheck(torch.ops.effnet_kernels.cpu_block.default, args, test_utils=checks)
-    assert set(results.values()) == {"SUCCESS"}
+    opcheck_block(expand)
 
 
 def test_recomputation_gives_the_same_bits():
-    results = []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        block = MBConv(8, 8, 3, 1, 6, style=Style(kernels="cpp"), drop_path=0.3)
-        block.recompute = recompute
-        x = torch.randn(4, 8, 6, 6, requires_grad=True)
-        block(x).square().sum().backward()
-        results.append([x.grad, *(p.grad for p in block.parameters()), *block.buffers()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    check_recomputation("cpp")
 
 
 def test_exports_through_the_reference():
@@ -304,14 +241,14 @@ sys.path[:0] = sys.argv[1:]
 import torch
 from op_cases import *
 torch.set_num_threads(2)
-import test_cpu
+import test_block, test_cpu
 for name in test_cpu.NAMES:
     for case in ODD_CASES:
         for dtype in (torch.float32, torch.bfloat16):
             if test_cpu.has_two_values(OPS[name], case):
                 run(OPS[name], case, make_inputs(OPS[name], case, dtype), "cpp")
-for settings in test_cpu.BLOCKS:
-    test_cpu.block_step(settings, "cpp", threads=2)
+for settings in test_block.BLOCKS:
+    test_block.block_step(settings, "cpp", threads=2)
 print("clean")
 """
 

@@ -122,7 +122,7 @@ def test_model_in_bfloat16():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("kernels", ["triton", "triton-block", "torch"])
 def test_compiles_without_a_graph_break(kernels):
     eager, model = narrow(kernels, output_stride=16), narrow(kernels, output_stride=16)
     x = images(8)

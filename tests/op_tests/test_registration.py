@@ -118,7 +118,7 @@ def test_use_kernels(monkeypatch):
     assert launch.use_kernels("auto", x) == x.is_cuda
     with pytest.raises(ValueError, match=r"cannot serve a torch\.float64 tensor"):
         launch.use_kernels("triton", x.double())
-    with pytest.raises(ValueError, match="must be auto, triton, cpp or torch, not"):
+    with pytest.raises(ValueError, match="must be auto, triton, triton-block, cpp or torch, not"):
         launch.use_kernels("cuda", x)
     monkeypatch.setattr(launch, "_ENVIRONMENT", "torch")
     assert not launch.use_kernels("triton", x)

@@ -41,7 +41,7 @@ with launches_used({{({name!r}, part.sizes(small)): launch}}), launches_go_to(st
 @pytest.mark.parametrize("name", [name for name in PARTS if name not in OPS])
 def test_a_part_uses_the_launch_for_its_sizes(name):
     """`Part.sizes` are those that the launcher asks for."""
-    part, layer = PARTS[name], Layer(512, 96, 8, 5, 2, 4)
+    part, layer = PARTS[name], Layer(512, 96, 8, 5, 2, 4, outputs=24)
     sizes = part.sizes(layer)
     own, *others = part.choice.candidates(*sizes)
 
@@ -62,9 +62,9 @@ def test_a_part_uses_the_launch_for_its_sizes(name):
     assert part.choice(*sizes) == own
 
 
-@pytest.mark.parametrize("name", ["depthwise backward", "five sums", "grad sums"])
+@pytest.mark.parametrize("name", ["depthwise backward", "five sums", "grad sums", "product"])
 def test_launches_agree(name):
-    part, layer = PARTS[name], Layer(2, 24, 4, 3, 1, 4)
+    part, layer = PARTS[name], Layer(2, 24, 4, 3, 1, 4, outputs=20)
     sizes = part.sizes(layer)
     another = part.choice.candidates(*sizes)[-1]
     call = part.make(Inputs(layer, torch.float32, torch.device("cpu")))
@@ -121,6 +121,7 @@ def test_parts_of_a_layer():
     head = parts_of(Layer(2, 24, 4, pooled=True))
     assert head == ["statistics", "squeeze", "five sums", "apply sums", "bn_silu_squeeze"]
     assert parts_of(expanded)[-1] == parts_of(first)[-1] == "mbconv"
+    assert parts_of(Layer(2, 24, 4, outputs=8)) == ["product"]
 
 
 @pytest.mark.parametrize(("name", "reads"), [("five sums", 2), ("apply sums", 3)])

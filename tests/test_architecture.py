@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from effnet_fast import internals
 
 ROOT = Path(__file__).parents[1]
@@ -53,11 +55,18 @@ BUILT = {"EfficientNet", "ResNet", "DenseNet", "Loader", "DaliLoader", "Resident
 
 @dataclass(frozen=True)
 class Import:
-    """An imported module or name, its line, and whether it is imported when the file is."""
+    """An imported module or name.
+
+    Attributes:
+        line: in its file.
+        at_top: whether it is imported when the file is.
+        is_guarded: whether the file handles that it is missing.
+    """
 
     target: str
     line: int
     at_top: bool
+    is_guarded: bool
 
 
 @functools.cache
@@ -73,8 +82,9 @@ def name_of(path: Path) -> str:
 def imports_of(path: Path) -> list[Import]:
     tree = parse(path)
     inside = {id(node) for later in ast.walk(tree) if is_deferred(later) for node in ast.walk(later)}
+    guarded = {id(node) for each in ast.walk(tree) if is_guard(each) for node in each.body}
     return [
-        Import(target, node.lineno, at_top=id(node) not in inside)
+        Import(target, node.lineno, at_top=id(node) not in inside, is_guarded=id(node) in guarded)
         for node in ast.walk(tree)
         for target in targets_of(node)
     ]
@@ -85,6 +95,11 @@ def is_deferred(node: ast.AST) -> bool:
     if isinstance(node, ast.If):
         return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def is_guard(node: ast.AST) -> bool:
+    """A try statement that catches ImportError."""
+    return isinstance(node, ast.Try) and any(dotted(handler.type) == "ImportError" for handler in node.handlers)
 
 
 def targets_of(node: ast.AST) -> Iterator[str]:
@@ -228,23 +243,57 @@ def test_network_and_pickles_have_one_place_each():
     assert [name_of(path) for path, node in calls if dotted(node.func) in unsafe] == []
 
 
+PRIVATE = re.compile(r"(torch|triton|optuna)\.(\w+\.)*_(?!_)\w*")
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """LINE: NAME of every use of a name of torch, Triton or Optuna that is not public."""
+    in_full = dict(bound for node in ast.walk(parse(path)) for bound in bindings_of(node))
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = dotted(node).partition(".")
+            name = f"{in_full.get(first, first)}.{rest}"
+            if PRIVATE.fullmatch(name) and node.attr not in internals.OPERATORS:
+                yield f"{node.lineno}: {name}"
+    for each in imports_of(path):
+        # effnet_kernels imports nothing of effnet_fast, so it has its own guards.
+        if PRIVATE.match(each.target) and not (each.is_guarded and room_of(path) == "effnet_kernels"):
+            yield f"{each.line}: {each.target}"
+
+
+def bindings_of(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Names that an import binds, and their names in full."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.asname, alias.name) for alias in node.names if alias.asname)
+    elif isinstance(node, ast.ImportFrom):
+        yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
+
+
 def test_private_names_of_packages_are_in_internals():
     """A new torch may lack them; internals.py then says so in one line."""
-    private = {
-        f"{name_of(path)}:{node.lineno}: {dotted(node)}"
-        for path in SOURCES
-        for node in ast.walk(parse(path))
-        if isinstance(node, ast.Attribute)
-        and re.match(r"(torch|dist|triton|optuna)\.(\w+\.)*_[a-z]\w*$", dotted(node))
-        and node.attr not in internals.OPERATORS
-    }
-    imported = {
-        f"{name_of(path)}:{i.line}: {i.target}"
-        for path in SOURCES
-        for i in imports_of(path)
-        if re.match(r"(torch|triton|optuna)\..*(^|\.)_", i.target)
-    }
-    assert not private | imported
+    assert not [f"{name_of(path)}:{found}" for path in SOURCES for found in private_names(path)]
+
+
+@pytest.mark.parametrize("source", [
+    "import torch._inductor", "from torch._subclasses.fake_tensor import FakeTensorMode", "from torch import _dynamo",
+    "import torch.utils._python_dispatch as modes", "import torch.nn as nn\nnn._reduction",
+    "import torch.distributed as dist\ndist._x", "torch._C", "optuna.storages._base.BaseStorage",
+    "import importlib\nimportlib.import_module('torch._inductor')",
+    "try:\n    import torch._inductor\nexcept ImportError:\n    pass",
+])  # fmt: skip
+def test_private_names_are_found(tmp_path, monkeypatch, source):
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    path = tmp_path / "source.py"
+    path.write_text(source)
+    assert len(list(private_names(path))) == 1
+
+
+def test_public_and_guarded_names_are_not_private_ones(tmp_path, monkeypatch):
+    path = tmp_path / "source.py"
+    guarded = "try:\n    from torch._x import y\nexcept ImportError:\n    y = None"
+    path.write_text(f"import torch\ntorch.__version__\ntorch._foreach_add_([], [])\nself._x\n{guarded}")
+    monkeypatch.setitem(globals(), "KERNELS", tmp_path)
+    assert not list(private_names(path))
 
 
 MAX_FILE_LINES, MAX_CLASS_LINES, MAX_ARGUMENTS = 400, 220, 10

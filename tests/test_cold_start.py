@@ -147,6 +147,20 @@ def test_who_compiles(monkeypatch, device, kernels, rank, compiles):
     assert asked == ([step, (["a launch"], ".json")] if compiles else [])
 
 
+def test_a_torch_without_fake_tensors(monkeypatch, capsys):
+    """The kernels still import; one line says that they compile later."""
+    name = "torch._subclasses.fake_tensor"
+    script = f"import sys, effnet_kernels.launch; sys.modules[{name!r}] = None; from effnet_kernels import ahead"
+    subprocess.run([sys.executable, "-c", f"{script}; assert not ahead.HAS_FAKES"], check=True)
+    monkeypatch.setattr(ahead, "HAS_FAKES", False)
+    monkeypatch.setattr(cold_start, "kernels_in_use", lambda *_: "triton")
+    plan = types.SimpleNamespace(world=World(0, 1, torch.device("cuda")), kernels="auto")
+    cold_start.compile_kernels(plan, None)
+    assert capsys.readouterr().out == (
+        f"torch {torch.__version__} has no FakeTensorMode: each GPU kernel compiles at its first launch\n"
+    )
+
+
 def test_a_kernel_that_does_not_compile_is_left_to_its_launch(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(ahead, "current_target", lambda: H100)

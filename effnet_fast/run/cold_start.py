@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from effnet_fast import distributed, provenance
@@ -29,6 +28,10 @@ def compile_kernels(plan: Plan, model: Network) -> None:
     """Compile the kernels of training and evaluation; the other ranks of a machine wait for its first."""
     device = plan.world.device
     if device.type != "cuda" or kernels_in_use(plan.kernels, device) != "triton":
+        return
+    if not ahead.HAS_FAKES:
+        if distributed.is_main():
+            print(f"torch {torch.__version__} has no FakeTensorMode: each GPU kernel compiles at its first launch")
         return
     if os.environ.get("LOCAL_RANK", "0") == "0":
         sizes = {plan.image_size, *plan.sizes.sizes}
@@ -50,7 +53,7 @@ def step_launches(
         sizes: of the training images, in pixels.
     """
 
-    def step(fakes: FakeTensorMode) -> None:
+    def step(fakes: ahead.FakeTensorMode) -> None:
         tensors: dict[str, torch.Tensor] = {
             name: fakes.from_tensor(t) for name, t in model.state_dict(keep_vars=True).items()
         }

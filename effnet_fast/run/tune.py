@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor import config as inductor_config
 
 from effnet_fast import distributed, provenance
 from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import TuneConfig
+from effnet_fast.internals import internal
 from effnet_fast.model import create_model
 from effnet_fast.model.blocks import launches_used, tuning, use_launches
 from effnet_fast.model.launch_layers import launch_layers
@@ -167,7 +167,8 @@ def make_clock(
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_ignore_interrupts)
     try:
         # A graph is not captured on the default stream.
-        with torch.cuda.stream(torch.cuda.Stream(device)), inductor_config.patch(compile_options(device)):
+        patch = internal("torch._inductor.config.patch")
+        with torch.cuda.stream(torch.cuda.Stream(device)), patch(compile_options(device)):
             yield GpuClock(dtype, device, pool, open_questions)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -20,9 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effnet_kernels.launch import IMPLEMENTATIONS, launches_go_to, triton
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    HAS_FAKES = True
+except ImportError:  # not a public name: a new torch may lack it, and each kernel then compiles at its first launch
+
+    class FakeTensorMode:  # type: ignore[no-redef]
+        """Stands in for the base class."""
+
+    HAS_FAKES = False
 
 
 @dataclass(frozen=True)

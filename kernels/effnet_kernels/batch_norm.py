@@ -7,6 +7,8 @@ Forward   Pass 1 reads x for its statistics (statistics.py), over all ranks if a
 Backward  dz = scale[n] dy act'(z);  dbeta = sum dz;  dgamma = sum dz xhat;
           dx = gamma rstd (dz - (dbeta + xhat dgamma) / count);  dresidual = dy, which needs no pass.
           Pass 1 reads dy and x for the two sums. Pass 2 reads both again and writes dx. Saved: x, mean and rstd.
+
+A program's second pass walks back, from its last row to the first: a map larger than the cache has its end there.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from effnet_kernels.statistics import (
     Affine,
     BatchNorm,
     batch_statistics,
+    last_tile,
     load,
     load_mean_gradients,
     load_norm,
@@ -100,7 +103,9 @@ def _apply_kernel(
     c, c_ok, row, start, end, base, tile = row_walk(M, C, rows, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     gain = rstd * gamma
-    for m in range(start, end, BLOCK_M):
+    last = last_tile(start, end, BLOCK_M)
+    base += (last - start).to(tl.int64) * C
+    for m in range(last, start - 1, -BLOCK_M):
         ok = ((m + row) < end)[:, None] & c_ok[None, :]
         # Not x * gain + shift: with a mean of 1000 deviations that sum would cancel.
         y = (load(x_ptr + base + tile, ok) - mean) * gain + beta
@@ -111,7 +116,7 @@ def _apply_kernel(
         if RESIDUAL:
             y += load(residual_ptr + base + tile, ok)
         tl.store(y_ptr + base + tile, y.to(y_ptr.dtype.element_ty), mask=ok)
-        base += BLOCK_M * C
+        base -= BLOCK_M * C
 
 
 @triton.jit
@@ -200,12 +205,14 @@ def _grad_apply_kernel(
     norm = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     mean_dz, mean_dz_xhat = load_mean_gradients(sums_ptr, stats_ptr, c, c_ok, C)
     gain = norm[2] * norm[1]
-    for m in range(start, end, BLOCK_M):
+    last = last_tile(start, end, BLOCK_M)
+    base += (last - start).to(tl.int64) * C
+    for m in range(last, start - 1, -BLOCK_M):
         ok = ((m + row) < end)[:, None] & c_ok[None, :]
         dz, xhat = _load_gradient(dy_ptr, x_ptr, scale_ptr, base + tile, ok, m + row, end, HW, norm, ACTIVATION, SCALE)
         dx = gain * (dz - mean_dz - xhat * mean_dz_xhat)
         tl.store(dx_ptr + base + tile, dx.to(dx_ptr.dtype.element_ty), mask=ok)
-        base += BLOCK_M * C
+        base -= BLOCK_M * C
 
 
 normalize_choice = row_choice("normalize", resident=14, num_warps=2)

@@ -11,7 +11,8 @@ Backward  The gradient at a is dy gate + dpool / HW, where gate and dpool are co
           them into dpool and the parameters' gradients. A second pass reads dy and x and writes dx.
 
 Programs of this file walk over all pixels of one image for a block of channels. bn_silu_squeeze.py runs them without
-dy.
+dy. The second pass of each direction walks back, from the last image and pixel to the first: a map that is larger than
+the cache has its end there.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from effnet_kernels.statistics import (
     Affine,
     BatchNorm,
     batch_statistics,
+    last_tile,
     load,
     load_mean_gradients,
     load_norm,
@@ -99,13 +101,22 @@ def image_launch_space(hw: int, c: int) -> list[ImageLaunch]:
 
 
 @triton.jit
-def _image_walk(C, HW, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _image_walk(program, C, HW, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """Channels, their mask, their 64-bit offsets in [N, C], the base in [N, HW, C], pixels, and a 32-bit tile."""
     blocks = tl.cdiv(C, BLOCK_C)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = (program // blocks).to(tl.int64)
+    c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = tl.arange(0, BLOCK_M)
     return c, c < C, n * C + c, n * HW * C, pixel, pixel[:, None] * C + c[None, :]
+
+
+@triton.jit
+def _image_walk_back(C, HW, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """As `_image_walk`, with the programs in reverse, and the base of the last tile, which starts at pixel `last`."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    c, c_ok, nc, base, pixel, tile = _image_walk(program, C, HW, BLOCK_M, BLOCK_C)
+    last = last_tile(0, HW, BLOCK_M)
+    return c, c_ok, nc, base + last * C, pixel, tile, last
 
 
 @kernel
@@ -122,7 +133,7 @@ def _squeeze_kernel(
     BLOCK_C: tl.constexpr,
 ):
     C = C // VEC * VEC
-    c, c_ok, nc, base, pixel, tile = _image_walk(C, HW, BLOCK_M, BLOCK_C)
+    c, c_ok, nc, base, pixel, tile = _image_walk(tl.program_id(0), C, HW, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     gain = gamma * rstd
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -149,15 +160,15 @@ def _excite_kernel(
     BLOCK_C: tl.constexpr,
 ):
     C = C // VEC * VEC
-    c, c_ok, nc, base, pixel, tile = _image_walk(C, HW, BLOCK_M, BLOCK_C)
+    c, c_ok, nc, base, pixel, tile, last = _image_walk_back(C, HW, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     gain = gamma * rstd
     gate = load(gate_ptr + nc, c_ok)[None, :]
-    for m in range(0, HW, BLOCK_M):
+    for m in range(last, -1, -BLOCK_M):
         ok = ((m + pixel) < HW)[:, None] & c_ok[None, :]
         z = (load(x_ptr + base + tile, ok) - mean) * gain + beta
         tl.store(y_ptr + base + tile, (z * sigmoid(z) * gate).to(y_ptr.dtype.element_ty), mask=ok)
-        base += BLOCK_M * C
+        base -= BLOCK_M * C
 
 
 @kernel
@@ -180,7 +191,7 @@ def _five_sums_kernel(
     BLOCK_C: tl.constexpr,
 ):
     C, NC = C // VEC * VEC, NC // VEC * VEC
-    c, c_ok, nc, base, pixel, tile = _image_walk(C, HW, BLOCK_M, BLOCK_C)
+    c, c_ok, nc, base, pixel, tile = _image_walk(tl.program_id(0), C, HW, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     if GATED:
         gate = load(gate_ptr + nc, c_ok)[None, :]
@@ -234,14 +245,14 @@ def _apply_sums_kernel(
     BLOCK_C: tl.constexpr,
 ):
     C = C // VEC * VEC
-    c, c_ok, nc, base, pixel, tile = _image_walk(C, HW, BLOCK_M, BLOCK_C)
+    c, c_ok, nc, base, pixel, tile, last = _image_walk_back(C, HW, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     mean_dz, mean_dz_xhat = load_mean_gradients(sums_ptr, stats_ptr, c, c_ok, C)
     gain = gamma * rstd
     from_pool = (load(dpool_ptr + nc, c_ok) / HW)[None, :]
     if HAS_DY:
         gate = load(gate_ptr + nc, c_ok)[None, :]
-    for m in range(0, HW, BLOCK_M):
+    for m in range(last, -1, -BLOCK_M):
         ok = ((m + pixel) < HW)[:, None] & c_ok[None, :]
         xhat = (load(x_ptr + base + tile, ok) - mean) * rstd
         z = xhat * gamma + beta
@@ -253,7 +264,7 @@ def _apply_sums_kernel(
             dz = dz * from_pool
         dx = gain * (dz - mean_dz - xhat * mean_dz_xhat)
         tl.store(dx_ptr + base + tile, dx.to(dx_ptr.dtype.element_ty), mask=ok)
-        base += BLOCK_M * C
+        base -= BLOCK_M * C
 
 
 def image_choice(kernel: str, **options: int) -> LaunchChoice:

@@ -45,6 +45,12 @@ def row_walk(M, C, rows, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def last_tile(start, end, BLOCK_M: tl.constexpr):
+    """First row of the last tile of the rows from `start` to before `end`."""
+    return start + (end - 1 - start) // BLOCK_M * BLOCK_M
+
+
+@triton.jit
 def load(ptr, mask):
     """Values in float32, 0 where the mask is False."""
     return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)

@@ -35,9 +35,11 @@ def poisoned_allocations():
 def faithful_interpreter():
     """Round to bfloat16 as a GPU does, to nearest even (the interpreter truncates); skip its slow overflow checks.
 
-    Products of bfloat16 tiles are those of their values: the interpreter multiplies their bits as integers.
+    Products of bfloat16 tiles are those of their values: the interpreter multiplies their bits as integers. A broadcast
+    comparison stays a mask: the interpreter makes it integers, which Triton 3.9 refuses as a mask.
     """
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    convert = interpreter._convert_float
+    dot, splat = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.create_splat
 
     def rounded(values, source, target, mode):
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -57,12 +59,18 @@ def faithful_interpreter():
     def product(self, a, b, *rest):
         return dot(self, widened(a), widened(b), *rest)
 
+    def broadcast(self, kind, scalar):
+        tile = splat(self, kind, scalar)
+        return interpreter.TensorHandle(tile.data.astype(bool), tl.int1) if scalar.data.dtype == bool else tile
+
     builder = interpreter.interpreter_builder
     options = builder.options
     interpreter._convert_float = rounded
     interpreter.InterpreterBuilder.create_dot = product
+    interpreter.InterpreterBuilder.create_splat = broadcast
     builder.options = dataclasses.replace(options, sanitize_overflow=False)
     yield
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
+    interpreter.InterpreterBuilder.create_splat = splat
     builder.options = options

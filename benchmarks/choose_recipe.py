@@ -61,10 +61,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Steps:
-    """A candidate's steps by image size: the call that takes one, and the share of the run's steps."""
+    """A candidate's steps by image size: the call that takes one, and their number in a run of `--epochs` epochs."""
 
     calls: dict[int, harness.Call]
-    shares: dict[int, float]
+    counts: dict[int, int]
 
 
 @contextlib.contextmanager
@@ -81,7 +81,7 @@ def steps_of(entry: Entry) -> Iterator[Steps]:
         return lambda: parts.step(*next(batches), first_steps[size])
 
     try:
-        yield Steps({size: call(size) for size in counts}, {size: n / plan.steps for size, n in counts.items()})
+        yield Steps({size: call(size) for size in counts}, counts)
     finally:
         parts.close()
 
@@ -92,7 +92,7 @@ def relative_time(first: Entry, other: Entry, rounds: int) -> float:
         calls = {(who, size): call for who, steps in enumerate((one, two)) for size, call in steps.calls.items()}
         samples = harness.alternating(calls, rounds, warm_up=2)
     first_ms, other_ms = (
-        [sum(share * samples[who, size][turn] for size, share in steps.shares.items()) for turn in range(rounds)]
+        [sum(count * samples[who, size][turn] for size, count in steps.counts.items()) for turn in range(rounds)]
         for who, steps in enumerate((one, two))
     )
     return statistics.median(other / first for first, other in zip(first_ms, other_ms, strict=True))

@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,8 @@ def results(kind: str, folder: Path = RESULTS) -> list[Result]:
 
 def machine(provenance: dict[str, Any]) -> str:
     """The GPU, or the CPU and its cores."""
-    return provenance["gpu"] or f"{provenance['cores']} cores of an {provenance['cpu']}"
+    cores = provenance["cores"]
+    return provenance["gpu"] or f"{cores} {'core' if cores == 1 else 'cores'} of an {provenance['cpu']}"
 
 
 def origin(provenance: dict[str, Any]) -> str:
@@ -216,6 +218,22 @@ def time_to_accuracy(folder: Path = RESULTS) -> str:
     return table(["recipe", "top-1", "seconds", "compiling, s", "seeds", PROVENANCE], rows)
 
 
+def choose_recipe(folder: Path = RESULTS) -> str:
+    """Training options at equal time: mean and standard deviation of top-1 over the seeds, and the paired test."""
+    rows = []
+    for content in results("choose_recipe", folder):
+        settings = content["settings"]
+        recipe = " ".join([settings["recipe"], *settings["changes"]])
+        for row in filter(lambda row: len(row["scores"]) > 1, content["rows"]):
+            top1 = f"{statistics.mean(row['scores']):.2f} +- {statistics.stdev(row['scores']):.2f} %"
+            test = ["", "", ""] if row["p"] is None else [row["against"], f"{row['gain']:+.2f}", f"{row['p']:.3f}"]
+            seconds = f"{statistics.mean(row['seconds']):.0f}"
+            cells = [row["candidate"], top1, str(len(row["scores"])), str(row["epochs"]), seconds, *test]
+            rows.append([recipe, *cells, origin(content["provenance"])])
+    columns = ["recipe", "candidate", "val top-1", "seeds", "epochs", "s", "against", "gain", "p", PROVENANCE]
+    return table(columns, rows)
+
+
 def scaling(folder: Path = RESULTS) -> str:
     """Efficiency over ranks."""
     rows = [
@@ -305,6 +323,7 @@ TABLES = {
     "loader": loader,
     "scaling": scaling,
     "time_to_accuracy": time_to_accuracy,
+    "choose_recipe": choose_recipe,
     "step_profile": step_profile,
     "step_cost": step_cost,
     "crowd": crowd,

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 from torch import nn
@@ -28,6 +29,7 @@ import choose_recipe  # noqa: E402
 import harness  # noqa: E402
 import loader  # noqa: E402
 import pointwise  # noqa: E402
+import report  # noqa: E402
 import roofline  # noqa: E402
 import scaling  # noqa: E402
 import step_profile  # noqa: E402
@@ -296,6 +298,10 @@ def test_variants_are_compared_by_validation_images(tmp_path, capsys):
     assert again["as it is"]["scores"][:1] == plain["scores"]
     assert [len(row["scores"]) for row in again.values()] == [2, 2, 0]
     assert "run 1 of 4: optimizer=apex-sgd, seed 0: " in capsys.readouterr().out
+    mean, spread = np.mean(again["as it is"]["scores"]), np.std(again["as it is"]["scores"], ddof=1)
+    shown = report.choose_recipe(tmp_path).splitlines()
+    assert f"| as it is | {mean:.2f} +- {spread:.2f} % | 2 | 1 |" in shown[2]
+    assert len(shown) == 4  # the failed one has no score
     with pytest.raises(ValueError, match=r"out\.json is not a comparison with these settings: choose another --out"):
         compared(tmp_path / "out.json", *words, "2", "--val-fraction", "0.2")
 
@@ -322,15 +328,15 @@ def test_a_peers_model_trains_in_the_same_harness(tmp_path, monkeypatch):
 
 
 def test_all_candidates_get_the_same_time(monkeypatch):
-    """Sizes weigh by their share of the steps; the nearest number of whole epochs is taken."""
-    first, resized = (
-        choose_recipe.Steps(calls, shares)
-        for calls, shares in (({32: 0}, {32: 1.0}), ({20: 0, 32: 0}, {20: 0.5, 32: 0.5}))
-    )
+    """An epoch's time is that of its steps of each size; larger batches take fewer steps."""
+    first = choose_recipe.Steps({32: 0}, {32: 10})
+    resized = choose_recipe.Steps({20: 0, 32: 0}, {20: 5, 32: 5})
+    larger_batches = choose_recipe.Steps({32: 0}, {32: 5})
     monkeypatch.setattr(choose_recipe, "steps_of", lambda entry: contextlib.nullcontext(entry))
     samples = {(0, 32): [9.0, 10.0, 99.0], (1, 20): [3.0, 2.0, 2.0], (1, 32): [10.0, 10.0, 10.0]}
     monkeypatch.setattr(harness, "alternating", lambda calls, rounds, warm_up: {key: samples[key] for key in calls})
     assert choose_recipe.relative_time(first, resized, 3) == pytest.approx(0.6)
+    assert choose_recipe.relative_time(first, larger_batches, 3) == pytest.approx(0.5)
 
 
 def test_a_gain_that_does_not_separate_is_not_adopted():

@@ -61,11 +61,11 @@ def compare_block(settings, kernels):
 
 def check_dropped_samples(kernels):
     """Stochastic depth drops the same samples as in PyTorch's block."""
-    actual, baseline = (block_step(BLOCKS[1], k, drop_path=0.5) for k in (kernels, "torch"))
-    dropped = [n for n, y in enumerate(baseline["y"]) if (baseline["x"][n] == 0).all()]
+    settings = (8, 8, 3, 1, 6, 12, 4, 4, "symmetric")
+    actual, baseline = (block_step(settings, k, drop_path=0.5) for k in (kernels, "torch"))
     assert relative_rms(actual["y"], baseline["y"]) <= 1e-5
     assert relative_rms(actual["x"], baseline["x"]) <= 1e-4
-    assert dropped == [n for n, y in enumerate(actual["y"]) if (actual["x"][n] == 0).all()]
+    assert relative_rms(block_step(settings, "torch")["y"], baseline["y"]) > 0.1
 
 
 def check_recomputation(kernels):
@@ -98,10 +98,10 @@ def opcheck_block(expand):
     assert set(results.values()) == {"SUCCESS"}
 
 
-SMALL = [BLOCKS[i] for i in (0, 2, 3, 4, 8)]
+SMALL = [*(BLOCKS[i] for i in (0, 2, 3, 4)), (16, 16, 5, 1, 6, 20, 1, 1, "symmetric")]
 
 
-@pytest.mark.parametrize("settings", SMALL, ids=str)
+@pytest.mark.parametrize("settings", [*SMALL, pytest.param(BLOCKS[8], marks=pytest.mark.slow)], ids=str)
 def test_block_against_float64(settings):
     compare_block(settings, TRITON)
 

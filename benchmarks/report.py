@@ -224,7 +224,9 @@ def choose_recipe(folder: Path = RESULTS) -> str:
     for content in results("choose_recipe", folder):
         settings = content["settings"]
         recipe = " ".join([settings["recipe"], *settings["changes"]])
-        for row in filter(lambda row: len(row["scores"]) > 1, content["rows"]):
+        for row in content["rows"]:
+            if len(row["scores"]) < 2:
+                continue
             top1 = f"{statistics.mean(row['scores']):.2f} +- {statistics.stdev(row['scores']):.2f} %"
             test = ["", "", ""] if row["p"] is None else [row["against"], f"{row['gain']:+.2f}", f"{row['p']:.3f}"]
             seconds = f"{statistics.mean(row['seconds']):.0f}"

@@ -41,7 +41,7 @@ class Muon(torch.optim.AdamW):
         self, groups: list[dict[str, Any]], lr: Tensor, momentum: float = 0.95, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(groups, lr=lr, fused=True)
-        self.momentum, self.dtype = momentum, dtype
+        self.momentum, self.dtype = momentum, dtype or fastest_dtype(lr.device)
         for group in self.param_groups:
             for p in group["params"]:
                 buffers = ["momentum_buffer"] if group["muon"] else ["exp_avg", "exp_avg_sq"]
@@ -71,8 +71,7 @@ class Muon(torch.optim.AdamW):
         momentum = torch.stack([buffer.flatten(1) for buffer in buffers])
         momentum.lerp_(grads, keep * (1 - self.momentum))
         rows, columns = grads.shape[1:]
-        dtype = self.dtype or fastest_dtype(grads.device)
-        update = orthogonalize(torch.lerp(grads, momentum, self.momentum), dtype).to(grads.dtype)
+        update = orthogonalize(torch.lerp(grads, momentum, self.momentum), self.dtype).to(grads.dtype)
         weights = torch.stack([p.flatten(1) for p in params])
         weights = weights * (1 - keep * lr * weight_decay) - keep * lr * 0.2 * math.sqrt(max(rows, columns)) * update
         torch._foreach_copy_(buffers, [m.view_as(buffer) for m, buffer in zip(momentum, buffers, strict=True)])

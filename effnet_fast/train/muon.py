@@ -95,16 +95,43 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         [N, rows, columns] of type `dtype`.
     """
-    a, b, c = COEFFICIENTS
     x = matrices.to(dtype)
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
+    rows, columns = x.shape[1:]
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
+    use_gram = columns >= 2 * rows and dtype != torch.bfloat16  # bfloat16 rounds the Gram matrix too coarsely
+    x = _iterate_on_gram(x) if use_gram else _iterate(x)
+    return x.mT if is_tall else x
+
+
+def _iterate(x: Tensor) -> Tensor:
+    """x = (a I + b A + c A^2) x with A = x x^T, five times."""
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
+        x = torch.baddbmm(x, _higher_terms(gram), x, beta=COEFFICIENTS[0])
+    return x
+
+
+def _iterate_on_gram(x: Tensor) -> Tensor:
+    """The same on [N, rows, rows] matrices only: all factors are polynomials of one A, so they commute.
+
+    With r = columns / rows it multiplies (20 + 2 r) rows^3 numbers a matrix, rather than (5 + 10 r) rows^3.
+    """
+    gram = x @ x.mT
+    total = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
+    for _ in range(ITERATIONS):
+        factor = _higher_terms(gram)
+        factor.diagonal(dim1=1, dim2=2).add_(COEFFICIENTS[0])
+        total = factor @ total
+        gram = factor @ gram @ factor
+    return total @ x
+
+
+def _higher_terms(gram: Tensor) -> Tensor:
+    """b A + c A^2."""
+    return torch.baddbmm(gram, gram, gram, beta=COEFFICIENTS[1], alpha=COEFFICIENTS[2])
 
 
 def split_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from effnet_fast import create_model
 from effnet_fast.train import optim
-from effnet_fast.train.muon import Muon, fastest_dtype, orthogonalize
+from effnet_fast.train.muon import COEFFICIENTS, ITERATIONS, Muon, fastest_dtype, orthogonalize
 
 SHAPES = [(24, 8, 1, 1), (8, 24, 1, 1), (24, 8, 1, 1), (16, 16, 1, 1)]
 
@@ -50,6 +50,21 @@ def test_orthogonalize():
         assert (values[:2] > 0.3).all()
         assert (values[:2] < 1.3).all()
         assert (values[2] == 0).all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(12, 24), (40, 6), (12, 16)])
+def test_orthogonalize_equals_the_definition(rows, columns):
+    """Against float64 by the definition, X <- a X + b A X + c A A X; the second matrix is nearly of rank 2."""
+    generator = torch.Generator().manual_seed(2)
+    matrices = torch.randn(2, rows, columns, generator=generator)
+    matrices[1] = matrices[1, :, :2] @ matrices[1, :2] + 1e-4 * matrices[0]
+    expected = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(ITERATIONS):
+        gram = expected @ expected.mT
+        a, b, c = COEFFICIENTS
+        expected = a * expected + b * gram @ expected + c * gram @ gram @ expected
+    error = (orthogonalize(matrices, torch.float32) - expected).abs().amax(dim=(1, 2)) / expected.abs().amax(dim=(1, 2))
+    assert (error < 1e-3).all()
 
 
 @pytest.mark.parametrize("has_amx", [True, False])

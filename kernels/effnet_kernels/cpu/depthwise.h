@@ -16,11 +16,16 @@ template <int K>
 constexpr int WIDEST_BACKWARD = LANES >= 16 ? 8 : K == 3 ? 4 : 2;
 constexpr int64_t SPAN = 16;  // most vectors of channels in a task
 constexpr int64_t BUFFER = 1 << 16;  // floats in a task's row buffer: 256 KiB
+constexpr int64_t CHAIN = 256;  // pixels whose gradients of the taps are added one after the other
 constexpr int64_t GROUPS = 16;  // most groups of images summed separately; independent of the thread count
 
 struct ConvShape {
   int64_t n, c, h, w, ho, wo, k, stride, left, top;
 
+  // Whether as many columns of zeros stand on the left as on the right, and the width stays.
+  bool keeps_columns() const {
+    return stride == 1 && left == k / 2 && wo == w;
+  }
   // Images per group.
   Pieces groups() const {
     return {n, at::divup(n, std::min(n, GROUPS))};
@@ -50,20 +55,37 @@ inline const float* pack_taps(const float* taps, int64_t c, int64_t begin, int64
   return packed;
 }
 
-// Sums of P adjacent outputs; rows[ty] + offset is the first input of the first of them; taps are packed.
-template <int K, int S, int P>
+// Columns that a strip of P outputs reads at stride 1. A strip as wide as the map (ALONE) skips the padding.
+template <int K, int P, bool ALONE>
+struct Columns {
+  static constexpr int FIRST = ALONE ? K / 2 : 0, LAST = ALONE ? K / 2 + P : P + K - 1;
+};
+
+// Calls f(std::bool_constant<ALONE>) for a strip of P columns.
+template <int S, int P, class F>
+inline void by_padding(const ConvShape& shape, F&& f) {
+  if constexpr (S == 1) {
+    if (P == shape.w && shape.keeps_columns()) return f(std::true_type{});
+  }
+  f(std::false_type{});
+}
+
+// Sums of P adjacent outputs; rows[ty] + offset is the first input of the first of them, null if the row is 0; taps are
+// packed.
+template <int K, int S, int P, bool ALONE>
 inline void convolve(const float* const* rows, int64_t offset, const float* taps, Vec* sums) {
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) sums[p] = Vec(0.f);
 #pragma GCC unroll 8
   for (int ty = 0; ty < K; ++ty) {
+    if (rows[ty] == nullptr) continue;
     const float* row = rows[ty] + offset;
     Vec t[K];
 #pragma GCC unroll 8
     for (int tx = 0; tx < K; ++tx) t[tx] = load(taps + (ty * K + tx) * LANES);
     if constexpr (S == 1) {
 #pragma GCC unroll 16
-      for (int j = 0; j < P + K - 1; ++j) {
+      for (int j = Columns<K, P, ALONE>::FIRST; j < Columns<K, P, ALONE>::LAST; ++j) {
         const Vec x = load(row + j * LANES);
 #pragma GCC unroll 8
         for (int tx = 0; tx < K; ++tx) {
@@ -80,6 +102,11 @@ inline void convolve(const float* const* rows, int64_t offset, const float* taps
   }
 }
 
+// `offset` floats into a row; null if the row is.
+inline const float* row_of(const float* row, int64_t offset) {
+  return row == nullptr ? nullptr : row + offset;
+}
+
 // f(first, std::integral_constant<int, P>) over [0, size) in strips of WIDEST, then half, then half of that, ...
 template <int P = WIDEST, class F>
 inline void for_strips(int64_t first, int64_t size, F&& f) {
@@ -90,17 +117,16 @@ inline void for_strips(int64_t first, int64_t size, F&& f) {
 }
 
 // Fills a buffer row [vector][column][LANES] with silu(bn(x)), or x, of one row of the map: columns `from` to `until`,
-// 0 outside the map. The whole row is 0 if x is null.
+// 0 in the padding.
 template <class T>
 inline void fill_activations(
     const T* x, const Norm* norm, int64_t c, int64_t begin, int64_t end, int64_t columns, int64_t from, int64_t until,
     float* row) {
   for (int64_t v = 0; v < vectors(end - begin); ++v) {
     float* at = row + v * columns * LANES;
-    std::fill_n(at, (x == nullptr ? columns : from) * LANES, 0.f);
-    if (x != nullptr) std::fill_n(at + until * LANES, (columns - until) * LANES, 0.f);
+    std::fill_n(at, from * LANES, 0.f);
+    std::fill_n(at + until * LANES, (columns - until) * LANES, 0.f);
   }
-  if (x == nullptr) return;
   for_blocks<4>(begin, end, [&](auto block) {
     float* at = row + (block.c - begin) / LANES * columns * LANES;
     if (norm == nullptr) {
@@ -148,25 +174,29 @@ inline void depthwise_forward_tasks(
     ShiftedSums sums_of[SPAN];
     for (int64_t n = groups.begin(group); n < groups.end(group); ++n) {
       int64_t filled = first * S;  // the first padded row that is not in the buffer yet
+      const float* recent[K];  // the last K rows [row % K]; null outside the map
       for (int64_t ho = first; ho < last; ++ho) {
         for (filled = std::max(filled, ho * S); filled < ho * S + K; ++filled) {
           const int64_t hi = filled - shape.top;
-          const bool inside = hi >= 0 && hi < shape.h;
+          float* row = hi >= 0 && hi < shape.h ? buffer + filled % K * row_size : nullptr;
+          recent[filled % K] = row;
+          if (row == nullptr) continue;
           fill_activations<T>(
-              inside ? maps + (n * shape.h + hi) * shape.w * c : nullptr, norm, c, begin, end, columns, from, until,
-              buffer + filled % K * row_size);
+              maps + (n * shape.h + hi) * shape.w * c, norm, c, begin, end, columns, from, until, row);
         }
         T* line = out + (n * shape.ho + ho) * shape.wo * c;
         const bool fresh = n == groups.begin(group) && ho == first;
         for_blocks<1>(begin, end, [&](auto block) {
           const int64_t v = (block.c - begin) / LANES;
           const float* rows[K];
-          for (int ty = 0; ty < K; ++ty) rows[ty] = buffer + (ho * S + ty) % K * row_size + v * columns * LANES;
+          for (int ty = 0; ty < K; ++ty) rows[ty] = row_of(recent[(ho * S + ty) % K], v * columns * LANES);
           ShiftedSums stats = sums_of[v];
           for_strips(0, shape.wo, [&](int64_t wo, auto width) {
             constexpr int P = decltype(width)::value;
             Vec sums[P];
-            convolve<K, S, P>(rows, wo * S * LANES, packed + v * K * K * LANES, sums);
+            by_padding<S, P>(shape, [&](auto alone) {
+              convolve<K, S, P, decltype(alone)::value>(rows, wo * S * LANES, packed + v * K * K * LANES, sums);
+            });
             if (fresh && wo == 0) stats.shift = rounded<T>(sums[0]);
 #pragma GCC unroll 8
             for (int p = 0; p < P; ++p) {
@@ -241,26 +271,25 @@ struct OutputGradient {
   const float* dpool = nullptr;
 };
 
-// Row u of the gradients with zeros inserted between strides, [vector][column][LANES]. Column j is output column
-// (left + j) / S.
+// Fills row u of the gradients with zeros inserted between strides, [vector][column][LANES]. Column j is output column
+// (left + j) / S. Returns `row`, or null if all of it is 0.
 template <class T, int S>
-inline void fill_gradients(
+inline const float* fill_gradients(
     const OutputGradient& gradient, const ConvShape& shape, int64_t n, int64_t u, int64_t begin, int64_t end,
     int64_t columns, float* row) {
   const int64_t c = shape.c, left = shape.left - (shape.k - 1);
-  const bool empty = u < 0 || u % S != 0 || u / S >= shape.ho;
+  if (u < 0 || u % S != 0 || u / S >= shape.ho) return nullptr;
   const int64_t from = std::min(std::max<int64_t>(-left, 0), columns);
   const int64_t until = std::max(from, std::min(columns, (shape.wo - 1) * S + 1 - left));
   for (int64_t v = 0; v < vectors(end - begin); ++v) {
     float* at = row + v * columns * LANES;
-    if (empty || S > 1) {
+    if (S > 1) {
       std::fill_n(at, columns * LANES, 0.f);
     } else {
       std::fill_n(at, from * LANES, 0.f);
       std::fill_n(at + until * LANES, (columns - until) * LANES, 0.f);
     }
   }
-  if (empty) return;
   const int64_t start = from + (S - (left + from) % S) % S, line = (n * shape.ho + u / S) * shape.wo * c;
   const T* dy = data<T>(gradient.dy) + line;
   for_blocks<2>(begin, end, [&](auto block) {
@@ -271,7 +300,7 @@ inline void fill_gradients(
           store(at + (i * columns + j) * LANES, block.load(dy + (left + j) / S * c, i));
         }
       }
-      return;
+      return;  // this block
     }
     const T* d = data<T>(*gradient.d) + line;
     const ApplySums<decltype(block)> one(
@@ -283,11 +312,12 @@ inline void fill_gradients(
       }
     }
   });
+  return row;
 }
 
 // Gradients of P adjacent inputs and of the taps. rows[ty] + offset is the first gradient that contributes to the first
-// input through row `ty` of the taps; column p + K - 1 - tx of it contributes to input p.
-template <int K, int P>
+// input through row `ty` of the taps, null if the row is 0; column p + K - 1 - tx of it contributes to input p.
+template <int K, int P, bool ALONE>
 inline void convolve_backward(
     const float* const* rows, int64_t offset, const float* acts, const float* taps, Vec* dtap, Vec* sums) {
   Vec a[P];
@@ -298,6 +328,7 @@ inline void convolve_backward(
   }
 #pragma GCC unroll 8
   for (int ty = 0; ty < K; ++ty) {
+    if (rows[ty] == nullptr) continue;
     const float* row = rows[ty] + offset;
     Vec t[K], dt[K];
 #pragma GCC unroll 8
@@ -306,7 +337,7 @@ inline void convolve_backward(
       dt[tx] = dtap[ty * K + tx];
     }
 #pragma GCC unroll 16
-    for (int j = 0; j < P + K - 1; ++j) {
+    for (int j = Columns<K, P, ALONE>::FIRST; j < Columns<K, P, ALONE>::LAST; ++j) {
       const Vec g = load(row + j * LANES);
 #pragma GCC unroll 8
       for (int tx = 0; tx < K; ++tx) {
@@ -377,15 +408,16 @@ inline void depthwise_backward_tasks(
     float* acts = buffer + K * row_size;
     float* slopes = acts + inputs;
     const float* packed = pack_taps<K>(weights, c, begin, end, scratch<1>(vectors(end - begin) * K * K * LANES));
-    GradientSums<K> group_sums[SPAN];
+    GradientSums<K> group_sums[SPAN], chain_sums[SPAN];  // chains of about CHAIN pixels, so that they stay short
+    const int64_t images = std::max<int64_t>(CHAIN / ((last - first) * w), 1);  // in a chain
     for (int64_t n = groups.begin(group); n < groups.end(group); ++n) {
-      GradientSums<K> image_sums[SPAN];  // per image, so that chains of additions stay short
       // Padded row r of the gradients is row r + top - (K - 1) of those with inserted zeros. Rows hi to hi + K - 1
       // contribute to input row hi.
       int64_t filled = first;
+      const float* recent[K];  // the last K rows [row % K]; null where all of a row is 0
       for (int64_t hi = first; hi < last; ++hi) {
         for (; filled < hi + K; ++filled) {
-          fill_gradients<T, S>(
+          recent[filled % K] = fill_gradients<T, S>(
               gradient, shape, n, filled + shape.top - (K - 1), begin, end, columns, buffer + filled % K * row_size);
         }
         const int64_t line = (n * shape.h + hi) * w * c;
@@ -394,15 +426,17 @@ inline void depthwise_backward_tasks(
           const int64_t v = (block.c - begin) / LANES;
           const float *act = acts + v * w * LANES, *slope = slopes + v * w * LANES;
           const float* rows[K];
-          for (int ty = 0; ty < K; ++ty) rows[ty] = buffer + (hi + K - 1 - ty) % K * row_size + v * columns * LANES;
-          GradientSums<K>& sum = image_sums[v];
+          for (int ty = 0; ty < K; ++ty) rows[ty] = row_of(recent[(hi + K - 1 - ty) % K], v * columns * LANES);
+          GradientSums<K>& sum = chain_sums[v];
           const Vec mean = norm ? block.load(norm->mean, 0) : Vec(0.f);
           Vec dz = sum.dz, dz_x = sum.dz_x;
           for_strips<WIDEST_BACKWARD<K>>(0, w, [&](int64_t wi, auto width) {
             constexpr int P = decltype(width)::value;
             Vec da[P];
-            convolve_backward<K, P>(
-                rows, wi * LANES, act + wi * LANES, packed + v * K * K * LANES, sum.dtap, da);
+            by_padding<S, P>(shape, [&](auto alone) {
+              convolve_backward<K, P, decltype(alone)::value>(
+                  rows, wi * LANES, act + wi * LANES, packed + v * K * K * LANES, sum.dtap, da);
+            });
 #pragma GCC unroll 8
             for (int p = 0; p < P; ++p) {
               if (norm != nullptr) {
@@ -417,7 +451,12 @@ inline void depthwise_backward_tasks(
           sum.dz_x = dz_x;
         });
       }
-      for (int64_t v = 0; v < vectors(end - begin); ++v) group_sums[v].add(image_sums[v]);
+      const int64_t done = n + 1 - groups.begin(group);
+      if (done % images != 0 && n + 1 < groups.end(group)) continue;
+      for (int64_t v = 0; v < vectors(end - begin); ++v) {
+        group_sums[v].add(chain_sums[v]);
+        chain_sums[v] = {};
+      }
     }
     for_blocks<1>(begin, end, [&](auto block) {
       const GradientSums<K>& sum = group_sums[(block.c - begin) / LANES];

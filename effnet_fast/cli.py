@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from effnet_fast import __version__, config
 from effnet_fast.credentials import mask_credentials
+from effnet_fast.heap import keep_freed_memory
 from effnet_fast.openmp import share_cores
 from effnet_fast.streams import quiet_streams
 
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     A user's mistake prints one line on stderr and exits with status 2; EFFNET_FAST_DEBUG=1 shows the traceback.
     """
+    keep_freed_memory()
     with quiet_streams(), share_cores():
         _main(list(sys.argv[1:] if argv is None else argv))
 

@@ -1,8 +1,11 @@
 """Four ways to scale at equal cost."""
 
 import re
+from importlib import resources
+from pathlib import Path
 
 import pytest
+import yaml
 
 from effnet_fast.search import five_ways
 from effnet_fast.search.family import Family, Scale
@@ -32,6 +35,22 @@ def test_four_models_of_equal_cost(target):
     assert (deeper.width, deeper.resolution, wider.depth, wider.resolution) == (1, 1, 1, 1)
     assert (higher.depth, higher.width) == (1, 1)
     assert min(compound.depth, compound.width, compound.resolution) > 1
+
+
+@pytest.mark.parametrize(("recipe", "classes"), [("cifar100-study", 100), ("quick-study", 10)])
+def test_target_of_a_recipe(recipe, classes):
+    settings = yaml.safe_load((resources.files("effnet_fast.recipes") / f"{recipe}.yaml").read_text())
+    family = Family(classes, settings["image_size"], settings["output_stride"])
+    assert len(five_ways.solve(family, settings["target_flops"])) == 4
+
+
+def test_targets_in_the_readme():
+    """They are for CIFAR-100 with the default output stride."""
+    text = (Path(__file__).parents[2] / "effnet_fast" / "search" / "README.md").read_text()
+    targets = {float(target) for target in re.findall(r"\b\d\.?\d*e\d+\b", text.partition("## The scaling study")[2])}
+    assert targets
+    for target in targets:
+        assert len(five_ways.solve(Family(100, 32, 8), target)) == 4
 
 
 def test_target_below_baseline():

@@ -114,8 +114,9 @@ def test_resume_after_a_signal(tmp_path, monkeypatch):
     configs = fake_training(monkeypatch, lambda c: Outcome(130, False, {}) if c.width == 2 else trained(c))
     run(f"{TINY} --save_dir {tmp_path} --run_name stopped", expected=130)
     assert [config.run_name for config in configs] == ["baseline-0", "deeper-0", "wider-0"]
-    fake_training(monkeypatch, trained)
+    resumed = fake_training(monkeypatch, trained)
     run(f"{TINY} --save_dir {tmp_path} --run_name stopped")
+    assert [config.run_name for config in resumed] == ["wider-0", "higher-resolution-0", "compound-0"]
     assert all("top1" in model for model in json.loads((tmp_path / "stopped" / "study.json").read_text())["models"])
 
 

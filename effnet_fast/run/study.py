@@ -16,7 +16,15 @@ from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds
 from effnet_fast.run.training import train_in
 from effnet_fast.search.family import Family
 from effnet_fast.search.runs import failure_reason
-from effnet_fast.search.study_runs import StudyRun, cost_row, index_row, result_row, study_models, study_runs
+from effnet_fast.search.study_runs import (
+    StudyRun,
+    cost_row,
+    index_row,
+    restore_results,
+    result_row,
+    study_models,
+    study_runs,
+)
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,10 @@ def _study(config: StudyConfig, world: World) -> StudyResult:
     folder = Path(config.save_dir) / config.name
     dataset = load_dataset(config)
     family = family_of(config, dataset)
-    read_index(folder / "study.json", config, dataset.fingerprint, parse=dict)
+    finished = read_index(folder / "study.json", config, dataset.fingerprint, parse=lambda content: content["models"])
     models = study_models(config, family)
     runs = study_runs(config, models)
+    restore_results(runs, finished or [])
     _say(world, as_text([cost_row(family, model) for model in models]))
     status = 0 if config.dry_run else _train_all(config, world, family, runs, folder, dataset.fingerprint)
     rows = [result_row(family, model, [run for run in runs if run.model == model]) for model in models]
@@ -78,7 +87,11 @@ def _train_all(
     heading = {"settings": identity(config), "fingerprint": fingerprint}
     _write_index(world, folder, heading, family, runs)
     for number, run in enumerate(runs, start=1):
-        _say(world, f"\nrun {number} of {len(runs)}: {run.model.label}, seed {run.seed}")
+        title = f"\nrun {number} of {len(runs)}: {run.model.label}, seed {run.seed}"
+        if run.result:
+            _say(world, f"{title}: finished, top-1 {run.result['top1']:.2f} %")
+            continue
+        _say(world, title)
         status = _train(config, world, family, run, folder / "runs")
         _write_index(world, folder, heading, family, runs)
         if status:

@@ -14,6 +14,8 @@ from effnet_fast.search.family import Family, Scale
 from effnet_fast.search.five_ways import StudyModel
 from effnet_fast.search.runs import run_config
 
+RESULT = ("split", "top1", "loss", "seconds")  # keys of the result of a run that ended well
+
 
 @dataclass
 class StudyRun:
@@ -62,6 +64,18 @@ def study_runs(config: StudyConfig, models: list[StudyModel]) -> list[StudyRun]:
     ]
 
 
+def restore_results(runs: list[StudyRun], entries: list[Row]) -> None:
+    """Give each run that study.json lists with an accuracy its result, so that it is not trained again."""
+    known = {entry["run"]: entry for entry in entries if "top1" in entry}
+    for run in runs:
+        if entry := known.get(_folder(run)):
+            run.result = {key: entry[key] for key in RESULT}
+
+
+def _folder(run: StudyRun) -> str:
+    return f"runs/{run.name}"
+
+
 def model_settings(family: Family, model: StudyModel) -> dict[str, Any]:
     """Return the fields of a training config that select the model."""
     return family.reference_settings(model.name) if model.scale is None else family.settings(model.scale)
@@ -104,8 +118,8 @@ def index_row(family: Family, run: StudyRun) -> Row:
         "name": run.model.name,
         "label": run.model.label,
         "seed": run.seed,
-        "run": f"runs/{run.name}",
-        "checkpoint": f"runs/{run.name}/last.pt",
+        "run": _folder(run),
+        "checkpoint": f"{_folder(run)}/last.pt",
         "target_macs": run.model.target,
         **{key: value for key, value in cost_row(family, run.model).items() if key != "model"},
         **run.result,

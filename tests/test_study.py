@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from scipy.stats import ttest_rel
 
 import effnet_fast
 from command_line import mistake, run
@@ -78,6 +79,27 @@ def fake_training(monkeypatch, behave):
     monkeypatch.setattr(studying, "train_in", train_in)
     monkeypatch.setattr(studying, "training_seconds", lambda *a: 1.0)
     return configs
+
+
+def test_paired_test_against_compound_scaling(tmp_path, monkeypatch):
+    """Accuracies by seed; the p-values are those of SciPy, times Holm's factors."""
+    scores = {"deeper": (10.0, 15.0), "wider": (20.0, 20.5), "compound": (30.0, 31.0)}
+
+    def behave(config):
+        name, seed = config.run_name.rsplit("-", 1)
+        return Outcome(0, True, {"split": "test", "loss": 1.0, "top1": scores.get(name, (5.0, 6.0))[int(seed)]})
+
+    monkeypatch.setattr(studying, "_draw", lambda *a: None)
+    fake_training(monkeypatch, behave)
+    run(f"{TINY} --save_dir {tmp_path} --run_name tested --seeds 2")
+    with (tmp_path / "tested" / "study.csv").open() as file:
+        p_values = {row["model"]: row["p_compound"] for row in csv.DictReader(file)}
+    assert p_values["baseline"] == p_values["compound"] == ""
+    assert p_values["higher-resolution"] == "1.0", "equal differences say nothing"
+    wider, deeper = (ttest_rel(scores["compound"], scores[name]).pvalue for name in ("wider", "deeper"))
+    assert wider < deeper
+    assert float(p_values["wider"]) == pytest.approx(3 * wider)
+    assert float(p_values["deeper"]) == pytest.approx(2 * deeper)
 
 
 def trained(config):

@@ -21,7 +21,7 @@ from effnet_fast.search.study_runs import (
     cost_row,
     index_row,
     restore_results,
-    result_row,
+    result_rows,
     study_models,
     study_runs,
 )
@@ -74,7 +74,7 @@ def _study(config: StudyConfig, world: World) -> StudyResult:
     restore_results(runs, finished or [])
     _say(world, as_text([cost_row(family, model) for model in models]))
     status = 0 if config.dry_run else _train_all(config, world, family, runs, folder, dataset.fingerprint)
-    rows = [result_row(family, model, [run for run in runs if run.model == model]) for model in models]
+    rows = result_rows(family, models, runs)
     if world.is_main and not config.dry_run and not status:
         _report(config, rows, runs, folder)
     return StudyResult(status, folder, rows, runs)

@@ -10,8 +10,9 @@ from effnet_fast.config import StudyConfig, TrainConfig
 from effnet_fast.model import model_name
 from effnet_fast.report.table import Row
 from effnet_fast.search import five_ways
+from effnet_fast.search.choose import holm, paired_p
 from effnet_fast.search.family import Family, Scale
-from effnet_fast.search.five_ways import StudyModel
+from effnet_fast.search.five_ways import COMPOUND, DEEPER, HIGHER, WIDER, StudyModel
 from effnet_fast.search.runs import run_config
 
 RESULT = ("split", "top1", "loss", "seconds")  # keys of the result of a run that ended well
@@ -98,17 +99,45 @@ def cost_row(family: Family, model: StudyModel) -> Row:
     }
 
 
-def result_row(family: Family, model: StudyModel, runs: list[StudyRun]) -> Row:
-    """Return a model's cost, and mean and sample standard deviation of its top-1 (percent) over the seeds."""
-    scores = [run.result["top1"] for run in runs if "top1" in run.result]
-    seconds = [run.result["seconds"] for run in runs if "seconds" in run.result]
+def result_rows(family: Family, models: list[StudyModel], runs: list[StudyRun]) -> list[Row]:
+    """Return a row per model: cost, mean and sample standard deviation of its top-1 (percent) over the seeds.
+
+    `p_compound` is the p-value of the two-sided paired t-test over the seeds, with Holm's correction, between compound
+    scaling and each other way to scale to the same target; None with fewer than two common seeds.
+    """
+    p_values: dict[StudyModel, float] = {}
+    for compound in (model for model in models if model.name == COMPOUND):
+        ways = {m.name: m for m in models if m.target == compound.target and m.name in (DEEPER, WIDER, HIGHER)}
+        pairs = {name: _common_scores(runs, way, compound) for name, way in ways.items()}
+        tests = holm({name: paired_p(*scores) for name, scores in pairs.items() if len(scores[0]) > 1})
+        p_values |= {ways[name]: p for name, p in tests.items()}
+    return [_result_row(family, model, runs, p_values.get(model)) for model in models]
+
+
+def _scores(runs: list[StudyRun], model: StudyModel) -> dict[int, float]:
+    """Seed -> top-1 of the model's runs that ended well."""
+    return {run.seed: run.result["top1"] for run in runs if run.model == model and "top1" in run.result}
+
+
+def _common_scores(runs: list[StudyRun], first: StudyModel, second: StudyModel) -> tuple[list[float], list[float]]:
+    """Top-1 of two models for the seeds that both have, in the same order."""
+    one, two = _scores(runs, first), _scores(runs, second)
+    seeds = sorted(one.keys() & two.keys())
+    return [one[seed] for seed in seeds], [two[seed] for seed in seeds]
+
+
+def _result_row(family: Family, model: StudyModel, runs: list[StudyRun], p_compound: float | None) -> Row:
+    results = [run.result for run in runs if run.model == model]
+    scores = list(_scores(runs, model).values())
+    seconds = [result["seconds"] for result in results if "seconds" in result]
     return {
         **cost_row(family, model),
         "seeds": len(scores),
         "top1_mean": statistics.fmean(scores) if scores else None,
         "top1_std": statistics.stdev(scores) if len(scores) > 1 else None,
         "seconds_mean": statistics.fmean(seconds) if seconds else None,
-        "failed": next((run.result["failed"] for run in runs if "failed" in run.result), None),
+        "p_compound": p_compound,
+        "failed": next((result["failed"] for result in results if "failed" in result), None),
     }
 
 

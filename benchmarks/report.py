@@ -8,6 +8,7 @@ out of date. `--merge OUT FILE...` joins the result files of a suite.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import shlex
@@ -161,6 +162,25 @@ def training(folder: Path = RESULTS) -> str:
 
 
 # -- results of the scripts
+
+
+def study(folder: Path = RESULTS) -> str:
+    """The scaling studies: cost and test top-1 of each model, and the paired test against compound scaling."""
+    rows = []
+    for path in sorted(folder.glob("*/study.csv")):
+        with path.open() as file:
+            models = [row for row in csv.DictReader(file) if row["top1_mean"]]
+        environment = json.loads(path.with_name("study.json").read_text())["environment"]
+        for row in models:
+            spread = f" +- {float(row['top1_std']):.2f}" if row["top1_std"] else ""
+            cost = [row["image_size"], f"{int(row['parameters']) / 1e6:.2f} M", f"{int(row['macs']) / 1e6:.1f} M"]
+            p_value = f"{float(row['p_compound']):.3f}" if row["p_compound"] else ""
+            scale = f"{float(row['depth']):.4g}, {float(row['width']):.4g}" if row["depth"] else ""
+            top1 = f"{float(row['top1_mean']):.2f}{spread} %"
+            minutes = f"{float(row['seconds_mean']) / 60:.0f}"
+            rows.append([row["model"], scale, *cost, top1, row["seeds"], p_value, minutes, origin(environment)])
+    columns = ["model", "depth, width", "px", "parameters", "MACs", "test top-1", "seeds", "p against compound", "min"]
+    return table([*columns, PROVENANCE], rows)
 
 
 def throughput(folder: Path = RESULTS) -> str:
@@ -321,6 +341,7 @@ def ops(folder: Path = RESULTS) -> str:
 
 TABLES = {
     "training": training,
+    "study": study,
     "throughput": throughput,
     "loader": loader,
     "scaling": scaling,

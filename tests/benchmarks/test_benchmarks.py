@@ -36,6 +36,7 @@ from effnet_fast import create_model  # noqa: E402
 from effnet_fast.data import choose_loader  # noqa: E402
 from effnet_fast.data.synthetic import load_synthetic  # noqa: E402
 from effnet_fast.model.complexity import complexity  # noqa: E402
+from effnet_fast.report.table import as_csv  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -572,6 +573,30 @@ def test_accuracy_of_a_run_with_validation_images_is_that_of_eval(tmp_path):
     assert entry["command"] == "effnet-fast train --config effnet_fast/recipes/quickstart.yaml --seed 1"
     (run / "test-evaluation.json").write_text(json.dumps({"top1": 11.0, "top5": 21.0, "loss": 2.0}))
     assert report.runs(tmp_path)[0]["last"] == row | {"top1": 11.0, "top5": 21.0}
+
+
+def test_report_renders_a_study(tmp_path):
+    common = {"image_size": 32, "parameters": 4_100_000, "macs": 31_200_000, "seconds_mean": 600.0}
+    none = {"depth": None, "width": None, "top1_std": None, "p_compound": None}
+    rows = [
+        {
+            "model": "wider",
+            "depth": 1,
+            "width": 1.25,
+            "seeds": 2,
+            "top1_mean": 51.0,
+            "top1_std": 0.5,
+            "p_compound": 0.25,
+        },
+        {"model": "resnet50", "seeds": 1, "top1_mean": 40.0, **none},
+        {"model": "densenet201", "seeds": 0, "top1_mean": None, **none},
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "study.csv").write_text(as_csv([row | common for row in rows]))
+    (tmp_path / "run" / "study.json").write_text(json.dumps({"environment": harness.result("x", {}, [])["provenance"]}))
+    _, _, wider, resnet = report.study(tmp_path).splitlines()
+    assert wider.startswith("| wider | 1, 1.25 | 32 | 4.10 M | 31.2 M | 51.00 +- 0.50 % | 2 | 0.250 | 10 |")
+    assert resnet.startswith("| resnet50 |  | 32 | 4.10 M | 31.2 M | 40.00 % | 1 |  | 10 |")
 
 
 def test_report_renders_a_suite(tmp_path):

@@ -139,6 +139,10 @@ def test_resume_after_a_signal(tmp_path, monkeypatch):
     resumed = fake_training(monkeypatch, trained)
     run(f"{TINY} --save_dir {tmp_path} --run_name stopped")
     assert [config.run_name for config in resumed] == ["wider-0", "higher-resolution-0", "compound-0"]
+    index = (tmp_path / "stopped" / "study.json").read_bytes()
+    run(f"{TINY} --save_dir {tmp_path} --run_name stopped")
+    assert len(resumed) == 3
+    assert (tmp_path / "stopped" / "study.json").read_bytes() == index, "nothing was trained"
     assert all("top1" in model for model in json.loads((tmp_path / "stopped" / "study.json").read_text())["models"])
 
 

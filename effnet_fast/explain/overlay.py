@@ -128,7 +128,9 @@ def _draw(rows: Sequence[Row], models: Sequence[str], colormap: str, opacity: fl
     for cells, row in zip(axes, rows, strict=True):
         _draw_row(cells, row, colormap, opacity)
     for cell, heading in zip(axes[0], ["original", *models], strict=True):
-        cell.set_title(textwrap.fill(drawable(heading), _NAME_LENGTH), fontsize=9)
+        # Wrapped before `drawable` turns no-break spaces into spaces.
+        lines = textwrap.wrap(heading, _NAME_LENGTH, break_on_hyphens=False)
+        cell.set_title("\n".join(map(drawable, lines)), fontsize=9)
     _draw_colorbar(figure, colormap)
     return figure
 

@@ -138,7 +138,8 @@ def _start_at_zero_without_spread(axes: Axes, rows: Sequence[Row]) -> None:
     A cropped axis without error bars makes differences within the noise look large.
     """
     if any(row["top1_std"] is None for row in rows):
-        axes.set_ylim(bottom=0)
+        highest = max([1, *(row["top1_mean"] + (row["top1_std"] or 0) for row in rows)])
+        axes.set_ylim(0, 1.08 * highest)  # with room for its mark
 
 
 def scaling_curves(rows: Sequence[Row], split: str) -> Figure:

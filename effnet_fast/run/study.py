@@ -85,7 +85,8 @@ def _train_all(
 ) -> int:
     """Train the runs in order and update study.json after each; return 0, or the status of a stopped run."""
     heading = {"settings": identity(config), "fingerprint": fingerprint}
-    _write_index(world, folder, heading, family, runs)
+    if not all(run.result for run in runs):  # else study.json keeps the environment in which they were trained
+        _write_index(world, folder, heading, family, runs)
     for number, run in enumerate(runs, start=1):
         title = f"\nrun {number} of {len(runs)}: {run.model.label}, seed {run.seed}"
         if run.result:

@@ -142,16 +142,24 @@ def test_study_loads_one_seed_of_each_model_with_torch_kernels(study):
     assert other[0].digest != found[0].digest
 
 
-def test_headings_do_not_wrap_inside_a_factor(study, tmp_path):
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["compound of all (d = 2,", "w = 1.82, r = 1.414)"],
+        ["compound (d = 1.11,", "w = 1.056, r = 1.083)"],
+        ["higher-resolution", "(r = 1.133)"],
+    ],
+    ids=lambda lines: lines[0].split()[0],
+)
+def test_headings_do_not_wrap_inside_a_factor(study, tmp_path, lines):
     folder = tmp_path / "study"
     shutil.copytree(study, folder)
-    label = "compound of all (d = 2, w = 1.82, r = 1.414)"
+    label = " ".join(lines)
     (baseline, *_) = json.loads((folder / "study.json").read_text())["models"]
     (folder / "study.json").write_text(json.dumps({"models": [baseline | {"label": label}]}))
     (model,) = models_of(folder)
     row = overlay.Row("a", np.zeros((8, 8, 3), np.uint8), None, [overlay.Panel(np.ones((8, 8)), "a", 1.0, "a", 1.0)])
-    heading = overlay.draw([row], [model.label]).axes[1].get_title()
-    assert heading.replace("\N{NO-BREAK SPACE}", " ").split("\n") == ["compound of all (d = 2,", "w = 1.82, r = 1.414)"]
+    assert overlay.draw([row], [model.label]).axes[1].get_title().split("\n") == lines
 
 
 def test_run_flag_and_single_checkpoint(study, tmp_path):

@@ -183,6 +183,24 @@ def study(folder: Path = RESULTS) -> str:
     return table([*columns, PROVENANCE], rows)
 
 
+def maps(folder: Path = RESULTS) -> str:
+    """Mean scores of the class activation maps of a study's models."""
+    scores = {
+        "top 10 % of pixels hold": "energy_top10",
+        "entropy": "entropy",
+        "deletion": "deletion",
+        "insertion": "insertion",
+        "agreement with the others": "agreement",
+    }
+    rows = []
+    for path in sorted(folder.glob("*/maps/summary.csv")):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                means = [f"{float(row[f'{score}_mean']):.3f}" for score in scores.values()]
+                rows.append([row["model"], row["images"], f"{float(row['top1_mean']):.0f} %", *means])
+    return table(["model", "images", "right", *scores], rows)
+
+
 def throughput(folder: Path = RESULTS) -> str:
     """Rates and ratios of every throughput result."""
     rows = []
@@ -342,6 +360,7 @@ def ops(folder: Path = RESULTS) -> str:
 TABLES = {
     "training": training,
     "study": study,
+    "maps": maps,
     "throughput": throughput,
     "loader": loader,
     "scaling": scaling,

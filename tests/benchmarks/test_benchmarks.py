@@ -599,6 +599,14 @@ def test_report_renders_a_study(tmp_path):
     assert resnet.startswith("| resnet50 |  | 32 | 4.10 M | 31.2 M | 40.00 % | 1 |  | 10 |")
 
 
+def test_report_renders_the_scores_of_maps(tmp_path):
+    scores = ("top1", "energy_top10", "entropy", "deletion", "insertion", "agreement")
+    row = {"model": "wider", "images": 12} | {f"{name}_mean": 50.0 / 10**i for i, name in enumerate(scores)}
+    (tmp_path / "run" / "maps").mkdir(parents=True)
+    (tmp_path / "run" / "maps" / "summary.csv").write_text(as_csv([row]))
+    assert report.maps(tmp_path).splitlines()[-1] == "| wider | 12 | 50 % | 5.000 | 0.500 | 0.050 | 0.005 | 0.001 |"
+
+
 def test_report_renders_a_suite(tmp_path):
     scaled, kernels = harness.result("scaling", {}, []), harness.result("ops", {"dtype": "bfloat16"}, [])
     scaled["rows"] = [

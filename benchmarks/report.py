@@ -161,15 +161,17 @@ def training(folder: Path = RESULTS) -> str:
     return table(["run, test images", "command", "epochs", "top-1", "top-5", "time", PROVENANCE], rows)
 
 
-# -- results of the scripts
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a table that effnet-fast wrote."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def study(folder: Path = RESULTS) -> str:
     """The scaling studies: cost and test top-1 of each model, and the paired test against compound scaling."""
     rows = []
     for path in sorted(folder.glob("*/study.csv")):
-        with path.open() as file:
-            models = [row for row in csv.DictReader(file) if row["top1_mean"]]
+        models = [row for row in csv_rows(path) if row["top1_mean"]]
         environment = json.loads(path.with_name("study.json").read_text())["environment"]
         for row in models:
             spread = f" +- {float(row['top1_std']):.2f}" if row["top1_std"] else ""
@@ -194,11 +196,13 @@ def maps(folder: Path = RESULTS) -> str:
     }
     rows = []
     for path in sorted(folder.glob("*/maps/summary.csv")):
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                means = [f"{float(row[f'{score}_mean']):.3f}" for score in scores.values()]
-                rows.append([row["model"], row["images"], f"{float(row['top1_mean']):.0f} %", *means])
+        for row in csv_rows(path):
+            means = [f"{float(row[f'{score}_mean']):.3f}" for score in scores.values()]
+            rows.append([row["model"], row["images"], f"{float(row['top1_mean']):.0f} %", *means])
     return table(["model", "images", "right", *scores], rows)
+
+
+# -- results of the scripts
 
 
 def throughput(folder: Path = RESULTS) -> str:

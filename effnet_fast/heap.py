@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Mapping
 
 # Parameters of mallopt (malloc.h).
@@ -22,8 +23,10 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
 
     It changes nothing with another C library, or if the user has set malloc by _OF_THE_USER or GLIBC_TUNABLES.
     """
-    libc = ctypes.CDLL(None)
     is_set = any(name in environment for name in _OF_THE_USER) or "malloc" in environment.get("GLIBC_TUNABLES", "")
-    if is_set or not hasattr(libc, "gnu_get_libc_version"):
+    if is_set or sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
         return False
     return all(libc.mallopt(parameter, value) for parameter, value in _SETTINGS.items())

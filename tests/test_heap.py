@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,3 +44,10 @@ def test_large_tensors_reuse_memory():
 )
 def test_settings_of_the_user_stay(environment):
     assert not heap.keep_freed_memory(environment)
+
+
+def test_other_systems_are_left_alone(monkeypatch):
+    """Windows has no CDLL(None)."""
+    monkeypatch.setattr(heap, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: pytest.fail("opened a library"))
+    assert not heap.keep_freed_memory({})

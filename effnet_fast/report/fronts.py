@@ -138,8 +138,7 @@ def _start_at_zero_without_spread(axes: Axes, rows: Sequence[Row]) -> None:
     A cropped axis without error bars makes differences within the noise look large.
     """
     if any(row["top1_std"] is None for row in rows):
-        highest = max([1, *(row["top1_mean"] + (row["top1_std"] or 0) for row in rows)])
-        axes.set_ylim(0, 1.08 * highest)  # with room for its mark
+        axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 1))  # with room for the highest mark
 
 
 def scaling_curves(rows: Sequence[Row], split: str) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from effnet_fast import distributed, provenance
@@ -68,10 +69,9 @@ def _study(config: StudyConfig, world: World) -> StudyResult:
     folder = Path(config.save_dir) / config.name
     dataset = load_dataset(config)
     family = family_of(config, dataset)
-    finished = read_index(folder / "study.json", config, dataset.fingerprint, parse=lambda content: content["models"])
     models = study_models(config, family)
     runs = study_runs(config, models)
-    restore_results(runs, finished or [])
+    read_index(folder / "study.json", config, dataset.fingerprint, parse=partial(restore_results, runs))
     _say(world, as_text([cost_row(family, model) for model in models]))
     status = 0 if config.dry_run else _train_all(config, world, family, runs, folder, dataset.fingerprint)
     rows = result_rows(family, models, runs)
@@ -88,11 +88,10 @@ def _train_all(
     if not all(run.result for run in runs):  # else study.json keeps the environment in which they were trained
         _write_index(world, folder, heading, family, runs)
     for number, run in enumerate(runs, start=1):
-        title = f"\nrun {number} of {len(runs)}: {run.model.label}, seed {run.seed}"
+        _say(world, f"\nrun {number} of {len(runs)}: {run.model.label}, seed {run.seed}")
         if run.result:
-            _say(world, f"{title}: finished, top-1 {run.result['top1']:.2f} %")
+            _say(world, f"finished: top-1 {run.result['top1']:.2f} %")
             continue
-        _say(world, title)
         status = _train(config, world, family, run, folder / "runs")
         _write_index(world, folder, heading, family, runs)
         if status:

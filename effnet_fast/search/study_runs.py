@@ -65,9 +65,9 @@ def study_runs(config: StudyConfig, models: list[StudyModel]) -> list[StudyRun]:
     ]
 
 
-def restore_results(runs: list[StudyRun], entries: list[Row]) -> None:
-    """Give each run that study.json lists with an accuracy its result, so that it is not trained again."""
-    known = {entry["run"]: entry for entry in entries if "top1" in entry}
+def restore_results(runs: list[StudyRun], index: dict[str, Any]) -> None:
+    """Give each run that `index`, study.json, lists with an accuracy its result, so that it is not trained again."""
+    known = {entry["run"]: entry for entry in index["models"] if "top1" in entry}
     for run in runs:
         if entry := known.get(_folder(run)):
             run.result = {key: entry[key] for key in RESULT}

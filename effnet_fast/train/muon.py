@@ -117,16 +117,22 @@ def _iterate(x: Tensor) -> Tensor:
 def _iterate_on_gram(x: Tensor) -> Tensor:
     """The same on [N, rows, rows] matrices only: all factors are polynomials of one A, so they commute.
 
-    With r = columns / rows it multiplies (20 + 2 r) rows^3 numbers a matrix, rather than (5 + 10 r) rows^3.
+    With r = columns / rows it multiplies (17 + 2 r) rows^3 numbers a matrix, rather than (5 + 10 r) rows^3.
     """
     gram = x @ x.mT
-    total = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
-    for _ in range(ITERATIONS):
-        factor = _higher_terms(gram)
-        factor.diagonal(dim1=1, dim2=2).add_(COEFFICIENTS[0])
-        total = factor @ total
+    total = factor = _factor(gram)
+    for _ in range(ITERATIONS - 1):
         gram = factor @ gram @ factor
+        factor = _factor(gram)
+        total = factor @ total
     return total @ x
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """a I + b A + c A^2."""
+    factor = _higher_terms(gram)
+    factor.diagonal(dim1=1, dim2=2).add_(COEFFICIENTS[0])
+    return factor
 
 
 def _higher_terms(gram: Tensor) -> Tensor:

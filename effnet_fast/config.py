@@ -236,7 +236,7 @@ class TrainConfig(_Config):
     products on CUDA). The bare flag means bf16."""
     step: StepMode = operational("auto")
     """How a training step executes: eager; compile (torch.compile); or graph (compiled, and the whole step captured in
-    one CUDA graph; one GPU). auto is graph on one GPU, compile on several; on the CPU it compiles runs of at least
+    one CUDA graph on each GPU). auto is graph on one GPU, compile on several; on the CPU it compiles runs of at least
     200,000 images at output stride 8 or 4, where compiling was measured to pay, and is eager otherwise."""
     compile: Switch | bool = operational("auto")
     """Alias of --step: yes, or the bare flag, is --step compile; no is --step eager."""

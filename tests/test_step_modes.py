@@ -37,6 +37,8 @@ TINY = (
         ({"step": "eager"}, GPU, False, False),
         ({"step": "compile"}, CPU, True, False),
         ({"step": "graph"}, GPU, True, True),
+        ({"step": "graph"}, World(0, 2, torch.device("cuda")), True, True),
+        ({}, World(0, 2, torch.device("cuda")), True, False),
         ({"compile": True}, CPU, True, False),
         ({"compile": "no"}, GPU, False, False),
     ],
@@ -49,7 +51,6 @@ def test_step_mode(flags, world, compiled, graph):
     ("options", "world", "words"),
     [
         ({}, CPU, "runs on the CPU: use --step compile or eager"),
-        ({}, World(0, 2, torch.device("cuda")), "these are 2 ranks: use --step compile"),
         ({"optimizer": "apex-sgd"}, GPU, "would freeze the learning rate of --optimizer apex-sgd"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from effnet_fast.run.rank_check import about_model, compare_ranks
 from effnet_fast.run.resolve import compile_model, loader_dtype, set_backends, worker_count
 from effnet_fast.run.resume import explain_checkpoint_errors
 from effnet_fast.train.evaluate import evaluating
+from effnet_fast.train.graph import capture_stream
 from effnet_fast.train.optim import make_optimizer
 from effnet_fast.train.schedule import Schedule, make_schedule
 from effnet_fast.train.step import Step, StepOptions
@@ -170,8 +172,9 @@ def _callable(plan: Plan, module: Network) -> nn.Module:
     """The module, wrapped for several ranks and compiled if the plan says so."""
     model: nn.Module = module
     if plan.world.size > 1:
-        # With accumulation's no_sync, a static graph aborts in torch 2.13.
-        model = data_parallel(module, static_graph=plan.accumulation == 1)
+        with capture_stream(plan.world.device) if plan.graph else nullcontext():
+            # With accumulation's no_sync, a static graph aborts in torch 2.13.
+            model = data_parallel(module, static_graph=plan.accumulation == 1)
     return compile_model(model, plan.world.device) if plan.compile else model
 
 

@@ -76,7 +76,7 @@ def resolve_step(config: TrainConfig, world: World, output_stride: int, images: 
         images: training images times epochs.
 
     Raises:
-        ValueError: `--step graph` without CUDA, with several ranks, or with apex's optimizers.
+        ValueError: `--step graph` without CUDA or with apex's optimizers.
     """
     if config.step == "auto":
         # The C++ kernels leave little to compile.
@@ -117,8 +117,6 @@ def resolve_loader(setting: LoaderName, split: data.Split, device: torch.device)
 def _check_graph(config: TrainConfig, world: World) -> None:
     if world.device.type != "cuda":
         raise ValueError("--step graph is a CUDA graph, and this runs on the CPU: use --step compile or eager")
-    if world.size > 1:
-        raise ValueError(f"--step graph is for one GPU, and these are {world.size} ranks: use --step compile")
     if config.optimizer.startswith("apex-"):
         raise ValueError(
             f"--step graph would freeze the learning rate of --optimizer {config.optimizer}, a number of the host: "

@@ -7,6 +7,7 @@ clipping, optimizer and moving average, and skip graphs whose buffers change in 
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 Body = Callable[..., None]
 
 WARM_UP_CALLS = 3  # compile, select algorithms, and run once with everything selected
+DDP_WARM_UP_CALLS = 11  # DDP times its first ten passes with events, which cannot be captured
 
 
 class Captured:
@@ -34,14 +36,20 @@ class Captured:
         body: changes tensors in place and returns nothing.
         state: returns all tensors that `body` changes. They must exist before the first call and keep their addresses.
         record: captures a function without arguments and returns one that replays it; default `cuda_graph`.
+        warm_up: direct calls before a capture, which are undone; `DDP_WARM_UP_CALLS` if `body` calls a DDP model.
     """
 
     def __init__(
-        self, body: Body, state: Callable[[], list[Tensor]], record: Callable[[Body], Body] | None = None
+        self,
+        body: Body,
+        state: Callable[[], list[Tensor]],
+        record: Callable[[Body], Body] | None = None,
+        warm_up: int = WARM_UP_CALLS,
     ) -> None:
         self._body = body
         self._state = state
         self._record = record or cuda_graph
+        self._warm_up_calls = warm_up
         self._inputs: list[Tensor] = []
         self._replay: Body | None = None
 
@@ -58,9 +66,9 @@ class Captured:
         self._replay()
 
     def _warm_up(self) -> None:
-        with unchanged(self._state), _side_stream(self._inputs[0].device), warnings.catch_warnings():
+        with unchanged(self._state), capture_stream(self._inputs[0].device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
-            for _ in range(WARM_UP_CALLS):
+            for _ in range(self._warm_up_calls):
                 self._body(*self._inputs)
 
 
@@ -69,7 +77,8 @@ def cuda_graph(body: Body) -> Body:
     graph = torch.cuda.CUDAGraph()
     gc.collect()  # steps of earlier runs are reference cycles that own graph memory; freeing it would abort the capture
     # thread_local: allocations in threads of DALI or a DataLoader do not abort the capture.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    stream = _stream(torch.cuda.current_device())
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         body()
     return graph.replay
 
@@ -87,13 +96,23 @@ def unchanged(state: Callable[[], list[Tensor]]) -> Iterator[None]:
             tensor.copy_(value)
 
 
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """The stream of all captures on a GPU."""
+    return torch.cuda.Stream(index)
+
+
 @contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Run the warm-up of a capture on a separate stream; the current stream waits for it on exit."""
+def capture_stream(device: torch.device) -> Iterator[None]:
+    """Work on the stream of captures, which a capture's warm-up needs; the current stream waits for it on exit.
+
+    A DDP model that is to be captured is constructed here: it keeps the nodes that accumulate gradients, and autograd
+    runs a node on the stream on which it was made.
+    """
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device.index or 0)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield

@@ -27,7 +27,7 @@ from effnet_fast.precision import autocast
 from effnet_fast.train import optim
 from effnet_fast.train.ema import Ema
 from effnet_fast.train.flat_tensors import FlatTensors
-from effnet_fast.train.graph import Captured
+from effnet_fast.train.graph import DDP_WARM_UP_CALLS, WARM_UP_CALLS, Captured
 from effnet_fast.train.meters import Meters
 from effnet_fast.train.mixing import Mixing, mix_images
 from effnet_fast.train.resizing import ImageSizes, resize
@@ -71,9 +71,9 @@ class StepOptions:
         mixup, cutmix, mixup_prob, mixup_switch_prob: see `Mixing`.
         ema_decay: see `Ema`; 0 keeps no average.
         seed: seed of mixing, dropout and stochastic depth.
-        graph: capture the step in a CUDA graph at the first call and replay it from then on. Requires CUDA, one rank,
-            an optimizer whose state and learning rate are on the device, and batches of one shape; a new image size
-            captures again.
+        graph: capture the step in a CUDA graph at the first call and replay it from then on. Requires CUDA, an
+            optimizer whose state and learning rate are on the device, and batches of one shape; a new image size
+            captures again. With several ranks `model` is a DDP wrapper made inside `capture_stream`.
     """
 
     learning_rate: float = 0.1
@@ -160,7 +160,8 @@ class Step:
         if not self.options.graph:
             return self._body
         optim.make_capturable(self.optimizer)
-        return Captured(self._body, self.tensors)
+        warm_up = WARM_UP_CALLS if self.world.size == 1 else DDP_WARM_UP_CALLS
+        return Captured(self._body, self.tensors, warm_up=warm_up)
 
     def _numbers(self, step: int, size: int) -> Tensor:
         """Values that change every step, besides the batch: float64 [2] on the device, or [8] with mixing.

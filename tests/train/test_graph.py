@@ -10,15 +10,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from effnet_fast.distributed import World
 from effnet_fast.model import Architecture, EfficientNet
+from effnet_fast.run.build import data_parallel
 from effnet_fast.run.resolve import compile_model
 from effnet_fast.train import optim
-from effnet_fast.train.graph import Captured
+from effnet_fast.train.graph import DDP_WARM_UP_CALLS, WARM_UP_CALLS, Captured, capture_stream, cuda_graph
 from effnet_fast.train.resizing import ImageSizes, resize
 from effnet_fast.train.step import Step, StepOptions
 from marks import on_gpu
@@ -91,6 +93,46 @@ def test_warm_up_changes_nothing(options):
     step._call(*batch(0), step._numbers(0, 16))
     assert_same(snapshot(step), before)
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("device", "backend", "record"),
+    [("cpu", "gloo", lambda body: body), pytest.param("cuda", "nccl", cuda_graph, marks=on_gpu)],
+)
+def test_captured_ddp_takes_the_steps_of_the_plain_model(device, backend, record, accumulation, monkeypatch):
+    """A group of one rank. DDP is made as `train` makes it; the warm-up's eleven steps are undone."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    options = {"precision": "no", "accumulation": accumulation}
+    eager = make_step(device, **options)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+    def wrapped(model):
+        with capture_stream(torch.device(device)):
+            return data_parallel(model, static_graph=accumulation == 1)
+
+    calls = []
+    try:
+        step = make_step(device, compiled=wrapped, **options, graph=True)
+        step.model.register_forward_hook(lambda *_: calls.append(1))
+        step._call = Captured(step._body, step.tensors, record, warm_up=DDP_WARM_UP_CALLS)
+        for i in range(4):
+            eager(*batch(i, device), i)
+            step(*batch(i, device), i)
+    finally:
+        dist.destroy_process_group()
+    assert len(calls) == accumulation * (DDP_WARM_UP_CALLS + (4 if device == "cpu" else 1))
+    for one, other in zip(snapshot(eager), snapshot(step), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "calls"), [(1, WARM_UP_CALLS), (2, DDP_WARM_UP_CALLS)])
+def test_ddp_has_the_longer_warm_up(ranks, calls):
+    model = network()
+    optimizer = optim.make_optimizer("sgd", model, momentum=0.9, weight_decay=0.0)
+    world = World(0, ranks, torch.device("cpu"))
+    step = Step(model, model, optimizer, lambda step: 1.0, StepOptions(graph=True), world)
+    assert step._call._warm_up_calls == calls
 
 
 def test_load_state_captures_again():

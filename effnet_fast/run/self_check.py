@@ -181,13 +181,13 @@ def block_error(
     exact = MBConv(inputs, outputs, kernel, stride, expand, style=Style(kernels="torch")).to(device, torch.float64)
     exact.load_state_dict(block.state_dict())
     x = torch.randn(3, inputs, 9, 7, device=device).to(memory_format=torch.channels_last)
-    precision = torch.get_float32_matmul_precision()
+    precision = torch.backends.cuda.matmul.fp32_precision  # get_float32_matmul_precision raises if a user set this one
     torch.set_float32_matmul_precision("highest")  # TF32 has only 10 mantissa bits
     try:
         pairs = zip(_results(block, x), _results(exact, x.double()), strict=True)
         return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
     finally:
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def _results(block: nn.Module, x: Tensor) -> list[Tensor]:

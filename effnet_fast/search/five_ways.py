@@ -121,9 +121,9 @@ def _explain_gap(family: Family, target: float, pairs: dict[str, tuple[Scale, Sc
     low, high = (family.counts(scale).macs for scale in neighbours)
     nearest = _nearest_target(family, target)
     advice = (
-        f"use --target_flops {nearest:.4g}, or a smaller --output_stride"
+        f"use --target_flops {nearest:.4g}, a smaller --output_stride, or another --image_size"
         if nearest
-        else "use a smaller --output_stride"
+        else "use a smaller --output_stride, or another --image_size"
     )
     return (
         f"no four models of {target:.4g} MACs are within 5 % of each other: {name} costs {low:,} or {high:,} and "

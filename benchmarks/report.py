@@ -250,7 +250,7 @@ def time_to_accuracy(folder: Path = RESULTS) -> str:
     for content in results("time_to_accuracy", folder):
         s = content["settings"]
         compiling = max(row["compile s"] for row in content["rows"])
-        recipe = " ".join([s["recipe"], *s["changes"]])
+        recipe = " ".join([s["recipe"], *([f"as {s['candidate']}"] if s["candidate"] else []), *s["changes"]])
         for goal in s["summary"]:
             seconds = f"reached by {goal['reached']}"
             if "mean s" in goal:

@@ -3,12 +3,15 @@
 Runs `effnet-fast train` with a recipe (`--recipe`, and `--set FIELD=VALUE`) once for each seed, and stops each run when
 an evaluation reaches the highest target. Before the clock starts, a step and an evaluation compile everything and are
 undone; their seconds are reported separately. The clock covers training, loading and saving, with and without
-evaluations. A target that a seed misses has no mean. The result is written after each seed.
+evaluations. A target that a seed misses has no mean. The result is written after each seed; the same command with the
+same `--out` continues with the seeds that are missing. `--candidate timm` trains one of candidates.py instead: the
+recipe with its changes, or with timm's model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 import tempfile
 import time
@@ -18,6 +21,7 @@ from unittest import mock
 
 import harness
 import torch
+from candidates import CANDIDATES, Candidate, building
 
 import effnet_fast
 from effnet_fast import cli
@@ -75,10 +79,10 @@ class Clock:
             raise _Reached
 
 
-def one_run(config: TrainConfig, target: float) -> dict:
+def one_run(config: TrainConfig, target: float, candidate: Candidate) -> dict:
     """Train until the target or the end; all evaluations with their times."""
     clock = Clock(target)
-    with mock.patch.object(training, "fit", clock.fit):
+    with building(candidate), mock.patch.object(training, "fit", clock.fit):
         try:
             status = training.train(config).status
         except _Reached:
@@ -110,6 +114,24 @@ def recipe(name: str, changes: list[str]) -> TrainConfig:
     return cli.parse(cli.VERBS["train"], "train", ["--config", str(path), *(f"--{change}" for change in changes)])
 
 
+def finished_runs(path: Path | None, settings: dict) -> list[dict]:
+    """The runs that an earlier, interrupted command has written.
+
+    Raises:
+        ValueError: the file holds something else, or runs with other settings.
+    """
+    if path is None or not path.exists():
+        return []
+    try:
+        made = json.loads(path.read_text())
+        rows, same = made["rows"], {key: made["settings"].get(key) for key in settings} == settings
+    except (ValueError, KeyError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise ValueError(f"{path} is not a measurement with these settings: choose another --out")
+    return rows
+
+
 def summary(rows: list[dict], target: float) -> dict[str, float]:
     """How many seeds reached a target; if all did, mean and standard deviation of their seconds."""
     seconds = [moment["s"] for moment in (reached(row, target) for row in rows) if moment is not None]
@@ -139,24 +161,28 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--recipe", default="cifar100-cpu", help="name in effnet_fast/recipes, or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change the recipe")
     parser.add_argument("--target", type=float, nargs="+", required=True, help="top-1 in percent, one or several")
+    parser.add_argument("--candidate", choices=CANDIDATES, help="train this candidate of candidates.py")
     parser.add_argument("--seeds", type=int, default=3, help="number of runs, with seeds 0, 1, ...")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {args.seeds}")
-    config = recipe(args.recipe, args.set)
+    candidate = CANDIDATES[args.candidate] if args.candidate else Candidate()
+    config = recipe(args.recipe, [*candidate.changes.split(), *args.set])
     targets = sorted(args.target)
     named = " and ".join(f"{target:g} %" for target in targets)
-    print(f"recipe {args.recipe} {' '.join(args.set)}, target {named}\n{harness.warning()}".rstrip())
-    rows: list[dict] = []
+    settings = {"recipe": args.recipe, "changes": args.set, "candidate": args.candidate, "targets": targets}
+    rows = finished_runs(args.out, settings)
+    words = [args.recipe, *([f"as {args.candidate}"] if args.candidate else []), *args.set]
+    print(f"recipe {' '.join(words)}, target {named}\n{harness.warning()}".rstrip())
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(args.seeds):
+        for seed in range(len(rows), args.seeds):
             torch.compiler.reset()
-            rows.append(one_run(dataclasses.replace(config, seed=seed, save_dir=folder, resume="no"), targets[-1]))
+            run = dataclasses.replace(config, seed=seed, save_dir=folder, resume="no")
+            rows.append(one_run(run, targets[-1], candidate))
             print_run(rows[-1], targets)
-            goals = [summary(rows, target) for target in targets]
-            settings = {"recipe": args.recipe, "changes": args.set, "summary": goals}
-            harness.write(args.out, harness.result("time_to_accuracy", settings, rows))
-    for row in goals:
+            goals = {"summary": [summary(rows, target) for target in targets]}
+            harness.write(args.out, harness.result("time_to_accuracy", settings | goals, rows))
+    for row in (summary(rows, target) for target in targets):
         if "mean s" in row:
             print(
                 f"{row['target']:g} %: {row['mean s']:.1f} +- {row['standard deviation s']:.1f} s over "

@@ -438,6 +438,9 @@ def test_time_to_accuracy(tmp_path, capsys):
     (moment,) = row["history"]  # it stopped there
     assert moment["epoch"] == 1
     assert moment["s"] > moment["s without evaluation"] > 0
+    with pytest.raises(ValueError, match="not a measurement with these settings: choose another --out"):
+        time_to_accuracy.main([*words, "--target", "101", "0"])
+    out.unlink()
     time_to_accuracy.main([*words, "--target", "101", "0"])
     made = read(out)
     assert len(made["rows"][0]["history"]) == 2
@@ -464,25 +467,47 @@ def test_several_targets_of_one_run():
     assert time_to_accuracy.summary(rows, 80) == {"target": 80, "seeds": 2, "reached": 1}
 
 
-def test_a_failed_seed_keeps_the_others(tmp_path, monkeypatch):
-    out = tmp_path / "a.json"
+def test_a_failed_seed_keeps_the_others_and_is_run_again(tmp_path, monkeypatch):
+    out, seeds = tmp_path / "a.json", []
 
-    def run(config, target):
-        if config.seed == 1:
+    def run(config, target, candidate):
+        seeds.append(config.seed)
+        if seeds == [0, 1]:
             raise ValueError("cut off")
         return {
-            "seed": 0,
+            "seed": config.seed,
             "compile s": 1.0,
             "history": [{"epoch": 1, "top1": 9.0, "s": 2.0, "s without evaluation": 1}],
         }
 
     monkeypatch.setattr(time_to_accuracy, "one_run", run)
+    words = ["--recipe", "quickstart", "--target", "9", "12", "--seeds", "2", "--out", str(out)]
     with pytest.raises(ValueError, match="cut off"):
-        time_to_accuracy.main(["--recipe", "quickstart", "--target", "9", "12", "--seeds", "2", "--out", str(out)])
+        time_to_accuracy.main(words)
     assert [goal["reached"] for goal in read(out)["settings"]["summary"]] == [1, 0]
     shown = report.time_to_accuracy(tmp_path)
     assert "| quickstart | 9 % | 2.0 +- 0.0 | 1.0 | 1 |" in shown
     assert "| quickstart | 12 % | reached by 0 | 1.0 | 1 |" in shown
+    for _ in range(2):  # the second time, there is nothing to do
+        time_to_accuracy.main(words)
+    assert seeds == [0, 1, 1]
+    assert [row["seed"] for row in read(out)["rows"]] == [0, 1]
+
+
+def test_time_to_accuracy_of_a_candidate(tmp_path, monkeypatch):
+    """Its changes, then those of `--set`; its library's model."""
+    asked = []
+
+    def run(config, target, candidate):
+        asked.append((config.optimizer, config.num_epochs, candidate.peer))
+        history = [{"epoch": 1, "top1": 50.0, "s": 2.0, "s without evaluation": 1}]
+        return {"seed": config.seed, "compile s": 1.0, "history": history}
+
+    monkeypatch.setattr(time_to_accuracy, "one_run", run)
+    words = ["--target", "40", "--candidate", "timm", "--set", "num_epochs=7", "--seeds", "1"]
+    time_to_accuracy.main([*words, "--out", str(tmp_path / "a.json")])
+    assert asked == [("sgd", 7, "timm")]
+    assert "| cifar100-cpu as timm num_epochs=7 | 40 % | 2.0 +- 0.0 | 1.0 | 1 |" in report.time_to_accuracy(tmp_path)
 
 
 def test_compilation_before_the_clock_is_undone():

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every benchmark in one command, under 10 minutes on one GPU, into one JSON with its provenance.
+# Throughput, roofline, loaders, step profile, ranks and the op mbconv in one command, under 10 minutes on one GPU, into
+# one JSON with its provenance.
 #
 #   benchmarks/gpu_suite.sh [OUT.json]         default benchmarks/results/suite-DATE.json
 #

@@ -236,8 +236,8 @@ class TrainConfig(_Config):
     products on CUDA). The bare flag means bf16."""
     step: StepMode = operational("auto")
     """How a training step executes: eager; compile (torch.compile); or graph (compiled, and the whole step captured in
-    one CUDA graph on each GPU). auto is graph on one GPU, compile on several; on the CPU it compiles runs of at least
-    200,000 images at output stride 8 or 4, where compiling was measured to pay, and is eager otherwise."""
+    one CUDA graph on each GPU). auto is graph on one GPU and compile on several; on the CPU it is eager, except without
+    the C++ kernels for runs of at least 200,000 images (training images times epochs) at output stride 8 or 4."""
     compile: Switch | bool = operational("auto")
     """Alias of --step: yes, or the bare flag, is --step compile; no is --step eager."""
     activation_checkpointing: bool = operational(False)
@@ -403,6 +403,19 @@ def _pixels(size: str, image_size: int) -> int:
 @dataclass(frozen=True)
 class _FamilyConfig(TrainConfig):
     """Settings shared by search and study: those of train, except the ones they vary."""
+
+    model: str = "efficientnet-b0"
+    """Only efficientnet-b0 can be scaled."""
+    run_name: str | None = operational(None)
+    """Folder inside SAVE_DIR; default search-DATASET or study-DATASET."""
+    width: float | None = None
+    """Refused: this verb varies it."""
+    depth: float | None = None
+    """Refused: this verb varies it."""
+    resume: str | bool = operational("auto")
+    """Always auto: the same command resumes; to start over, choose another --run_name."""
+    time_budget: float = operational(0.0)
+    """Refused: it applies to a single run. Stop with Ctrl-C instead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -104,7 +104,7 @@ def _write_layout(config: ExportConfig, trained: TrainedModel, output: Path) -> 
 
 
 def _export_hub(config: ExportConfig, path: Path) -> Path:
-    """Write a folder that `huggingface-cli upload` takes, with weights, config.json and a model card; return it."""
+    """Write a folder that `hf upload` takes, with weights, config.json and a model card; return it."""
     if path.suffix == ".safetensors":
         raise ValueError(f"--format hub needs a run's checkpoint, whose results the model card lists, not {path}")
     folder = Path(config.output) if config.output else path.with_name(f"{path.stem}-hub")

@@ -48,4 +48,4 @@ def test_a_program_counts_a_sector_once():
 def test_report_is_a_table():
     table = report(2, (8, 8, 4, 3, 1, 6))
     assert "| `_forward_kernel` |" in table
-    assert "third plan, 11 E + 12 D" in table
+    assert "the depthwise convolution too, 11 E + 12 D" in table

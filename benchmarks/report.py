@@ -20,6 +20,8 @@ from typing import Any
 
 import yaml
 
+from effnet_fast.outcome import metric
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PROVENANCE = "machine, versions, commit"
@@ -68,7 +70,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def runs(folder: Path) -> list[dict[str, Any]]:
-    """The kept training runs: recipe, settings, last evaluation, seconds, provenance."""
+    """The kept training runs: recipe, settings, epochs, accuracy, seconds, provenance."""
     entries = []
     for path in sorted(folder.glob("*/metrics.jsonl")):
         provenance = json.loads((path.parent / "environment.json").read_text())
@@ -77,12 +79,14 @@ def runs(folder: Path) -> list[dict[str, Any]]:
         config = path.parent / "config.yaml"
         settings = yaml.safe_load((config if config.exists() else ROOT / recipe).read_text())
         lines = [json.loads(line) for line in path.read_text().splitlines()]
+        last = [line for line in lines if line["kind"] == "eval"][-1]
         entries.append(
             {
                 "recipe": recipe,
                 "command": _command(arguments),
                 "settings": settings,
-                "last": [line for line in lines if line["kind"] == "eval"][-1] | _tested(path.parent),
+                "epoch": last["epoch"],
+                **_accuracy(path.parent, last),
                 "seconds": seconds_of(lines, settings["batch_size"]),
                 "provenance": provenance,
             }
@@ -97,13 +101,12 @@ def _command(arguments: list[str]) -> str:
     return " ".join(["effnet-fast train", *(f"{flag} {value}" for flag, value in pairs if flag not in FOLDERS)])
 
 
-def _tested(folder: Path) -> dict[str, float]:
-    """Accuracy on the test images, from `effnet-fast eval`, if the run held out validation images."""
+def _accuracy(folder: Path, last: dict[str, float]) -> dict[str, float]:
+    """top1 and top5: of `effnet-fast eval` if the run held out validation images, else of the last evaluation."""
     path = folder / "test-evaluation.json"
-    if not path.exists():
-        return {}
-    evaluation = json.loads(path.read_text())
-    return {name: evaluation[name] for name in ("top1", "top5")}
+    if path.exists():
+        last = json.loads(path.read_text())
+    return {name: metric(last, name) for name in ("top1", "top5")}
 
 
 def seconds_of(lines: list[dict], batch_size: int) -> float:
@@ -132,7 +135,7 @@ def summary(folder: Path = RESULTS) -> str:
         [
             Path(run["recipe"]).stem,
             f"{run['settings'].get('model', 'efficientnet-b0')} on {run['settings']['dataset']}",
-            f"{run['last']['top1']:.2f} %",
+            f"{run['top1']:.2f} %",
             duration(run["seconds"]),
             machine(run["provenance"]),
         ]
@@ -145,15 +148,15 @@ def training(folder: Path = RESULTS) -> str:
     """The kept runs in full."""
     rows = []
     for run in runs(folder):
-        settings, last = run["settings"], run["last"]
+        settings = run["settings"]
         model = f"{settings.get('model', 'efficientnet-b0')}, output stride {settings['output_stride']}"
         rows.append(
             [
                 f"{settings['dataset']}, {model}",
                 f"`{run['command']}`",
-                f"{last['epoch']:g}",
-                f"{last['top1']:.2f} %",
-                f"{last['top5']:.2f} %",
+                f"{run['epoch']:g}",
+                f"{run['top1']:.2f} %",
+                f"{run['top5']:.2f} %",
                 duration(run["seconds"]),
                 origin(run["provenance"]),
             ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -46,6 +47,23 @@ def init(device: str = "auto", timeout: float | None = None) -> World:
     if not dist.is_initialized():
         _join(chosen, None if timeout is None else timedelta(seconds=timeout))
     return World(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+@contextmanager
+def group(device: str = "auto", timeout: float | None = None) -> Iterator[World]:
+    """Join the process group, see `init`, and leave it at the end.
+
+    After an error one of several ranks does not leave: NCCL's shutdown waits for all ranks, and the others wait for
+    this one in a collective operation. The process ends instead, with its message, and torchrun ends the others.
+    """
+    world = init(device, timeout)
+    try:
+        yield world
+    except BaseException:
+        if world.size == 1:
+            shutdown()
+        raise
+    shutdown()
 
 
 def _join(device: torch.device, timeout: timedelta | None) -> None:

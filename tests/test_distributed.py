@@ -63,6 +63,21 @@ def test_one_rank_of_ddp_gives_the_plain_gradients(device, backend):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("size", "left"), [(1, ["left"]), (2, [])])
+def test_a_failed_rank_does_not_wait_for_the_others(monkeypatch, size, left):
+    """It leaves the process group after an error only if it is the only rank."""
+    seen = []
+    monkeypatch.setattr(distributed, "init", lambda *_: distributed.World(0, size, torch.device("cpu")))
+    monkeypatch.setattr(distributed, "shutdown", lambda: seen.append("left"))
+    with pytest.raises(ValueError, match="disk"), distributed.group():
+        raise ValueError("disk")
+    assert seen == left
+    seen.clear()
+    with distributed.group() as world:
+        assert world.size == size
+    assert seen == ["left"]
+
+
 def test_failure_of_rank_0_is_raised_on_all_ranks(monkeypatch):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
     monkeypatch.setattr(distributed, "gather_objects", lambda mine: ["cannot write", mine])

@@ -181,6 +181,16 @@ def test_resume_no_removes_the_earlier_run(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "again", "eval")] == [6, 12]
 
 
+def test_resuming_another_run_removes_the_earlier_one(tmp_path):
+    """Its rows, best.pt and older checkpoints would be mixed with those of the new run."""
+    line = f"{TINY} --save_dir {tmp_path}"
+    run(f"{line} --run_name first --num_epochs 1")
+    run(f"{line} --run_name second --val_fraction 0.2 --keep_last 2")
+    run(f"{line} --run_name second --resume {tmp_path / 'first' / 'last.pt'}")
+    assert [row["step"] for row in rows(tmp_path / "second", "eval")] == [12]
+    assert {path.name for path in (tmp_path / "second").glob("*.pt")} == {"last.pt"}
+
+
 def weights(folder):
     state = checkpoint.load(folder / "last.pt")
     return {f"{group}.{name}": t for group in ("model", "ema") for name, t in state[group].items()}

@@ -1,7 +1,9 @@
 """A study from end to end on a few images, and its failures."""
 
 import csv
+import gc
 import json
+import weakref
 
 import pytest
 from scipy.stats import ttest_rel
@@ -173,3 +175,28 @@ def test_reference_models_are_trained_and_listed(tmp_path, monkeypatch):
 def test_unknown_reference_model(tmp_path, capsys):
     run(f"{TINY} --save_dir {tmp_path} --references resnet51", expected=2)
     assert "did you mean resnet50" in capsys.readouterr().err
+
+
+def test_the_memory_of_a_run_is_free_before_the_next(monkeypatch, tmp_path):
+    """Models are parts of reference cycles."""
+
+    class Model:
+        pass
+
+    left = []
+
+    def train(world, config, on_evaluation=None):
+        model = Model()
+        model.itself = model
+        assert all(earlier() is None for earlier in left)
+        left.append(weakref.ref(model))
+        return Outcome(0, True, {"split": "test", "top1": 1.0, "loss": 1.0})
+
+    monkeypatch.setattr(studying, "train_in", train)
+    monkeypatch.setattr(studying, "training_seconds", lambda folder: 1.0)
+    gc.disable()
+    try:
+        run(f"study --dataset synthetic --output_stride 32 --device cpu --save_dir {tmp_path}")
+    finally:
+        gc.enable()
+    assert len(left) == 5

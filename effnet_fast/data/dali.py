@@ -283,8 +283,8 @@ class DaliLoader(Loader):
         self._pipeline: Pipeline | None = None
         self._held = _HeldBatches()
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in range(start, self.steps):
+    def epoch(self, epoch: int, start: int = 0, end: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(start, self.steps if end is None else end):
             if step == start:
                 self._seek((epoch, start))
             images, labels = self._next()

@@ -1,6 +1,7 @@
 """Examine image files once: whether they can be decoded, their orientation and their statistics.
 
-A manifest in the data folder keeps the results. The next start only lists the files and compares sizes and times.
+A manifest in the data folder keeps the results, also those of an examination that was stopped. The next start only
+lists the files and compares sizes and times.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import struct
 import sys
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from effnet_fast.data.dataset import ImageFile
@@ -30,6 +33,7 @@ MANIFEST = ".effnet_fast-manifest.json"
 _VERSION = 2  # of the manifest's rows
 _FEW = 4000  # up to this many images, starting other processes takes longer than examining
 _CHUNK = 1000  # images examined between two lines of progress
+_SAVE_SECONDS = 60.0  # between two versions of an unfinished manifest
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _START_OF_SCAN = 0xDA
 
@@ -53,14 +57,44 @@ class Examined(NamedTuple):
 
 def examine(data_dir: Path, paths: list[Path]) -> dict[Path, Examined]:
     """Examine each file, or take its row of the manifest if its size and time are the same."""
-    known = _read_manifest(data_dir / MANIFEST)
     keys = {path: path.relative_to(data_dir).as_posix() for path in paths}
-    changed = [path for path, key in keys.items() if key not in known or known[key][:2] != _stamp(path)]
-    known |= zip((keys[path] for path in changed), _examine_files(changed), strict=True)
+    known, changed = _compare_with_manifest(data_dir, keys)
+    if len(changed) <= _FEW:
+        return _examine(data_dir, keys, known, changed)
+    with _alone(data_dir):  # another rank of this machine may have examined them meanwhile
+        return _examine(data_dir, keys, *_compare_with_manifest(data_dir, keys))
+
+
+def _compare_with_manifest(data_dir: Path, keys: dict[Path, str]) -> tuple[dict[str, Examined], list[Path]]:
+    """The rows of the manifest, and the files that are new or have changed."""
+    known = _read_manifest(data_dir / MANIFEST)
+    return known, [path for path, key in keys.items() if key not in known or known[key][:2] != _stamp(path)]
+
+
+@contextlib.contextmanager
+def _alone(data_dir: Path) -> Iterator[None]:
+    """Wait until no other process examines this folder; where it cannot be locked, go on."""
+    lock = FileLock(data_dir / f"{MANIFEST}.lock")
+    with contextlib.suppress(OSError, NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _examine(
+    data_dir: Path, keys: dict[Path, str], known: dict[str, Examined], changed: list[Path]
+) -> dict[Path, Examined]:
+    saved = time.monotonic()
+    for path, row in zip(changed, _examine_files(changed), strict=True):
+        known[keys[path]] = row
+        if time.monotonic() - saved > _SAVE_SECONDS:
+            _write_manifest(data_dir / MANIFEST, known)
+            saved = time.monotonic()
     examined = {path: known[key] for path, key in keys.items()}
-    # A file may be unreadable only because permission is missing, so errors are not stored.
     if any(not examined[path].error for path in changed):
-        _write_manifest(data_dir / MANIFEST, {keys[path]: row for path, row in examined.items() if not row.error})
+        _write_manifest(data_dir / MANIFEST, {keys[path]: row for path, row in examined.items()})
     return examined
 
 
@@ -73,12 +107,13 @@ def _stamp(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _examine_files(paths: list[Path]) -> Iterable[Examined]:
+def _examine_files(paths: list[Path]) -> Iterator[Examined]:
     if len(paths) <= _FEW:
-        return [examine_file(path) for path in paths]
+        yield from map(examine_file, paths)
+        return
     # Decoding holds the interpreter's lock, so threads would not help; a forked child could inherit a locked lock.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(_with_progress(pool.map(examine_file, paths, chunksize=100), len(paths)))
+        yield from _with_progress(pool.map(examine_file, paths, chunksize=100), len(paths))
 
 
 def _with_progress(rows: Iterable[Examined], total: int) -> Iterator[Examined]:
@@ -169,7 +204,11 @@ def _read_manifest(path: Path) -> dict[str, Examined]:
 
 
 def _write_manifest(path: Path, rows: dict[str, Examined]) -> None:
-    """Store the rows. If the folder is read-only, each start examines all files again."""
+    """Store the rows. If the folder is read-only, each start examines all files again.
+
+    Errors are not stored: a file may be unreadable only because permission is missing.
+    """
+    rows = {key: row for key, row in rows.items() if not row.error}
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(json.dumps({"version": _VERSION, "files": rows}))

@@ -150,8 +150,10 @@ class Loader(ABC):
         return self.shard.dropped
 
     @abstractmethod
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Iterate over the batches of an epoch from batch `start` on.
+    def epoch(self, epoch: int, start: int = 0, end: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Iterate over the batches of an epoch, from batch `start` to batch `end` - 1; the default is the last one.
+
+        Batches that a caller leaves out at the end stay in memory; with `end` they are not loaded.
 
         Yields:
             images: [B, 3, S, S] with channels-last strides, in `spec.dtype`.

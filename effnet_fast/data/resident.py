@@ -27,8 +27,8 @@ class ResidentLoader(Loader):
         images = np.require(resize(split.images, spec.image_size), requirements=["C", "W"])  # writable for from_numpy
         self._canvas = self._augmentation.canvas(torch.from_numpy(images).to(spec.device))
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        indices = self.shard.indices(epoch)[start:]
+    def epoch(self, epoch: int, start: int = 0, end: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        indices = self.shard.indices(epoch)[start:end]
         parameters = self._augmentation.parameters(epoch, indices.ravel())
         index = upload(indices.clip(0), self.spec.device)
         labels = upload(labels_of(self.split, indices), self.spec.device)

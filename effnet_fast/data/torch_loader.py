@@ -36,16 +36,16 @@ Batch = tuple[Tensor, Tensor, list[str]]
 
 
 class _Positions(Sampler[Position]):
-    """The positions from (epoch, start) to the end of the epoch."""
+    """The positions from (epoch, start) to (epoch, end - 1)."""
 
-    def __init__(self, steps: int) -> None:
-        self.epoch, self.start, self.steps = 0, 0, steps
+    def __init__(self) -> None:
+        self.epoch, self.start, self.end = 0, 0, 0
 
     def __iter__(self) -> Iterator[Position]:
-        return iter([(self.epoch, step) for step in range(self.start, self.steps)])
+        return iter([(self.epoch, step) for step in range(self.start, self.end)])
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        return self.end - self.start
 
 
 class _Batches(Dataset[Batch | str]):
@@ -100,7 +100,7 @@ class TorchLoader(Loader):
         super().__init__(split, spec)
         self._augmentation = Augmentation(spec)
         self._skipped = SkippedFiles()
-        self._positions = _Positions(self.steps)
+        self._positions = _Positions()
         self._loader = DataLoader(
             _Batches(split, self.shard, spec.image_size),
             batch_size=None,
@@ -112,14 +112,15 @@ class TorchLoader(Loader):
             worker_init_fn=_ignore_signals,
         )
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0, end: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         if self.spec.num_workers:
             self._check_shared_memory()
             atexit.unregister(_kill_workers)  # once is enough
             atexit.register(_kill_workers)
             # A forked worker has none of DALI's threads and would wait for them if it collected an abandoned pipeline.
             gc.collect()
-        self._positions.epoch, self._positions.start = epoch, start
+        positions = self._positions
+        positions.epoch, positions.start, positions.end = epoch, start, self.steps if end is None else end
         for step, batch in enumerate(self._loader, start):
             if isinstance(batch, str):
                 break

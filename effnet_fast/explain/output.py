@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,9 @@ class OutputFolder:
     def save(self, record: Record, maps: Maps, figure: Figure) -> None:
         """Write an image's picture and maps, then its record."""
         name = record["image"]
-        content = io.BytesIO()
-        np.savez_compressed(content, allow_pickle=False, **maps)
+        content = _archive(maps)
         picture.save(figure, self._picture(name))
-        self.write(_maps_name(name), content.getvalue())
+        self.write(_maps_name(name), content)
         self.write(_record_name(name), json.dumps(record).encode())
 
     def _picture(self, name: str) -> Path:
@@ -136,6 +136,16 @@ class OutputFolder:
 
     def _save_grid_members(self) -> None:
         self.write("grids/members.json", json.dumps(self._grid_members).encode())
+
+
+def _archive(maps: Maps) -> bytes:
+    """The maps as a compressed .npz file; np.savez_compressed refuses some names, such as `file`."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, values in maps.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, values, allow_pickle=False)
+    return content.getvalue()
 
 
 def _record_name(name: str) -> str:

@@ -24,6 +24,7 @@ from effnet_kernels import bn_silu_squeeze as squeeze_ops
 from effnet_kernels import mbconv as mbconv_ops
 from effnet_kernels import se_gate as gate_ops
 from effnet_kernels import tuning as tuning
+from effnet_kernels.depthwise_conv import serves
 from effnet_kernels.launch import Kernels, use_kernels
 from effnet_kernels.launch import launches_used as launches_used
 from effnet_kernels.launch import use_launches as use_launches
@@ -315,7 +316,7 @@ class MBConv(nn.Module):
     ) -> None:
         super().__init__()
         hidden = inputs * expand
-        self.kernels = style.kernels
+        self.kernels = style.kernels if serves(kernel, stride) else "torch"
         self.drop_path = drop_path
         self.recompute = False
         self.residual = stride == 1 and inputs == outputs

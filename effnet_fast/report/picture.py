@@ -7,6 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from effnet_fast.checkpoint import write_atomically
+
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -27,6 +29,7 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(content, format=path.suffix.lower()[1:])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.getvalue())
+        write_atomically(path, content.getvalue())
     except OSError as error:
-        raise ValueError(f"cannot write the picture {path}: {error.strerror}; choose another output") from error
+        reason = error.__cause__ if isinstance(error.__cause__, OSError) else error  # write_atomically wraps it
+        raise ValueError(f"cannot write the picture {path}: {reason.strerror}; choose another output") from error

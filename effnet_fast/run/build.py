@@ -46,7 +46,8 @@ class Parts:
     eval_loader: Loader
 
     def close(self) -> None:
-        """Free the loaders' threads and processes."""
+        """Free the step's graph and the loaders' threads and processes."""
+        self.step.close()
         self.loader.close()
         self.eval_loader.close()
 
@@ -63,7 +64,7 @@ def build(plan: Plan) -> Parts:
     if plan.compile:
         torch.compiler.reset()  # models of earlier runs in this process count against the limit of recompilations
     model = build_model(plan, plan.world.device)
-    compare_ranks(about_model(model))
+    compare_ranks(about_model(model, plan.kernels, plan.world.device))
     compile_kernels(plan, model)
     step = _build_step(plan, model)
     loader = make_loader(plan.loader, dataset.train, _loader_spec(plan, plan.augment))

@@ -61,12 +61,11 @@ def evaluate(config: EvalConfig) -> EvalResult:
     >>> result.images, result.confusion.shape, result.top1 <= result.top5
     (32, torch.Size([100, 100]), True)
     """
-    world = distributed.init(config.device)
-    try:
-        with _held(Path(config.checkpoint)) if config.calibrate else nullcontext():
-            return _evaluate(config, world)
-    finally:
-        distributed.shutdown()
+    with (
+        distributed.group(config.device) as world,
+        _held(Path(config.checkpoint)) if config.calibrate else nullcontext(),
+    ):
+        return _evaluate(config, world)
 
 
 def _held(path: Path) -> AbstractContextManager[None]:

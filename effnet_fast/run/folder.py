@@ -72,7 +72,7 @@ def prepare(folder: Path, config: TrainConfig, resumed: Path | None) -> None:
     with checkpoint.writing_to(folder):
         for path in folder.glob(".*.tmp"):  # left by a killed process
             path.unlink()
-        if resumed is None:
+        if resumed is None or resumed.resolve().parent != folder.resolve():
             _remove_earlier_run(folder)
         else:
             _rename_damaged(folder, resumed)

@@ -13,11 +13,12 @@ from effnet_fast.checkpoint import Checkpoint
 from effnet_fast.config import TrainConfig, identity
 from effnet_fast.data import Dataset
 from effnet_fast.model import Network
+from effnet_fast.model.blocks import Kernels, kernels_in_use
 
 # Settings that do not affect the result, but determine which collective operations a rank calls.
 _COLLECTIVE_SETTINGS = (
     "run_name", "resume", "save_every_steps", "save_every_minutes", "log_every_steps", "time_budget", "hang_timeout",
-    "dry_run",
+    "dry_run", "step", "compile", "kernels", "loader", "activation_checkpointing",
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def about_start(config: TrainConfig) -> dict[str, Any]:
     settings = identity(config) | {name: getattr(config, name) for name in _COLLECTIVE_SETTINGS}
     return {f"--{name}": value for name, value in settings.items()} | {
         "the code of effnet_fast": provenance.source_digest(),
-        "torch's version": torch.__version__,
+        **{f"{package}'s version": version for package, version in provenance.versions().items()},
     }
 
 
@@ -59,10 +60,13 @@ def about_data(dataset: Dataset, checkpoint: Checkpoint | None) -> dict[str, Any
     }
 
 
-def about_model(model: Network) -> dict[str, Any]:
-    """Values known once the model is built."""
+def about_model(model: Network, kernels: Kernels, device: torch.device) -> dict[str, Any]:
+    """Values known once the model is built; its kernels, since they share BatchNorm statistics in different ways."""
     shapes = [(name, tuple(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
-    return {"the model's digest": _digest(repr((model.architecture, shapes)).encode())}
+    return {
+        "the model's digest": _digest(repr((model.architecture, shapes)).encode()),
+        "what --kernels chooses": kernels_in_use(kernels, device),
+    }
 
 
 def _digest(content: bytes) -> str:

@@ -16,7 +16,7 @@ from effnet_fast.run.resolve import load_dataset
 from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds
 from effnet_fast.run.training import train_in
 from effnet_fast.search.family import Family
-from effnet_fast.search.runs import failure_reason
+from effnet_fast.search.runs import failure_reason, free_memory
 from effnet_fast.search.study_runs import (
     StudyRun,
     cost_row,
@@ -57,12 +57,9 @@ def study(config: StudyConfig) -> StudyResult:
     >>> [row["model"] for row in result.models]
     ['baseline', 'deeper', 'wider', 'higher-resolution', 'compound']
     """
-    world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
-    try:
+    with distributed.group(config.device, 1.5 * config.hang_timeout or None) as world:
         compare_ranks(about_start(config))
         return _study(config, world)
-    finally:
-        distributed.shutdown()
 
 
 def _study(config: StudyConfig, world: World) -> StudyResult:
@@ -110,6 +107,8 @@ def _train(config: StudyConfig, world: World, family: Family, run: StudyRun, fol
         _say(world, f"failed: {reason}")
         run.result = {"failed": reason}
         return 0
+    finally:
+        free_memory()
     if outcome.finished:
         run.result = {
             "split": outcome.result["split"],

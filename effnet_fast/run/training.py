@@ -80,8 +80,7 @@ def train(config: TrainConfig, on_evaluation: OnEvaluation | None = None) -> Tra
         The errors of `on_evaluation`.
     """
     # A longer timeout than the watchdog's, so that the watchdog reports first: its message is clearer.
-    world = distributed.init(config.device, 1.5 * config.hang_timeout or None)
-    try:
+    with distributed.group(config.device, 1.5 * config.hang_timeout or None) as world:
         rank_check.compare_ranks(rank_check.about_start(config))
         if config.dry_run:
             plan = _plan(config, world)
@@ -89,8 +88,6 @@ def train(config: TrainConfig, on_evaluation: OnEvaluation | None = None) -> Tra
                 print(forecast(plan))
             return TrainResult(0, False, {}, run_folder(config))
         return TrainResult(**vars(train_in(world, config, on_evaluation)), folder=run_folder(config))
-    finally:
-        distributed.shutdown()
 
 
 def train_in(world: World, config: TrainConfig, on_evaluation: OnEvaluation | None = None) -> Outcome:
@@ -99,12 +96,13 @@ def train_in(world: World, config: TrainConfig, on_evaluation: OnEvaluation | No
     Raises:
         The errors of `train`, and those of `on_evaluation`.
     """
-    with watchdog(world, config.hang_timeout) as watch, folder.locked(run_folder(config)):
-        plan = _plan(config, world)
+    with folder.locked(run_folder(config)):
+        plan = _plan(config, world)  # the watchdog does not time it: to download and examine images can take hours
         if plan.progress.finished:
             return _finished(plan)
         try:
-            return _Training(plan, build(plan), watch, on_evaluation).run()
+            with watchdog(world, config.hang_timeout) as watch:
+                return _Training(plan, build(plan), watch, on_evaluation).run()
         except torch.OutOfMemoryError as error:
             raise ValueError(memory_advice(plan)) from error
 
@@ -270,7 +268,7 @@ class _Training:
         plan, model = self.plan, self.parts.model
         shared: dict[str, Any] = {"precision": plan.precision, "device": plan.world.device}
         if count := plan.precise_bn_batches(model.architecture.bn_momentum, last=self.progress.finished):
-            batches = self.parts.loader.epoch(self.progress.epoch)
+            batches = self.parts.loader.epoch(self.progress.epoch, end=count)
             watched = self.watchdog.watch(batches, "estimating BatchNorm statistics")
             precise_bn(model, watched, count, **shared)
         batches = self.watchdog.watch(self.parts.eval_loader.epoch(0), "evaluation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ def run_config(config: TrainConfig, model: dict[str, Any], **changes: Any) -> Tr
     """
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
     return TrainConfig(**(shared | model | changes))
+
+
+def free_memory() -> None:
+    """Free what the last model left: models are parts of reference cycles, and torch keeps the GPU's memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def failure_reason(error: BaseException) -> str | None:

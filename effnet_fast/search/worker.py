@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from effnet_fast.config import TrainConfig
 from effnet_fast.outcome import OnEvaluation, Outcome, metric
 from effnet_fast.search.family import Scale
 from effnet_fast.search.plan import SearchPlan
-from effnet_fast.search.runs import failure_reason
+from effnet_fast.search.runs import failure_reason, free_memory
 from effnet_fast.search.setup import SearchSetup
 from effnet_fast.search.trials import COMPLETE, FAIL, PRUNED, RUNNING, Lost, Pruned, Task, Trials
 
@@ -85,9 +84,7 @@ class Worker:
                 raise
             self._finish(trial, task, FAIL, f"failed, {reason}", reason=reason)
         finally:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
         return 0
 
     def _observer(self, trial: Trial, task: Task, lost: Event) -> OnEvaluation:

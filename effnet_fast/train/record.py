@@ -113,6 +113,7 @@ class Recorder:
         self.console = line_console()
         self._clock = Clock(device)
         self._laps: list[tuple[Moment, Moment, Moment, int]] = []  # batch requested, delivered, trained on; its images
+        self._lap: tuple[Moment, Moment, int] | None = None  # of the batch that is trained on
         self._images, self._seconds, self._waited = 0, 0.0, 0.0  # of the whole run
         self._start_time, self._start_step = time.perf_counter(), step
         if main:
@@ -136,12 +137,20 @@ class Recorder:
             batch = next(iterator, None)
             if batch is None:
                 return
-            delivered = self._clock.now()
+            self._lap = (requested, self._clock.now(), len(batch[1]))  # type: ignore[arg-type]
             yield batch
-            self._laps.append((requested, delivered, self._clock.now(), len(batch[1])))  # type: ignore[arg-type]
+            self._end_lap()
+
+    def _end_lap(self) -> None:
+        """End the lap of the current batch: when the next one is requested, or at a report, which is not training."""
+        if self._lap is not None:
+            requested, delivered, images = self._lap
+            self._laps.append((requested, delivered, self._clock.now(), images))
+            self._lap = None
 
     def train(self, step: int, reading: Reading, learning_rate: float, world: int) -> None:
         """Write a training row: means since the last one."""
+        self._end_lap()
         laps, self._laps = self._laps, []
         images = sum(count for *_, count in laps) * world
         waited = sum(self._clock.seconds(requested, delivered) for requested, delivered, *_ in laps)

@@ -156,6 +156,13 @@ class Step:
             images = resize(images, self.sizes(step))
         self._call(images, labels, self._numbers(step, images.shape[-1]))
 
+    def close(self) -> None:
+        """Free the captured graph and end the reference cycle through it; no step can follow.
+
+        NCCL leaves its process group only once all graphs that hold its operations are gone.
+        """
+        self._call = None  # type: ignore[assignment]
+
     def _make_call(self) -> Callable[[Tensor, Tensor, Tensor], None]:
         if not self.options.graph:
             return self._body

@@ -405,8 +405,9 @@ def batch_norm(
         return batch_norm_reference(
             x, bn, training=training, activation=activation, residual=residual, sample_scale=sample_scale
         )
-    x = channels_last(x)
+    x, bn = channels_last(x), bn.contiguous()
     residual = None if residual is None else channels_last(residual.to(x.dtype))
+    sample_scale = None if sample_scale is None else sample_scale.contiguous()
     if not training:
         assert sample_scale is None, "stochastic depth is for training"
         return _batch_norm_eval(x, running_statistics(bn), bn.weight, bn.bias, residual, activation)

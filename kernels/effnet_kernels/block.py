@@ -52,7 +52,7 @@ class ConvNorm(NamedTuple):
     norm: BatchNorm
 
     def tensors(self) -> list[Tensor]:
-        return [self.weight, self.norm.weight, self.norm.bias]
+        return [self.weight, self.norm.weight.contiguous(), self.norm.bias.contiguous()]
 
 
 def supports(kernels: Kernels, x: Tensor, weight: Tensor) -> bool:
@@ -330,9 +330,9 @@ def mbconv_block(
         channels_last(x),
         [] if expand is None else expand.tensors(),
         conv.tensors(),
-        list(se),
+        [p.contiguous() for p in se],
         project.tensors(),
-        sample_scale,
+        None if sample_scale is None else sample_scale.contiguous(),
         residual,
         stride,
         list(padding),

@@ -108,7 +108,7 @@ def bn_silu_squeeze(x: Tensor, bn: BatchNorm, *, training: bool = True, kernels:
         kernels = "torch"
     if not use_kernels(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias)):
         return bn_silu_squeeze_reference(x, bn, training=training)
-    x = channels_last(x)
+    x, bn = channels_last(x), bn.contiguous()
     if not training:
         return _bn_silu_squeeze_eval(x, running_statistics(bn), bn.weight, bn.bias)
     require_values(x.shape, bn.sync)

@@ -55,6 +55,11 @@ from effnet_kernels.statistics import Affine, chan_merge, load_norm, store_momen
 Padding = tuple[int, int, int, int]  # left, right, top, bottom, as in torch.nn.functional.pad
 
 
+def serves(k: int, stride: int) -> bool:
+    """Whether there are kernels for k x k taps at this stride; PyTorch's operators serve the others."""
+    return k in (3, 5) and stride in (1, 2)
+
+
 def depthwise_conv_reference(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
     """Zero padding, then torch's grouped convolution; arguments as in `depthwise_conv`."""
     weight = weight.to(x.dtype)
@@ -596,6 +601,7 @@ def forward(
     n, c, h, w = x.shape
     k = math.isqrt(taps.shape[0])
     ho, wo = output_size(h, k, stride, top, bottom), output_size(w, k, stride, left, right)
+    assert c * h * w < 2**31, "offsets within an image are 32-bit"
     y = empty_channels_last(x, n, c, ho, wo)
     config = forward_choice(n, c, ho, wo, k, stride)
     bands = cdiv(ho, config.band)
@@ -646,6 +652,7 @@ def backward(
     n, c, h, w = x.shape
     ho, wo = g.shape[2:]
     k = math.isqrt(taps.shape[0])
+    assert c * h * w < 2**31, "offsets within an image are 32-bit"
     config = backward_choice(n, c, h, w, k, stride)
     bands = cdiv(h, config.band)
     programs = cdiv(cdiv(n * cdiv(w, config.strip), config.block_p) * bands, config.tasks)
@@ -743,6 +750,6 @@ def depthwise_conv(
     Returns:
         [N, C, HO, WO] of x's dtype, channels last.
     """
-    if not use_kernels(kernels, x):
+    if not (serves(weight.shape[-1], stride) and use_kernels(kernels, x)):
         return depthwise_conv_reference(x, weight, stride, padding)
     return _depthwise_conv(channels_last(x), weight, stride, list(padding))

@@ -74,7 +74,7 @@ def chosen(kernels: Kernels) -> str:
 
 
 def use_kernels(kernels: Kernels, x: Tensor) -> bool:
-    """Return whether a kernel of this package handles `x`, rather than PyTorch's operators.
+    """Return whether a kernel of this package handles `x`, rather than PyTorch's operators, which take empty tensors.
 
     `auto` means Triton for CUDA tensors and C++ for CPU tensors, where it can be built and nothing is being exported
     or traced.
@@ -97,7 +97,7 @@ def use_kernels(kernels: Kernels, x: Tensor) -> bool:
         supported = HAS_TRITON and can_launch and x.dtype in STORAGE_TYPES
     if choice in ("triton", "triton-block", "cpp") and not supported:
         raise ValueError(f"kernels={choice!r} cannot serve a {x.dtype} tensor on {x.device}; use kernels='auto'")
-    return choice != "torch" and supported
+    return choice != "torch" and supported and x.numel() > 0
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -209,9 +209,14 @@ def implementation_choice(op: str) -> LaunchChoice:
     return LaunchChoice(op, lambda *_: Implementation("triton"), lambda *_: [Implementation("torch")])
 
 
-@torch.compiler.assume_constant_result
 def torch_is_faster(op: str, sizes: Sizes) -> bool:
     """Whether `use_launches` set PyTorch's operators for an op's training step; compiled code keeps the answer."""
+    # Without tuned launches compiled code may have dynamic sizes, which cannot be looked up.
+    return bool(_in_use) and _torch_was_faster(op, sizes)
+
+
+@torch.compiler.assume_constant_result
+def _torch_was_faster(op: str, sizes: Sizes) -> bool:
     return _in_use.get((op, sizes)) == Implementation("torch")
 
 

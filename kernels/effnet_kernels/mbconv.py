@@ -240,12 +240,16 @@ def mbconv(
     Raises:
         ValueError: training on one value per channel.
     """
+    if bn1 is not None:
+        bn1 = bn1.contiguous()
+    bn2 = bn2.contiguous()
     norms = () if bn1 is None else (bn1.weight, bn1.bias)
     differentiable = needs_grad(x, *norms, weight, bn2.weight, bn2.bias, *se)
     sizes = (*x.shape, weight.shape[-1], stride, se.reduce_weight.shape[0], int(bn1 is not None))
     if training and kernels == "auto" and not bn2.sync and torch_is_faster("mbconv", sizes):
         kernels = "torch"
-    if not use_kernels(kernels, x) or (not training and differentiable):
+    served = depthwise.serves(weight.shape[-1], stride) and use_kernels(kernels, x)
+    if not served or (not training and differentiable):
         return mbconv_reference(x, bn1, weight, stride, padding, bn2, se, training=training)
     assert bn1 is None or (bn1.eps, bn1.sync) == (bn2.eps, bn2.sync)
     x = channels_last(x)

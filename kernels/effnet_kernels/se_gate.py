@@ -116,7 +116,7 @@ def _image_walk_back(C, HW, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     c, c_ok, nc, base, pixel, tile = _image_walk(program, C, HW, BLOCK_M, BLOCK_C)
     last = last_tile(0, HW, BLOCK_M)
-    return c, c_ok, nc, base + last * C, pixel, tile, last
+    return c, c_ok, nc, base + last.to(tl.int64) * C, pixel, tile, last
 
 
 @kernel
@@ -475,7 +475,7 @@ def se_gate(x: Tensor, bn: BatchNorm, se: SqueezeExcite, *, training: bool = Tru
     """
     if not use_kernels(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias, *se)):
         return se_gate_reference(x, bn, se, training=training)
-    x = channels_last(x)
+    x, bn = channels_last(x), bn.contiguous()
     se = SqueezeExcite(*(p.contiguous() for p in se))
     if not training:
         return _se_gate_eval(x, running_statistics(bn), bn.weight, bn.bias, *se)

@@ -33,6 +33,10 @@ class BatchNorm(NamedTuple):
     eps: float = 1e-3
     sync: bool = False  # statistics over all ranks of the default process group
 
+    def contiguous(self) -> BatchNorm:
+        """With parameters as the kernels read them; no copy if they are contiguous already."""
+        return self._replace(weight=self.weight.contiguous(), bias=self.bias.contiguous())
+
 
 @triton.jit
 def row_walk(M, C, rows, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):

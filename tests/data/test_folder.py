@@ -4,7 +4,9 @@ import io
 import json
 import os
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -295,6 +297,46 @@ def test_a_read_only_folder_is_examined_each_time(images):
     (images / MANIFEST / "in the way").touch()
     assert load_folder(images).mean == load_folder(images).mean
     assert {path.name for path in images.iterdir()} == {"train", "test", MANIFEST}
+
+
+def test_an_interrupted_examination_goes_on(images, examined, monkeypatch):
+    monkeypatch.setattr(examine, "_SAVE_SECONDS", -1.0)
+    real = examine.examine_file
+
+    def interrupted(path):
+        if len(examined) == 6:
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(examine, "examine_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_folder(images)
+    monkeypatch.setattr(examine, "examine_file", real)
+    dataset = load_folder(images)
+    assert len(examined) == len(set(examined)) == 10
+    (images / MANIFEST).unlink()
+    assert load_folder(images).fingerprint == dataset.fingerprint
+
+
+def test_ranks_that_start_together_examine_once(images, monkeypatch):
+    monkeypatch.setattr(examine, "_FEW", 0)
+    paths, missing = [], threading.Barrier(3)
+    alone = examine._alone
+
+    def examine_each(files):
+        paths.extend(files)
+        yield from map(examine_file, files)
+
+    def alone_after_all_have_looked(data_dir):
+        missing.wait(timeout=60)  # each rank has found that the manifest is missing
+        return alone(data_dir)
+
+    monkeypatch.setattr(examine, "_examine_files", examine_each)
+    monkeypatch.setattr(examine, "_alone", alone_after_all_have_looked)
+    with ThreadPoolExecutor(3) as pool:
+        ranks = [pool.submit(load_folder, images) for _ in range(3)]
+        assert len({rank.result().fingerprint for rank in ranks}) == 1
+    assert len(paths) == 10
 
 
 def test_unreadable_images_are_not_stored(images):

@@ -114,6 +114,18 @@ def test_start_equals_skipping(kind: str, start: int) -> None:
         assert torch.equal(image, other_image)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_end_leaves_out_the_rest(kind: str) -> None:
+    loader = make(kind, SPEC)
+    whole, part = batches(kind, SPEC, epoch=2), list(loader.epoch(2, 1, end=4))
+    again = list(loader.epoch(2))  # the next epoch is complete
+    loader.close()
+    for some, expected in ((part, whole[1:4]), (again, whole)):
+        for (image, label), (other_image, other_label) in zip(expected, some, strict=True):
+            assert torch.equal(label, other_label)
+            assert torch.equal(image, other_image)
+
+
 def test_too_few_images() -> None:
     with pytest.raises(ValueError, match=r"^--batch_size 64 is larger than the 50 training images") as caught:
         make("resident", dataclasses.replace(SPEC, batch_size=16, world=4))

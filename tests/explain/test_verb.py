@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from command_line import mistake, run
@@ -221,6 +222,18 @@ def test_second_run_computes_only_new_and_changed_images(done, study, capsys):
     changed.write_bytes(kept)
     run(line)
     assert {name: (out / name).read_bytes() for name in tables} == tables
+
+
+def test_maps_of_models_with_any_names_are_kept(tmp_path):
+    """`file` and `allow_pickle` are arguments of np.savez_compressed."""
+    folder = output.OutputFolder(tmp_path, "png")
+    for name in folder.FOLDERS:
+        (tmp_path / name).mkdir()
+    maps = {name: np.full((2, 3), number, np.float32) for number, name in enumerate(["file", "allow_pickle", "b 0.é"])}
+    folder.save({"image": "cat.png"}, maps, Figure())
+    kept = folder.load_maps("cat.png")
+    assert list(kept) == list(maps)
+    assert all(np.array_equal(kept[name], values) for name, values in maps.items())
 
 
 def test_each_record_is_read_once(done, study, monkeypatch):

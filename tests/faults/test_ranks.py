@@ -5,12 +5,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line import at_step
 from effnet_fast import provenance
-from effnet_fast.config import TrainConfig
+from effnet_fast.config import TrainConfig, identity
 from effnet_fast.data.loader import Shard
 from effnet_fast.data.rng import order
 from effnet_fast.data.synthetic import load_synthetic
@@ -80,6 +81,24 @@ def test_different_settings_are_listed(monkeypatch):
     assert "rank 1" not in printed
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "graph"},
+        {"compile": "yes"},
+        {"kernels": "torch"},
+        {"loader": "torch"},
+        {"activation_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_settings_that_change_the_collectives_are_compared(changes):
+    """Although they are not part of a run's identity."""
+    config = TrainConfig(**changes)
+    assert identity(config) == identity(TrainConfig())
+    assert rank_check.about_start(config) != rank_check.about_start(TrainConfig())
+
+
 def test_different_data_models_and_checkpoints_are_listed(monkeypatch):
     from effnet_fast import create_model
 
@@ -87,8 +106,11 @@ def test_different_data_models_and_checkpoints_are_listed(monkeypatch):
     images = load_synthetic(train_size=100, test_size=100)
     others = dataclasses.replace(images, fingerprint="b" * 64, mean=(0.5, 0.5, 0.5))
     first = dataclasses.replace(images, fingerprint="a" * 64)
-    here = rank_check.about_data(first, None) | rank_check.about_model(small)
-    there = rank_check.about_data(others, SimpleNamespace(progress={"step": 7})) | rank_check.about_model(wide)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(rank_check, "kernels_in_use", lambda kernels, device: {"auto": "cpp"}.get(kernels, kernels))
+    here = rank_check.about_data(first, None) | rank_check.about_model(small, "torch", cpu)
+    there = rank_check.about_data(others, SimpleNamespace(progress={"step": 7}))
+    there |= rank_check.about_model(wide, "auto", cpu)
     monkeypatch.setattr(rank_check.distributed, "gather_objects", lambda mine: [("here", here), ("there", there)])
     with pytest.raises(ValueError, match="the ranks disagree") as refused:
         rank_check.compare_ranks(here)
@@ -97,6 +119,7 @@ def test_different_data_models_and_checkpoints_are_listed(monkeypatch):
         "data's fingerprint is aaaaaaaaaaaaaaaa",
         "0.5",
         "model's digest",
+        "what --kernels chooses is torch on rank 0",
         "none on rank 0",
         "of step 7 on rank 1",
     ):
@@ -107,7 +130,7 @@ def test_model_with_other_eps_differs():
     from effnet_fast import create_model
 
     models = [create_model("efficientnet-b0", output_stride=32, depth=0.3, bn_eps=eps) for eps in (1e-3, 1e-5)]
-    one, other = map(rank_check.about_model, models)
+    one, other = (rank_check.about_model(model, "torch", torch.device("cpu")) for model in models)
     assert one != other
 
 

@@ -16,6 +16,10 @@ from effnet_fast import checkpoint
 from effnet_fast.model.blocks import MBConv, Style
 from effnet_kernels import launch
 from effnet_kernels.cpu import build
+from effnet_kernels.depthwise_conv import depthwise_conv, depthwise_conv_reference
+from effnet_kernels.gate_mlp import SqueezeExcite
+from effnet_kernels.se_gate import se_gate
+from effnet_kernels.statistics import BatchNorm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the ops' tests run on the GPU here")
 
@@ -149,6 +153,40 @@ def test_a_step_under_autocast():
     assert all(p.grad.dtype == torch.float32 for p in models[0].parameters())
 
 
+def test_a_backward_pass_under_autocast_has_the_same_bits():
+    """The op computes as in its forward pass, and alike on every thread: only one inherits the autocast."""
+    op, case = OPS["se_gate"], Case(40, 24, 5, 5)
+    plain, mixed = (make_inputs(op, case, torch.float32) for _ in range(2))
+    results = []
+    for inputs, on in ((plain, False), (mixed, True)):
+        x = inputs.x.requires_grad_()
+        parameters = [p.requires_grad_() for p in inputs.parameters]
+        y = se_gate(x, BatchNorm(*parameters[:2], torch.zeros(24), torch.ones(24)), SqueezeExcite(*parameters[2:]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            y.backward(y.detach().sin())
+        results.append([x.grad, *(p.grad for p in parameters)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 7])
+def test_taps_of_other_sizes_run_in_pytorch(k):
+    x, weight = torch.randn(2, 24, 9, 9), torch.randn(24, 1, k, k)
+    padding = (k // 2,) * 4
+    got = depthwise_conv(x, weight, 1, padding, kernels="cpp")
+    assert torch.equal(got, depthwise_conv_reference(x, weight, 1, padding))
+    blocks = [MBConv(8, 8, k, 1, 6, style=Style(kernels=kernels)) for kernels in ("cpp", "torch")]
+    blocks[1].load_state_dict(blocks[0].state_dict())
+    one, other = (block(x[:, :8]) for block in blocks)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_batch_gives_an_empty_map():
+    x = torch.zeros(0, 24, 8, 8)
+    assert depthwise_conv(x, torch.zeros(24, 1, 3, 3), kernels="cpp").shape == (0, 24, 8, 8)
+    block = MBConv(24, 16, 3, 2, 6, style=Style(kernels="cpp")).eval()
+    assert block(x).shape == (0, 16, 4, 4)
+
+
 def test_evaluation():
     x, models = images(2), [narrow(kernels, output_stride=16).eval() for kernels in ("cpp", "torch")]
     with torch.no_grad():
@@ -212,6 +250,26 @@ def test_without_a_compiler_one_line_says_so(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "effnet_kernels: no C++ kernels, PyTorch's operators serve: there is no C++ compiler (no-such-compiler)\n"
     )
+
+
+def test_a_compiler_that_does_not_start_is_one_line(tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", str(broken))
+    assert build.library.__wrapped__() is None
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1].startswith("effnet_kernels: no C++ kernels, PyTorch's operators serve: ")
+
+
+def test_a_missing_builder_is_one_line(tmp_path, monkeypatch, capsys):
+    """As where setuptools, which torch needs to build, is not installed."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+    monkeypatch.delattr(torch.utils, "cpp_extension", raising=False)
+    assert build.library.__wrapped__() is None
+    assert "PyTorch's operators serve: import of torch.utils.cpp_extension" in capsys.readouterr().err
 
 
 def test_a_failed_build_is_not_tried_again(tmp_path, monkeypatch, capsys):

@@ -10,8 +10,12 @@ import torch
 from op_cases import DEVICE, OPS, TOLERANCE, Case, make_inputs, relative_rms, run
 
 from command_line import run_ranks
+from effnet_fast.model.blocks import MBConv, Style
 from effnet_kernels import launch
+from effnet_kernels.batch_norm import batch_norm
+from effnet_kernels.bn_silu_squeeze import bn_silu_squeeze
 from effnet_kernels.cpu import build
+from effnet_kernels.statistics import BatchNorm
 
 ROOT = Path(__file__).parents[2]
 CASE = Case(2, 24, 4, 4, 3, 1)
@@ -84,6 +88,34 @@ def test_float32_weights_under_autocast(name):
     assert got["dparameter0"].dtype == torch.float32
     for key, value in want.items():
         assert relative_rms(got[key], value) <= 2 * op.slack * TOLERANCE[torch.bfloat16], key
+
+
+def test_parameters_need_not_be_contiguous():
+    def column(*shape):
+        return torch.randn(*shape, 2, device=DEVICE)[..., 0]
+
+    x, bn = torch.randn(4, 8, 3, 3, device=DEVICE), BatchNorm(column(8), column(8), column(8), column(8).abs())
+    scale = column(4)
+    for training, factor in ((True, scale), (False, None)):
+        got, want = (
+            batch_norm(x, bn, training=training, sample_scale=factor, kernels=kernels)
+            for kernels in ("triton", "torch")
+        )
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_batch_gives_an_empty_map():
+    block = MBConv(24, 16, 3, 2, 6, style=Style(kernels="triton")).to(DEVICE).eval()
+    assert block(torch.zeros(0, 24, 8, 8, device=DEVICE)).shape == (0, 16, 4, 4)
+
+
+def test_compiles_with_dynamic_sizes():
+    """As `torch.compile(model)` does from the second batch size on."""
+    bn = BatchNorm(*(torch.ones(8, device=DEVICE) for _ in range(4)))
+    compiled = torch.compile(lambda x: bn_silu_squeeze(x, bn), fullgraph=True, backend="eager", dynamic=True)
+    for n in (2, 3, 5):
+        x = torch.randn(n, 8, 4, 4, device=DEVICE)
+        torch.testing.assert_close(compiled(x), bn_silu_squeeze(x, bn), rtol=1e-4, atol=1e-5)
 
 
 def test_error_of_a_kernel_names_op_and_shapes(monkeypatch):

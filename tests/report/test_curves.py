@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -185,8 +186,15 @@ def test_unwritable_output(run, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_full_disk(run, tmp_path):
-    (tmp_path / "curves.png").symlink_to("/dev/full")
-    with pytest.raises(ValueError, match="No space left on device"):
+def test_full_disk(run, tmp_path, monkeypatch):
+    """The earlier picture stays whole."""
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "curves.png").write_bytes(b"earlier")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"curves\.png: No space left on device; choose another output"):
         plot_curves([run], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes() == b"earlier"
+    assert not list(tmp_path.glob(".*.tmp"))

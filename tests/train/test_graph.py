@@ -6,6 +6,8 @@ operators and constants of two different steps, which must be the same.
 
 import copy
 import dataclasses
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -133,6 +135,24 @@ def test_ddp_has_the_longer_warm_up(ranks, calls):
     world = World(0, ranks, torch.device("cpu"))
     step = Step(model, model, optimizer, lambda step: 1.0, StepOptions(graph=True), world)
     assert step._call._warm_up_calls == calls
+
+
+def test_a_closed_step_frees_its_graph():
+    """At once, without a collection of cycles: NCCL leaves its group only when the graph is gone."""
+
+    class Replay:
+        def __call__(self):
+            pass
+
+    step = captured(make_step(), record=lambda body: Replay())
+    step._call(*batch(0), step._numbers(0, 16))
+    graph = weakref.ref(step._call._replay)
+    gc.disable()
+    try:
+        step.close()
+        assert graph() is None
+    finally:
+        gc.enable()
 
 
 def test_load_state_captures_again():

@@ -66,6 +66,17 @@ def test_rate_and_waiting(tmp_path, clock):
     assert row["epoch"] == 0.6
 
 
+def test_a_report_ends_the_lap_of_its_batch(tmp_path, clock):
+    """Its step counts, and the time that the report and a checkpoint take does not."""
+    kept = recorder(tmp_path)
+    for number, _ in enumerate(kept.watch([(None, [0] * 8)] * 3)):
+        clock.seconds += 0.01
+        kept.train(number + 1, READING, 0.1, world=1)
+        clock.seconds += 5
+    kept.close()
+    assert [row["img_per_s"] for row in rows(tmp_path)] == [pytest.approx(800)] * 3
+
+
 def test_estimated_time_counts_larger_images(tmp_path, clock, capsys):
     """5 of 10 steps, on images of half the side of the other 5, are a fifth of the work."""
     sizes = ImageSizes((16, 32), (0, 5))

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +114,7 @@ def library() -> Any | None:
     try:
         options = flags()
         load(folder(options), options)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = str(error).strip().partition("\n")[0]
         print(f"effnet_kernels: no C++ kernels, PyTorch's operators serve: {reason}", file=sys.stderr, flush=True)
         return None

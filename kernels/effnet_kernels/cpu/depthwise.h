@@ -4,6 +4,7 @@
 // computed once per value, and the maps are read and written once, in order.
 #pragma once
 
+#include <cmath>
 #include <optional>
 
 #include "normalization.h"
@@ -234,7 +235,7 @@ inline void by_kernel(int64_t k, int64_t stride, F&& f) {
 }
 
 inline int64_t kernel_size(const Tensor& taps) {
-  return taps.size(0) == 9 ? 3 : 5;
+  return std::lround(std::sqrt(static_cast<double>(taps.size(0))));
 }
 
 // y and its moments [parts, 3, C], empty if not requested. `taps` [k * k, C] float32.

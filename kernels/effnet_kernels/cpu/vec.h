@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -168,6 +169,8 @@ template <class F>
 inline void run_tasks(int64_t count, F&& f) {
   at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
+    // The other threads do not inherit the caller's autocast, so it must not change a task's products.
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     OneThread products;
     for (int64_t i = begin; i < std::min(end, count); ++i) f(i);
   });

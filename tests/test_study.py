@@ -194,6 +194,7 @@ def test_the_memory_of_a_run_is_free_before_the_next(monkeypatch, tmp_path):
 
     monkeypatch.setattr(studying, "train_in", train)
     monkeypatch.setattr(studying, "training_seconds", lambda folder: 1.0)
+    monkeypatch.setattr(studying, "_report", lambda *_: None)
     gc.disable()
     try:
         run(f"study --dataset synthetic --output_stride 32 --device cpu --save_dir {tmp_path}")

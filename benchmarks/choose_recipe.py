@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -187,21 +186,16 @@ def read_rows(path: Path | None, settings: dict[str, Any], fresh: dict[str, Row]
     Raises:
         ValueError: the file holds something else, or a comparison with other settings.
     """
-    if path is None or not path.exists():
-        return fresh
-    try:
-        made = json.loads(path.read_text())
-        earlier = {row["candidate"]: row for row in made["rows"]}
-        same = made["settings"] == settings and all(
-            row[field] == fresh[name][field]
-            for name, row in earlier.items()
-            if name in fresh
+
+    def matches(made: dict[str, Any]) -> bool:
+        return made["settings"] == settings and all(
+            row[field] == fresh[row["candidate"]][field]
+            for row in made["rows"]
+            if row["candidate"] in fresh
             for field in ("changes", "against", "peer")
         )
-    except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise ValueError(f"{path} is not a comparison with these settings: choose another --out")
+
+    earlier = {row["candidate"]: row for row in harness.earlier_rows(path, "comparison", matches)}
     # A candidate that could not be trained is tried again.
     return {**fresh, **{name: row | {"failed": ""} for name, row in earlier.items()}}
 

@@ -7,6 +7,7 @@ smoothing 0.1, gradients clipped at 5, and the guard against non-finite gradient
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -350,6 +351,26 @@ def write(path: Path | None, result: dict[str, Any], quiet: bool = False) -> Non
     write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
     if not quiet:
         print(f"written: {path}")
+
+
+def earlier_rows(path: Path | None, what: str, matches: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The rows that an earlier, interrupted command has written to `--out`; none without a file.
+
+    Args:
+        path: of `--out`.
+        what: the kind of result, for the message.
+        matches: whether a result has the settings of this command.
+
+    Raises:
+        ValueError: the file holds something else, or a result that does not match.
+    """
+    if path is None or not path.exists():
+        return []
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        result = json.loads(path.read_text())
+        if matches(result):
+            return result["rows"]
+    raise ValueError(f"{path} is not a {what} with these settings: choose another --out")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

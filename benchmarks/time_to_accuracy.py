@@ -11,7 +11,6 @@ recipe with its changes, or with timm's model.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -114,24 +113,6 @@ def recipe(name: str, changes: list[str]) -> TrainConfig:
     return cli.parse(cli.VERBS["train"], "train", ["--config", str(path), *(f"--{change}" for change in changes)])
 
 
-def finished_runs(path: Path | None, settings: dict) -> list[dict]:
-    """The runs that an earlier, interrupted command has written.
-
-    Raises:
-        ValueError: the file holds something else, or runs with other settings.
-    """
-    if path is None or not path.exists():
-        return []
-    try:
-        made = json.loads(path.read_text())
-        rows, same = made["rows"], {key: made["settings"].get(key) for key in settings} == settings
-    except (ValueError, KeyError, TypeError, AttributeError):
-        same = False
-    if not same:
-        raise ValueError(f"{path} is not a measurement with these settings: choose another --out")
-    return rows
-
-
 def summary(rows: list[dict], target: float) -> dict[str, float]:
     """How many seeds reached a target; if all did, mean and standard deviation of their seconds."""
     seconds = [moment["s"] for moment in (reached(row, target) for row in rows) if moment is not None]
@@ -171,7 +152,7 @@ def main(argv: list[str]) -> None:
     targets = sorted(args.target)
     named = " and ".join(f"{target:g} %" for target in targets)
     settings = {"recipe": args.recipe, "changes": args.set, "candidate": args.candidate, "targets": targets}
-    rows = finished_runs(args.out, settings)
+    rows = harness.earlier_rows(args.out, "measurement", lambda made: settings.items() <= made["settings"].items())
     words = [args.recipe, *([f"as {args.candidate}"] if args.candidate else []), *args.set]
     print(f"recipe {' '.join(words)}, target {named}\n{harness.warning()}".rstrip())
     with tempfile.TemporaryDirectory() as folder:

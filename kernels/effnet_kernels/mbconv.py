@@ -240,9 +240,6 @@ def mbconv(
     Raises:
         ValueError: training on one value per channel.
     """
-    if bn1 is not None:
-        bn1 = bn1.contiguous()
-    bn2 = bn2.contiguous()
     norms = () if bn1 is None else (bn1.weight, bn1.bias)
     differentiable = needs_grad(x, *norms, weight, bn2.weight, bn2.bias, *se)
     sizes = (*x.shape, weight.shape[-1], stride, se.reduce_weight.shape[0], int(bn1 is not None))
@@ -252,9 +249,9 @@ def mbconv(
     if not served or (not training and differentiable):
         return mbconv_reference(x, bn1, weight, stride, padding, bn2, se, training=training)
     assert bn1 is None or (bn1.eps, bn1.sync) == (bn2.eps, bn2.sync)
-    x = channels_last(x)
+    x, bn2 = channels_last(x), bn2.contiguous()
     se = SqueezeExcite(*(p.contiguous() for p in se))
-    weight1, bias1 = norms or (None, None)
+    weight1, bias1 = [p.contiguous() for p in norms] or (None, None)
     if not training:
         stats1 = None if bn1 is None else running_statistics(bn1)
         return _mbconv_eval(

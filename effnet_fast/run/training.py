@@ -270,7 +270,7 @@ class _Training:
         if count := plan.precise_bn_batches(model.architecture.bn_momentum, last=self.progress.finished):
             batches = self.parts.loader.epoch(self.progress.epoch, end=count)
             watched = self.watchdog.watch(batches, "estimating BatchNorm statistics")
-            precise_bn(model, watched, count, **shared)
+            precise_bn(model, watched, **shared)
         batches = self.watchdog.watch(self.parts.eval_loader.epoch(0), "evaluation")
         return evaluate(model, batches, num_classes=len(plan.dataset.classes), **shared)
 

@@ -7,8 +7,6 @@ weights are an average of statistics, not the statistics of the average.
 
 from __future__ import annotations
 
-from itertools import islice
-
 import torch
 from torch import nn
 
@@ -18,8 +16,8 @@ from effnet_fast.train.evaluate import Batches, evaluating
 from effnet_fast.train.flat_tensors import FlatTensors
 
 
-def precise_bn(model: nn.Module, batches: Batches, count: int, *, precision: str, device: torch.device) -> None:
-    """Replace the running statistics by those of `count` training batches; all ranks must call this together.
+def precise_bn(model: nn.Module, batches: Batches, *, precision: str, device: torch.device) -> None:
+    """Replace the running statistics by those of training batches; all ranks must call this together.
 
     The mean is the plain average of the batches' means, the variance that of their unbiased variances, over the batches
     of all ranks; torch's `update_bn` and fvcore's `update_bn_stats` compute the same on one rank. Dropout and
@@ -28,7 +26,6 @@ def precise_bn(model: nn.Module, batches: Batches, count: int, *, precision: str
     Args:
         model: in training or evaluation mode; the mode is restored.
         batches: images [N, 3, H, W] of this rank, of one N, and labels, which are not used.
-        count: batches to use, or fewer if there are fewer.
         precision: autocast precision: bf16, fp16 or no.
         device: device of the model and the batches.
     """
@@ -37,7 +34,7 @@ def precise_bn(model: nn.Module, batches: Batches, count: int, *, precision: str
     with evaluating(model):
         for norm in norms:
             norm.train()
-        for i, (images, _) in enumerate(islice(batches, count)):
+        for i, (images, _) in enumerate(batches):
             for norm in norms:
                 norm.momentum = 1 / (i + 1)
             with autocast(precision, device):

@@ -130,7 +130,7 @@ def test_precise_bn_with_both_kernels(kernels: Kernels) -> None:
     style = Style(kernels=kernels)
     model = nn.Sequential(ConvNormAct(3, 4, 3, style=style), MBConv(4, 4, 3, 1, 2, style=style))
     images = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    precise_bn(model, [(images, torch.zeros(2))], 1, precision="no", device=torch.device("cpu"))
+    precise_bn(model, [(images, torch.zeros(2))], precision="no", device=torch.device("cpu"))
     assert all(norm.running_mean.any() for norm in batch_norms(model))
 
 
@@ -138,7 +138,7 @@ def test_precise_bn_skips_frozen_layers() -> None:
     model = create_model("efficientnet-b0", 5, 16, width=0.25, depth=0.3)
     model.freeze("stages.0")
     batches = [(torch.randn(4, 3, 16, 16), torch.zeros(4))]
-    precise_bn(model, batches, 1, precision="no", device=torch.device("cpu"))
+    precise_bn(model, batches, precision="no", device=torch.device("cpu"))
     moved = [bool(norm.running_mean.any()) for norm in batch_norms(model)]
     frozen = len(batch_norms(model.stem)) + len(batch_norms(model.stages[0]))
     assert moved == [False] * frozen + [True] * (len(moved) - frozen)

@@ -37,7 +37,7 @@ def gradients(
     for norm in batch_norms(model):
         norm.synchronised = False
     batches = [(batch, None) for batch in images.chunk(4)][world.rank :: world.size]
-    precise_bn(model, batches, 4, precision="no", device=world.device)
+    precise_bn(model, batches, precision="no", device=world.device)
     return result | {f"precise.{name}": buffer for name, buffer in model.named_buffers()}
 
 

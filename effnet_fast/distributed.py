@@ -155,15 +155,18 @@ def on_main(work: Callable[[], None]) -> None:
     """Call `work` on rank 0 while the other ranks wait.
 
     Raises:
-        OSError: on all ranks if `work` raises it; other exceptions are raised on rank 0 only.
+        OSError: on all ranks if `work` raises it, or a subclass of it; other exceptions are raised on rank 0 only.
     """
-    message = None
+    failure = None
     if is_main():
         try:
             work()
         except OSError as error:
-            message = str(error)
-    if message := gather_objects(message)[0]:
+            failure = error
+    message = gather_objects(None if failure is None else str(failure))[0]
+    if failure is not None:
+        raise failure
+    if message is not None:
         raise OSError(message)
 
 

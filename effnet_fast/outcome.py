@@ -1,4 +1,4 @@
-"""How a training run ended, and the callback that follows its evaluations."""
+"""How a training run ended or why it could not begin, and the callback that follows its evaluations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 
 # Called on every rank after each evaluation, with the epochs done and the row; an exception ends the run.
 OnEvaluation = Callable[[int, dict[str, Any]], None]
+
+
+class FolderInUse(OSError):
+    """Another run is at work in the run's folder."""
 
 
 @dataclass(frozen=True)

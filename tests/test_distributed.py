@@ -39,8 +39,9 @@ def test_two_ranks_give_the_gradients_and_statistics_of_one(tmp_path, kernels):
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=on_gpu)])
-def test_one_rank_of_ddp_gives_the_plain_gradients(device, backend):
+def test_one_rank_of_ddp_gives_the_plain_gradients(device, backend, monkeypatch):
     """As `train` wraps the model, with BatchNorm synchronised."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.manual_seed(0)
     architecture = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, dropout=0.0, drop_path=0.0)
     model = EfficientNet(architecture, "torch").to(device)
@@ -89,7 +90,7 @@ def test_failure_of_rank_0_is_raised_there():
     def work():
         raise PermissionError(13, "Permission denied")
 
-    with pytest.raises(OSError, match="Permission denied"):
+    with pytest.raises(PermissionError, match="Permission denied"):
         distributed.on_main(work)
     distributed.on_main(lambda: None)
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -19,9 +21,10 @@ import yaml
 import effnet_fast
 from command_line import at_step, mistake, run
 from effnet_fast import cli, data
+from effnet_fast.outcome import FolderInUse, Outcome
 from effnet_fast.run import search as searching
-from effnet_fast.run.training import Outcome
-from effnet_fast.search import measure, setup
+from effnet_fast.search import measure, setup, worker
+from effnet_fast.search.trials import Pruned
 from examples import run_examples
 
 # Two candidates: alpha 1.2 and 1.25 round to one model.
@@ -286,6 +289,95 @@ def test_signal_stops_the_worker_and_releases_the_trial(planned, monkeypatch):
     assert trained == [f"{name}-s0" for name in NAMES]
 
 
+def test_signal_in_the_last_evaluation_stops_the_worker(planned, monkeypatch):
+    fake_training(monkeypatch, lambda config, on_evaluation: Outcome(143, True, evaluated(10.0)))
+    run(planned.format("run"), expected=143)
+    trained = fake_training(monkeypatch, lambda config, on_evaluation: Outcome(0, True, evaluated(10.0)))
+    run(planned.format("run"))
+    assert trained == [f"{NAMES[1]}-s0"]
+
+
+def test_only_the_first_seed_is_pruned(planned, tmp_path, monkeypatch):
+    """The other seeds of a candidate that was pruned are left out."""
+    asked = []
+
+    def report(trials, trial, epoch, top1, *, prune):
+        asked.append((trial.user_attrs["run"], prune))
+        if prune and top1 < 20:
+            raise Pruned
+
+    def behave(config, on_evaluation):
+        top1 = 10.0 if config.name.startswith(NAMES[0]) else 30.0
+        on_evaluation(1, evaluated(top1))
+        return Outcome(0, True, evaluated(top1))
+
+    monkeypatch.setattr(setup.Trials, "report", report)
+    fake_training(monkeypatch, behave)
+    run(f"{planned.format('all')} --seeds 3 --phi 1")
+    assert asked == [
+        (f"{NAMES[0]}-s0", True),
+        (f"{NAMES[1]}-s0", True),
+        (f"{NAMES[1]}-s1", False),
+        (f"{NAMES[1]}-s2", False),
+    ]
+    rows = json.loads((tmp_path / "fake" / "candidates.json").read_text())["candidates"]
+    assert [(row["status"], row["seeds"]) for row in rows] == [("pruned", 0), ("complete", 3)]
+
+
+def test_folder_in_use_is_tried_again_later(planned, monkeypatch, capsys):
+    """The worker that lost the claim may still be at work."""
+
+    def behave(config, on_evaluation):
+        if trained == [f"{NAMES[0]}-s0"]:
+            raise FolderInUse("another run is at work")
+        return Outcome(0, True, evaluated(10.0))
+
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.1)
+    trained = fake_training(monkeypatch, behave)
+    run(f"{planned.format('run')} --lease_seconds 1")
+    assert trained == [f"{NAMES[0]}-s0", f"{NAMES[1]}-s0", f"{NAMES[0]}-s0"]
+    assert "the worker that had it is still at work" in capsys.readouterr().out
+
+
+def test_worker_that_died_in_a_claim(planned, monkeypatch):
+    """Optuna writes a trial's parameters one by one."""
+    suggest = optuna.trial.Trial._suggest
+
+    def killed(trial, name, distribution):
+        if name == "seed":
+            raise OSError("killed")
+        return suggest(trial, name, distribution)
+
+    monkeypatch.setattr(optuna.trial.Trial, "_suggest", killed)
+    run(planned.format("run"), expected=2)
+    monkeypatch.setattr(optuna.trial.Trial, "_suggest", suggest)
+    trained = fake_training(monkeypatch, lambda config, on_evaluation: Outcome(0, True, evaluated(10.0)))
+    run(planned.format("run"))
+    assert trained == [f"{name}-s0" for name in NAMES]
+
+
+def test_plan_of_an_older_version(planned, tmp_path, monkeypatch):
+    """A setting that the older version did not have: its trials are still those of this plan."""
+    path = tmp_path / "fake" / "plan.json"
+    plan = json.loads(path.read_text())
+    del plan["settings"]["zero_init_residual"]
+    path.write_text(json.dumps(plan))
+    recorded = hashlib.sha256(json.dumps([plan["settings"], plan["fingerprint"], NAMES]).encode()).hexdigest()
+    digests, real = [], setup.Trials
+    monkeypatch.setattr(setup, "Trials", lambda *a, **k: digests.append(k["digest"]) or real(*a, **k))
+    fake_training(monkeypatch, lambda config, on_evaluation: Outcome(0, True, evaluated(10.0)))
+    run(planned.format("run"))
+    assert digests == [recorded]
+
+
+def test_collect_keeps_the_choice(planned, tmp_path, monkeypatch):
+    fake_training(monkeypatch, lambda config, on_evaluation: Outcome(0, True, evaluated(10.0)))
+    run(f"{planned.format('all')} --phi 1")
+    for _ in range(2):
+        assert f"Chosen: {NAMES[0]}; " in (tmp_path / "fake" / "search.html").read_text()
+        run(planned.format("collect"))
+
+
 def test_seeds_can_be_added(planned, tmp_path, monkeypatch):
     scores = {f"{name}-s{seed}": 30.0 * i + seed + 0.1 * i * seed for i, name in enumerate(NAMES) for seed in range(3)}
     trained = fake_training(monkeypatch, lambda config, on_evaluation: Outcome(0, True, evaluated(scores[config.name])))
@@ -352,9 +444,9 @@ def test_killed_and_resumed_worker_gives_the_same_table(tmp_path, dataset, reque
         time.sleep(0.05)
     workers[0].send_signal(signal.SIGKILL)
     resumed = start(f"{line} --run_name killed")
-    for worker in (workers[1], resumed):
-        worker.communicate()
-        assert worker.returncode == 0
+    for survivor in (workers[1], resumed):
+        survivor.communicate()
+        assert survivor.returncode == 0
 
     def table(name):
         rows = json.loads((tmp_path / name / "candidates.json").read_text())["candidates"]

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from effnet_fast import checkpoint, distributed, provenance
 from effnet_fast.config import TrainConfig
+from effnet_fast.outcome import FolderInUse
 from effnet_fast.train import trackers
 
 # Worker processes of a killed run hold its lock until they notice and exit, which takes a few seconds.
@@ -29,7 +30,7 @@ def locked(folder: Path, advice: str = "choose another --run_name") -> Iterator[
         advice: what to do instead of waiting if another run holds the lock.
 
     Raises:
-        OSError: on all ranks, if another run holds the lock or the folder is not writable.
+        FolderInUse, OSError: on all ranks, if another run holds the lock, or the folder is not writable.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / ".lock")
@@ -50,7 +51,7 @@ def _acquire(lock: FileLock, folder: Path, advice: str) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire(timeout=PATIENCE)
         except Timeout as error:
-            raise OSError(f"another run is at work in {folder}: wait for its end, or {advice}") from error
+            raise FolderInUse(f"another run is at work in {folder}: wait for its end, or {advice}") from error
 
 
 def _remove_unused(created: list[Path], lock_file: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +23,10 @@ from effnet_fast.search.collect import check_any_complete, collect
 from effnet_fast.search.importance import importances, trial_rows
 from effnet_fast.search.plan import SearchPlan
 from effnet_fast.search.scale_up import recipe, scaled_models
-from effnet_fast.search.setup import SearchSetup
+from effnet_fast.search.setup import PLAN, SearchSetup
 from effnet_fast.search.worker import Worker
 
+CHOSEN = "chosen.json"
 PLAN_COLUMNS = ("name", "image_size", "parameters", "macs", "cost_ratio", "largest_phi", "estimated_step_ms")
 RESULT_COLUMNS = ("name", "macs", "parameters", "latency_ms", "status", "seeds", "top1_mean", "top1_std", "pareto_macs")
 
@@ -103,7 +106,7 @@ def _plan(setup: SearchSetup) -> SearchPlan:
             plan = setup.make_plan()
             settings = {"settings": identity(setup.config), "fingerprint": setup.fingerprint}
             write_json(
-                setup.folder / "plan.json",
+                setup.folder / PLAN,
                 {**settings, **plan.to_dict(), "environment": provenance.environment()},
             )
             rows = [{k: v for k, v in row.items() if k != "same_as"} for row in plan.to_dict()["candidates"]]
@@ -113,7 +116,7 @@ def _plan(setup: SearchSetup) -> SearchPlan:
 
 
 def _read_plan(setup: SearchSetup) -> SearchPlan | None:
-    return read_index(setup.folder / "plan.json", setup.config, setup.fingerprint, SearchPlan.from_dict)
+    return read_index(setup.folder / PLAN, setup.config, setup.fingerprint, SearchPlan.from_dict)
 
 
 def _plan_text(plan: SearchPlan) -> str:
@@ -138,9 +141,18 @@ def _collect(setup: SearchSetup, plan: SearchPlan, rows: list[Row], trials: list
         write_atomically(setup.folder / "candidates.csv", as_csv(rows).encode())
         write_atomically(setup.folder / "trials.csv", as_csv(trials).encode())
         draw_trials(setup.folder)
-        draw_search(setup.folder, setup.config.name, plan.to_dict(), rows)
+        draw_search(setup.folder, setup.config.name, plan.to_dict(), rows, *_earlier_choice(setup.folder, rows))
     print(as_text([{name: row[name] for name in RESULT_COLUMNS} for row in rows]))
     print(f"in {setup.folder}: candidates.csv, candidates.json, trials.*, feasible.*, pareto.*, search.html")
+
+
+def _earlier_choice(folder: Path, rows: list[Row]) -> tuple[str | None, str]:
+    """Name and confidence of the choice in chosen.json, if these candidates lead to the same; else None."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        chosen = json.loads((folder / CHOSEN).read_text())
+        if (choice := choose(rows)).confidence == chosen["confidence"] and choice.name == chosen["name"]:
+            return choice.name, choice.confidence
+    return None, ""
 
 
 def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> tuple[Choice, list[Row]]:
@@ -160,7 +172,7 @@ def _choose(setup: SearchSetup, plan: SearchPlan, rows: list[Row]) -> tuple[Choi
                 write_atomically(recipes / f"phi{row['phi']}.yaml", recipe(setup, best, row).encode())
         write_atomically(setup.folder / "family.csv", as_csv(models).encode())
         content = {**dataclasses.asdict(choice), "confidence": choice.confidence, "candidate": dataclasses.asdict(best)}
-        write_json(setup.folder / "chosen.json", content)
+        write_json(setup.folder / CHOSEN, content)
         draw_search(setup.folder, setup.config.name, plan.to_dict(), rows, choice.name, choice.confidence)
     print(f"chosen: alpha {best.alpha:g}, beta {best.beta:g}, gamma {best.gamma:g}; {choice.confidence}")
     print(as_text(models))

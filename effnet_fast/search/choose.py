@@ -59,7 +59,9 @@ def choose(rows: Sequence[Row]) -> Choice:
     """
     complete = [row for row in rows if row["status"] == "complete"]
     if not complete:
-        raise ValueError("no candidate has completed every seed: run `effnet-fast search run` first")
+        if any(row["status"] == "open" for row in rows):
+            raise ValueError("no candidate has completed every seed: run `effnet-fast search run` first")
+        raise ValueError("every candidate failed or was pruned: search again with --pruner none and another --run_name")
     best = max(complete, key=lambda row: (row["top1_mean"], -row["macs"]))
     scores = best["top1_by_seed"]
     others = {row["name"]: row["top1_by_seed"] for row in complete if row is not best}

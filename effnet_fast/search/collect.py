@@ -24,7 +24,8 @@ def collect(candidates: Sequence[Candidate], states: Sequence[State], seeds: Seq
     by_run = {state.run: state for state in states}
     rows = [_row(candidate, [by_run.get(f"{candidate.name}-s{seed}") for seed in seeds]) for candidate in candidates]
     for flag, cost in FRONTS.items():
-        front = pareto([(row[cost], row["top1_mean"]) for row in rows])
+        # The mean of an incomplete candidate may be that of its lucky seeds.
+        front = pareto([(row[cost], row["top1_mean"] if row["status"] == "complete" else None) for row in rows])
         for i, row in enumerate(rows):
             row[flag] = i in front
     return rows

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from effnet_fast.config import TrainConfig
+from effnet_fast.faults import is_out_of_memory
 
 
 def run_config(config: TrainConfig, model: dict[str, Any], **changes: Any) -> TrainConfig:
@@ -34,10 +35,5 @@ def failure_reason(error: BaseException) -> str | None:
     """Return why this model cannot be trained, or None if the error would also stop other models."""
     if isinstance(error, FloatingPointError):
         return f"not finite: {error}"
-    out_of_memory = MemoryError, torch.OutOfMemoryError
-    # Training wraps OutOfMemoryError in a ValueError that adds advice; look at its cause.
-    if isinstance(error, out_of_memory) or isinstance(error.__cause__, out_of_memory):
-        return "out of memory"
-    if isinstance(error, RuntimeError) and "not enough memory" in str(error):  # raised by the CPU allocator
-        return "out of memory"
-    return None
+    # Training wraps the error in a ValueError that adds advice; look at its cause.
+    return "out of memory" if is_out_of_memory(error) or is_out_of_memory(error.__cause__) else None

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 from effnet_fast.checkpoint import writing_to
-from effnet_fast.config import SearchConfig, TrainConfig, identity, span
+from effnet_fast.config import SearchConfig, TrainConfig, span
 from effnet_fast.search import measure
 from effnet_fast.search.family import Family, Scale
 from effnet_fast.search.grid import Grid
@@ -24,6 +24,7 @@ from effnet_fast.search.storage import explain_errors
 from effnet_fast.search.trials import Task, Trials
 
 CPU_BATCH = 16  # largest batch of the timed training step on a CPU
+PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,16 @@ class SearchSetup:
         )
 
     def open_trials(self, plan: SearchPlan) -> Trials:
-        """Open the trials that all workers of this plan share.
+        """Open the trials that all workers of this plan, which is in plan.json, share.
 
         Raises:
             ValueError: see `Trials`.
         """
         config = self.config
         names = [candidate.name for candidate in plan.candidates]
-        content = json.dumps([identity(config), self.fingerprint, names])
+        # The settings as the plan's version of this package wrote them: a later version may have more of them.
+        index = json.loads((self.folder / PLAN).read_text())
+        content = json.dumps([index["settings"], index["fingerprint"], names])
         return Trials(
             self.folder,
             config.storage,

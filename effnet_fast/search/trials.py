@@ -189,15 +189,15 @@ class Trials:
             done.set()
             thread.join()
 
-    def report(self, trial: Trial, epoch: int, top1: float) -> None:
+    def report(self, trial: Trial, epoch: int, top1: float, *, prune: bool = True) -> None:
         """Record the accuracy (percent) after an epoch. If a resumed trial repeats an epoch, the first value stays.
 
         Raises:
-            Pruned: the pruner stops the trial; not after the last epoch, when pruning saves nothing.
+            Pruned: `prune`, and the pruner stops the trial; not after the last epoch, when pruning saves nothing.
         """
         if epoch not in self._frozen(trial).intermediate_values:
             trial.report(top1, epoch)
-        if epoch < self.epochs and trial.should_prune():
+        if prune and epoch < self.epochs and trial.should_prune():
             raise Pruned
 
     def finish(self, trial: Trial, state: str, top1: float | None = None, **attrs: Any) -> None:
@@ -206,12 +206,22 @@ class Trials:
 
         for name, value in attrs.items():
             trial.set_user_attr(name, value)
-        self.study.tell(trial, top1, state=TrialState[state])
-        self._lease(trial).unlink(missing_ok=True)
+        with self.lock:  # a trial that is running without a lease counts as abandoned
+            self.study.tell(trial, top1, state=TrialState[state])
+            self._lease(trial).unlink(missing_ok=True)
 
     def release(self, trial: Trial) -> None:
-        """Give up a claim, so that another worker need not wait for it to expire."""
-        trial.set_user_attr("owner", None)
+        """Give up a claim, so that another worker need not wait for it to expire; not one that another worker has."""
+        with self.lock:
+            if self._frozen(trial).user_attrs.get("owner") == self.owner:
+                trial.set_user_attr("owner", None)
+
+    def is_pruned(self, candidate: str) -> bool:
+        """Whether a trial of this candidate has been pruned."""
+        from optuna.trial import TrialState
+
+        pruned = self.study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+        return any(trial.user_attrs["candidate"] == candidate for trial in pruned)
 
     def states(self) -> list[State]:
         """All trials, ordered by number."""

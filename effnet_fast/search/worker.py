@@ -14,7 +14,7 @@ import torch
 
 from effnet_fast import checkpoint
 from effnet_fast.config import TrainConfig
-from effnet_fast.outcome import OnEvaluation, Outcome, metric
+from effnet_fast.outcome import FolderInUse, OnEvaluation, Outcome, metric
 from effnet_fast.search.family import Scale
 from effnet_fast.search.plan import SearchPlan
 from effnet_fast.search.runs import failure_reason, free_memory
@@ -54,13 +54,24 @@ class Worker:
         while True:
             trial = self.trials.claim()
             if trial is not None:
-                task = self.setup.task(candidates[trial.user_attrs["candidate"]], trial.params["seed"])
-                if status := self._train_trial(trial, task):
+                # By the name: a worker that died while Optuna wrote the parameters leaves some of them out.
+                name, _, seed = trial.user_attrs["run"].rpartition("-s")
+                if status := self._do(trial, self.setup.task(candidates[name], int(seed))):
                     return status
             elif any(state.state == RUNNING for state in self.trials.states()):
                 time.sleep(POLL_SECONDS)  # if another worker stops, claim its trial
             else:
                 return 0
+
+    def _do(self, trial: Trial, task: Task) -> int:
+        """Train a trial, unless its candidate was pruned with the first seed: then its other seeds decide nothing."""
+        if self._is_first_seed(task) or not self.trials.is_pruned(task.candidate):
+            return self._train_trial(trial, task)
+        self._finish(trial, task, PRUNED, "left out, because its candidate was pruned")
+        return 0
+
+    def _is_first_seed(self, task: Task) -> bool:
+        return task.seed == self.setup.seeds[0]
 
     def _train_trial(self, trial: Trial, task: Task) -> int:
         """Start or resume a trial and record its result; return 0, or 128 + the signal number that stopped it."""
@@ -73,8 +84,11 @@ class Worker:
                     return outcome.status
                 measured = self._measure(task)
             self._finish(trial, task, COMPLETE, f"val top-1 {outcome.top1:.2f} %", outcome.top1, **measured)
+            return outcome.status  # a signal during the last evaluation
         except Lost:
             self.say(f"{task.run}: claimed by another worker")
+        except FolderInUse:  # keep the claim until it expires, and meanwhile train other trials
+            self.say(f"{task.run}: the worker that had it is still at work")
         except Pruned:
             self._finish(trial, task, PRUNED, "pruned")
         except BaseException as error:
@@ -93,7 +107,7 @@ class Worker:
             self.say(f"{task.run}: epoch {epoch}  val top-1 {top1:.2f} %")
             if lost.is_set():
                 raise Lost
-            self.trials.report(trial, epoch, top1)
+            self.trials.report(trial, epoch, top1, prune=self._is_first_seed(task))
 
         return observe
 

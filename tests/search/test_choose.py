@@ -46,7 +46,8 @@ def test_candidate_is_complete_only_with_every_seed(last, status):
     (row,) = collect([candidate("a")], [state("a-s0", 10.0), state("a-s1", 20.0), last], range(3))
     assert (row["status"], row["seeds"], row["top1_mean"]) == (status, 2, 15.0)
     assert row["reason"] == last.attrs.get("reason")
-    with pytest.raises(ValueError, match="no candidate has completed every seed"):
+    message = "run `effnet-fast search run` first" if status == "open" else "search again with --pruner none"
+    with pytest.raises(ValueError, match=message):
         choose([row])
 
 
@@ -58,6 +59,14 @@ def test_pareto_front_against_its_definition(points):
         return any(c <= cost and g >= gain and (c, g) != point for c, g in points)
 
     assert pareto(points) == {i for i, point in enumerate(points) if not beaten(point)}
+
+
+def test_incomplete_candidates_are_off_the_front():
+    """The mean of the lucky seeds is no mean."""
+    lucky = [state("a-s0", 90.0), state("a-s1", 0.0, "RUNNING"), state("a-s2", 0.0, "WAITING")]
+    states = [*lucky, *(state(f"b-s{seed}", 10.0) for seed in range(3))]
+    table = collect([candidate("a", 5), candidate("b", 10)], states, range(3))
+    assert [row["pareto_macs"] for row in table] == [False, True]
 
 
 def test_unknown_costs_are_off_the_front():

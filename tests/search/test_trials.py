@@ -3,7 +3,7 @@
 import os
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 import pytest
@@ -97,6 +97,33 @@ def test_released_claim_is_free_at_once(tmp_path, storage):
     assert shared.claim() is None
     shared.release(trial)
     assert shared.claim().number == trial.number
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_lost_claim_cannot_be_released(tmp_path, storage):
+    first, second = trials(tmp_path, storage), trials(tmp_path, storage)
+    second.owner = "elsewhere:1"
+    first.enqueue(TASKS[:1])
+    trial = first.claim()
+    expire(first, trial)
+    assert second.claim().number == trial.number
+    first.release(trial)
+    assert first.claim() is None
+
+
+def test_a_trial_that_ends_is_never_abandoned(tmp_path):
+    """Between the end of a trial and that of its lease, no other worker looks at it."""
+    first, second = trials(tmp_path), trials(tmp_path)
+    first.enqueue(TASKS[:1])
+    trial = first.claim()
+    with ThreadPoolExecutor(1) as pool:
+        with second.lock:
+            ending = pool.submit(first.finish, trial, "COMPLETE", 1.0)
+            with pytest.raises(TimeoutError):
+                ending.result(timeout=0.3)
+            assert [state.state for state in second.states()] == ["RUNNING"]
+        ending.result()
+    assert [state.state for state in second.states()] == ["COMPLETE"]
 
 
 def test_tasks_can_be_added(tmp_path):
@@ -197,6 +224,7 @@ def test_no_pruning_after_the_last_epoch(tmp_path):
             shared.report(trial, epoch, 50.0 + i)
         shared.finish(trial, "COMPLETE", 50.0 + i)
     last = shared.claim()
+    shared.report(last, 7, 1.0, prune=False)
     with pytest.raises(Pruned):
         shared.report(last, 8, 1.0)
     shared.report(last, 9, 1.0)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from effnet_fast import __version__, config
 from effnet_fast.credentials import mask_credentials
+from effnet_fast.faults import explanation
 from effnet_fast.heap import keep_freed_memory
 from effnet_fast.openmp import share_cores
 from effnet_fast.streams import quiet_streams
@@ -105,10 +106,17 @@ def _main(args: list[str]) -> None:
         print(f"error: {package} is not installed, which {args[0]} needs: pip install {package}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("EFFNET_FAST_DEBUG"):
-            raise
-        print(f"error: {mask_credentials(_one_line(error))}", file=sys.stderr)
-        sys.exit(2)
+        _report(error, mask_credentials(_one_line(error)))
+    except (RuntimeError, MemoryError) as error:
+        _report(error, explanation(error))
+
+
+def _report(error: Exception, message: str | None) -> None:
+    """Print one line and exit; without a message, or with EFFNET_FAST_DEBUG, raise the error."""
+    if message is None or os.environ.get("EFFNET_FAST_DEBUG"):
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _overview() -> str:
@@ -143,6 +151,8 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
     if verb.leading and args and not args[0].startswith("-"):
         args = [f"--{verb.leading}={args[0]}", *args[1:]]
     args = _prepare_config_files(args)
+    if issubclass(verb.settings, config.TrainConfig):
+        args = _forget_recorded_commit(args)
     try:
         filled = _append_repeated_flags(_fill_bare_flags(args, verb.bare_flags), verb.repeated_flags)
         values = parser.parse_args(filled).as_dict()
@@ -208,6 +218,15 @@ def _prepare_config_files(args: list[str]) -> list[str]:
         _check_settings_file(path)
         prepared.append(flag + equals + path)
     return prepared
+
+
+def _forget_recorded_commit(args: list[str]) -> list[str]:
+    """Before each --pretrained, undo the commit that a --config recorded for its own weights."""
+    names = [arg.partition("=")[0] for arg in args]
+    if "--pretrained_revision" in names:
+        return args
+    reset = {"--pretrained": ["--pretrained_revision=null"]}
+    return [part for name, arg in zip(names, args, strict=True) for part in (*reset.get(name, ()), arg)]
 
 
 def _check_settings_file(path: str) -> None:

@@ -482,8 +482,8 @@ class SearchConfig(_FamilyConfig):
     """Values of phi to write recipes for, LOW..HIGH or one number, 1 to 7."""
 
     pruner: Literal["median", "hyperband", "none"] = "median"
-    """Stop weak candidates early: median stops those below the median of the others at the same epoch, hyperband uses
-    successive halving, none trains all candidates to the end."""
+    """Stop weak candidates early, in the run of their first seed: median stops those below the median of the others at
+    the same epoch, hyperband uses successive halving, none trains all candidates to the end."""
     storage: str = operational("journal")
     """Storage shared by the workers: a journal file in the search's folder, or an Optuna database URL."""
     keep_checkpoints: bool = operational(False)
@@ -717,6 +717,10 @@ class InfoConfig(_Config):
     without stride) up to 64 px, else 32."""
     json: bool = False
     """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.num_classes >= 1, f"--num_classes must be at least 1, not {self.num_classes}")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ GROUND = {
     "rendezvous",
     "streams",
     "openmp",
+    "faults",
     "heap",
     "consoles",
     "outcome",

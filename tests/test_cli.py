@@ -122,6 +122,10 @@ TINY = (
         ("plot nowhere", "nowhere"),
         ("plot", "runs"),
         ("info --model vgg16", "unknown model"),
+        ("info --image_size 0", "images of 0 px are too small for efficientnet-b0"),
+        ("info --image_size -5", "images of -5 px are too small"),
+        ("info --model densenet201 --image_size 20 --output_stride 32", "use a larger --image_size or a smaller"),
+        ("info --num_classes 0", "--num_classes must be at least 1"),
     ],
 )
 def test_mistake_is_one_line(capsys, line, words):

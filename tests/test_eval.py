@@ -19,7 +19,9 @@ from PIL import Image, ImageOps
 import effnet_fast
 from command_line import mistake, run
 from effnet_fast import checkpoint
+from effnet_fast.model import trained as model_of_a_run
 from effnet_fast.report.confusion import plot_confusion, write_per_class
+from effnet_fast.run import eval_report, evaluation, prediction
 from effnet_fast.run import folder as run_folder
 
 QUICK = "--loader torch --num_workers 0 --device cpu"
@@ -159,6 +161,40 @@ def test_calibrate(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> Non
     run(f"export --checkpoint {path} --format hub --output {tmp_path}/hub")
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["temperature"] == report["temperature"]
     assert effnet_fast.load(tmp_path / "hub" / "model.safetensors", device="cpu").temperature == report["temperature"]
+
+
+def test_a_report_that_fails_does_not_lose_the_temperature(trained: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def full(*_):
+        raise OSError("the disk is full: free some space")
+
+    shutil.copy(trained, tmp_path)
+    monkeypatch.setattr(evaluation, "write_report", full)
+    assert "free some space" in mistake(capsys, f"eval --checkpoint {tmp_path}/last.pt --calibrate {QUICK}")
+    assert checkpoint.load(tmp_path / "last.pt")["temperatures"].keys() == {"raw"}
+
+
+def test_the_self_checks_decide(trained: Path, data_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Evaluation and prediction use the kernels and the loader that pass them, as training does."""
+    used = []
+
+    def build(architecture, state, kernels):
+        used.append(kernels)
+        return real(architecture, state, kernels)
+
+    real = model_of_a_run._build
+    monkeypatch.setattr(model_of_a_run, "_build", build)
+    for module in (evaluation, prediction):
+        monkeypatch.setattr(module, "resolve_kernels", lambda setting, device: "torch")
+    monkeypatch.setattr(evaluation, "resolve_loader", lambda setting, split, device: ("torch", "DALI fails"))
+    run(f"eval --checkpoint {trained} --output_dir {tmp_path} --num_workers 0 --device cpu")
+    assert "(8 images; DALI fails)" in capsys.readouterr().out
+    run(f"predict --checkpoint {trained} {data_dir}/test/cat/00.png --device cpu")
+    assert used == ["torch", "torch"]
+
+
+def test_thumbnails_of_photographs_are_small() -> None:
+    assert eval_report._thumbnail(Image.new("RGB", (4000, 3000))).shape == (192, 256, 3)
+    assert eval_report._thumbnail(Image.new("RGB", (32, 24))).shape == (24, 32, 3)
 
 
 def test_a_run_that_trains_is_not_calibrated(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -159,8 +159,10 @@ def test_pretrained_from_a_run(trained: Path, tmp_path: Path, form: str) -> None
 
 
 def test_mistakes(trained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    run(f"export --checkpoint {tmp_path}/nowhere.pt", expected=2)
-    assert "there is no checkpoint" in capsys.readouterr().err
+    for flags in ("", "--format hub"):
+        run(f"export --checkpoint {tmp_path}/nowhere/last.pt {flags}", expected=2)
+        assert f"there is no checkpoint at {tmp_path}/nowhere/last.pt" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
     run(f"export --checkpoint {trained} --output {tmp_path}/nowhere/model.safetensors", expected=2)
     assert "cannot write" in capsys.readouterr().err
     for name in (trained, tmp_path / "weights", tmp_path / "model.onnx"):
@@ -229,6 +231,30 @@ def test_config_json_of_another_library_is_kept(published: Path, tmp_path: Path,
     run(f"export --checkpoint {published} --layout timm --output {tmp_path}/model.safetensors", expected=2)
     assert "config.json is not timm's and would be overwritten" in capsys.readouterr().err
     assert (tmp_path / "config.json").read_text() == '{"model_type": "vit"}'
+
+
+def test_config_json_of_another_model_is_kept(published: Path, tmp_path: Path, capsys) -> None:
+    line = f"export --checkpoint {published} --layout timm --output {tmp_path}"
+    run(f"{line}/a.safetensors")
+    run(f"{line}/b.safetensors")  # it has the same settings
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["pretrained_cfg"]["mean"] = [0.5, 0.5, 0.5]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    run(f"{line}/b.safetensors", expected=2)
+    assert "config.json describes a.safetensors, another model" in capsys.readouterr().err
+    assert json.loads((tmp_path / "config.json").read_text()) == settings
+    (tmp_path / "a.safetensors").unlink()
+    run(f"{line}/b.safetensors")  # it replaces itself
+    assert json.loads((tmp_path / "config.json").read_text()) != settings
+
+
+def test_hub_keeps_the_readme_of_a_project(published: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "README.md").write_text("my project")
+    line = f"export --checkpoint {published} --format hub --output {tmp_path}"
+    assert "is no export and its README.md would be overwritten" in mistake(capsys, line)
+    assert (tmp_path / "README.md").read_text() == "my project"
+    run(f"{line}/hub")
+    run(f"{line}/hub")  # an export is replaced
 
 
 @pytest.mark.parametrize(

@@ -134,11 +134,12 @@ def _write_errors_in_one_line(data_dir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _exclusive(archive: Archive, data_dir: Path) -> Iterator[None]:
     lock = FileLock(data_dir / f".{archive.folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that is downloading {archive.title}", file=sys.stderr)
-        lock.acquire()
+    with contextlib.suppress(NotImplementedError):  # a file system without locks
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that is downloading {archive.title}", file=sys.stderr)
+            lock.acquire()
     try:
         yield
     finally:

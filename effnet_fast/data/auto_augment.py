@@ -129,7 +129,7 @@ def _sharpness(images: Tensor, magnitude: Tensor) -> Tensor:
 
 def _posterize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Keep the upper `magnitude` bits."""
-    step = (2 ** (8 - magnitude)).to(torch.int32)
+    step = torch.ones_like(magnitude, dtype=torch.int32) << (8 - magnitude).to(torch.int32)
     return (images // step * step).to(torch.uint8)
 
 

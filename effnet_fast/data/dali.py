@@ -185,7 +185,9 @@ def decoded(paths: Any, gpu: bool) -> tuple[Any, Any]:
     encoded = fn.io.file.read(paths)
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)
     device = "mixed" if gpu else "cpu"
-    return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False), shape
+    # On a GPU too, colours at half resolution are interpolated, as Pillow and DALI's CPU decoder do.
+    options = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+    return fn.decoders.image(encoded, device=device, **options), shape
 
 
 def _decode(inputs: dict[str, Any], gpu: bool, size: int) -> Any:
@@ -226,20 +228,22 @@ def _colour(images: Any, inputs: dict[str, Any]) -> Any:
 
 
 def _normalise(images: Any, inputs: dict[str, Any], spec: LoaderSpec) -> Any:
-    is_uint8 = spec.dtype == torch.uint8
+    is_uint8, erases = spec.dtype == torch.uint8, "anchor" in inputs
     mean, std = [255 * value for value in spec.mean], [255 * value for value in spec.std]
+    # On a GPU, erase takes no float16.
+    is_cast = erases and spec.dtype == torch.float16
     images = fn.crop_mirror_normalize(
         images,
         mirror=inputs.get("mirror", 0),
         mean=[0.0] if is_uint8 else mean,
         std=[1.0] if is_uint8 else std,
-        dtype=_DTYPES[spec.dtype],
+        dtype=_DTYPES[torch.float32 if is_cast else spec.dtype],
         output_layout="HWC",
     )
-    if "anchor" in inputs:
+    if erases:
         fill = [float(round(value)) for value in mean] if is_uint8 else 0.0
         images = fn.erase(images, anchor=inputs["anchor"], shape=inputs["shape"], axis_names="HW", fill_value=fill)
-    return images
+    return fn.cast(images, dtype=_DTYPES[spec.dtype]) if is_cast else images
 
 
 class _HeldBatches:
@@ -307,8 +311,13 @@ class DaliLoader(Loader):
             self._open(position)
         elif self._source.scheduled and self._source.scheduled[0] != position:
             self._source.next = position
-            while self._source.scheduled[0] != position:
-                self._next()
+            try:
+                while self._source.scheduled[0] != position:
+                    self._pipeline.run()
+                    self._source.scheduled.popleft()
+            except (RuntimeError, ValueError):  # a file of a batch that nobody asked for cannot be decoded
+                self.close()
+                self._open(position)
 
     def _open(self, position: Position) -> None:
         self._source.next = position

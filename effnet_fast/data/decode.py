@@ -21,7 +21,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000
 _STRIP = 1 << 18  # pixels decoded to RGB at once
 # A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but not below `_DRAFT_MARGIN` times the model's size. This
 # saves memory but changes the resized pixels by a few levels of 255, so smaller pictures are decoded at full size.
-_DRAFT_PIXELS = 1 << 25
+DRAFT_PIXELS = 1 << 25
 _DRAFT_MARGIN = 8
 
 
@@ -108,6 +108,6 @@ def read_image(path: Path, size: int, orientation: int | None = None) -> NDArray
         ValueError: the file cannot be read or decoded.
     """
     with named(path), open_image(path) as image:
-        if image.width * image.height > _DRAFT_PIXELS:
+        if image.width * image.height > DRAFT_PIXELS:
             image.draft(None, (_DRAFT_MARGIN * size,) * 2)  # does nothing for other formats than JPEG
         return read_square(image, size, read_orientation(image) if orientation is None else orientation)

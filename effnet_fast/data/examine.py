@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +26,12 @@ from filelock import FileLock
 from PIL import Image
 
 from effnet_fast.data.dataset import ImageFile
-from effnet_fast.data.decode import open_image, rgb_strips
+from effnet_fast.data.decode import DRAFT_PIXELS, open_image, rgb_strips
 from effnet_fast.data.orientation import read_orientation
 
 MANIFEST = ".effnet_fast-manifest.json"
 
-_VERSION = 2  # of the manifest's rows
+_VERSION = 3  # of the manifest's rows
 _FEW = 4000  # up to this many images, starting other processes takes longer than examining
 _CHUNK = 1000  # images examined between two lines of progress
 _SAVE_SECONDS = 60.0  # between two versions of an unfinished manifest
@@ -112,8 +113,14 @@ def _examine_files(paths: list[Path]) -> Iterator[Examined]:
         yield from map(examine_file, paths)
         return
     # Decoding holds the interpreter's lock, so threads would not help; a forked child could inherit a locked lock.
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from _with_progress(pool.map(examine_file, paths, chunksize=100), len(paths))
+    try:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from _with_progress(pool.map(examine_file, paths, chunksize=100), len(paths))
+    except BrokenProcessPool as error:
+        raise ValueError(
+            'a process that examines the images ended: a Python script needs `if __name__ == "__main__":` around its '
+            "call, since each process reads the script again; otherwise memory may be short"
+        ) from error
 
 
 def _with_progress(rows: Iterable[Examined], total: int) -> Iterator[Examined]:
@@ -158,11 +165,13 @@ def _histogram(image: Image.Image) -> np.ndarray:
 def _is_plain(image: Image.Image, content: bytes) -> bool:
     """Whether DALI decodes a file as Pillow does.
 
-    DALI refuses damaged files that Pillow repairs, and turns CMYK without Adobe's marker into black.
+    DALI refuses damaged files that Pillow repairs, turns CMYK without Adobe's marker into black, and decodes at full
+    size what `read_image` does not.
     """
     if image.format == "PNG":
         return _is_sound_png(content)
-    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and _is_sound_jpeg(content)
+    decodes_whole = image.width * image.height <= DRAFT_PIXELS
+    return decodes_whole and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and _is_sound_jpeg(content)
 
 
 def _is_sound_png(content: bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import zlib
 from collections.abc import Sequence
@@ -122,14 +123,18 @@ def _captum_scores(
     full = resize_maps(raw, *inputs.shape[-2:])
     # The seed comes from the name, so that an image's score does not depend on its batch.
     samples = [(inputs[i : i + 1], targets[i : i + 1], zlib.crc32(file.name.encode())) for i, file in enumerate(files)]
+    known = (raw.amax((1, 2)) > 0).tolist()  # a map without positive evidence has no scores
     if config.infidelity:
         values["infidelity"] = [
-            scores.infidelity(module, image, full[i : i + 1], target, seed)
+            scores.infidelity(module, image, full[i : i + 1], target, seed) if known[i] else math.nan
             for i, (image, target, seed) in enumerate(samples)
         ]
     if config.sensitivity:
         explain = partial(evidence, module, method=config.method, layer=config.layer)
-        values["sensitivity"] = [scores.sensitivity(explain, image, target, seed) for image, target, seed in samples]
+        values["sensitivity"] = [
+            scores.sensitivity(explain, image, target, seed) if known[i] else math.nan
+            for i, (image, target, seed) in enumerate(samples)
+        ]
     return values
 
 

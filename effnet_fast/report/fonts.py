@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import cache
 
-from anyascii import anyascii
 from matplotlib import rc_context, rcParams
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
@@ -36,6 +35,8 @@ def drawable(text: str) -> str:
 def _drawable_character(character: str) -> str:
     if _family_with(character):
         return character
+    from anyascii import anyascii  # few pictures need it
+
     ascii_text = anyascii(character)
     return ascii_text if ascii_text.isprintable() and ascii_text else "?"
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from effnet_fast.checkpoint import write_json
 from effnet_fast.data import Split
@@ -20,6 +22,7 @@ from effnet_fast.train.metrics import coarsen, macro_f1
 
 _PAIRS = 20  # most confused pairs in the JSON
 _WORST = 40  # images with the highest loss
+_THUMBNAIL = 256  # pixels of their longer sides in memory
 _SHOWN = 5  # rows of each table on the terminal
 
 
@@ -156,13 +159,19 @@ def write_report(evaluated: Evaluated, report: dict[str, Any], folder: Path) -> 
     plot_images(
         named("worst.png"),
         f"Highest loss of {report['images']:,} {evaluated.name} images",
-        [np.asarray(picture_at(evaluated.split, row["position"])) for row in worst],
+        [_thumbnail(picture_at(evaluated.split, row["position"])) for row in worst],
         [
             (f"true: {row['true']}", f"predicted: {row['predicted']}", f"{100 * row['probability']:.1f} %")
             for row in worst
         ],
     )
     return written
+
+
+def _thumbnail(picture: Image.Image) -> NDArray[np.uint8]:
+    """A photograph at the size of the sheet's cells, uint8 [H, W, 3]; small images stay as they are."""
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return np.asarray(picture)
 
 
 def _panels(report: dict[str, Any]) -> dict[str, list[Row]]:

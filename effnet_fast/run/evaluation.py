@@ -13,7 +13,7 @@ from effnet_fast import data, distributed
 from effnet_fast.checkpoint import Checkpoint, store_temperature
 from effnet_fast.config import EvalConfig, TrainConfig
 from effnet_fast.data import Dataset, Split
-from effnet_fast.data.choose_loader import choose_loader, make_loader
+from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.dataset import limit
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.distributed import World
@@ -22,7 +22,14 @@ from effnet_fast.model.tta import with_tta
 from effnet_fast.run.eval_report import Evaluated, describe, make_report, write_report
 from effnet_fast.run.folder import locked
 from effnet_fast.run.output import check_writable
-from effnet_fast.run.resolve import loader_dtype, resolve_precision, set_backends, worker_count
+from effnet_fast.run.resolve import (
+    loader_dtype,
+    resolve_kernels,
+    resolve_loader,
+    resolve_precision,
+    set_backends,
+    worker_count,
+)
 from effnet_fast.run.restore import config_of
 from effnet_fast.train.calibration import fit_temperature
 from effnet_fast.train.evaluate import Predictions, Result, predict_logits
@@ -89,7 +96,7 @@ def _evaluate(config: EvalConfig, world: World) -> EvalResult:
     set_backends(deterministic=False)
     dataset = _load_dataset(config, checkpoint)
     split = _split(config, checkpoint, dataset)
-    trained = from_checkpoint(checkpoint, config.weights, world.device)
+    trained = from_checkpoint(checkpoint, config.weights, world.device, resolve_kernels("auto", world.device))
     predictions, reason = _predict(config, world, trained, trained.model, split)
     averaged = None
     if config.tta != "none":
@@ -116,10 +123,10 @@ def _evaluate(config: EvalConfig, world: World) -> EvalResult:
                 f"{averaged.top1:.2f} %  top5_tta {averaged.top5:.2f} %"
             )
         print(describe(report))
-        print(f"written: {', '.join(map(str, write_report(evaluated, report, folder)))}")
         if config.calibrate:
             store_temperature(path, weights_used(checkpoint, config.weights), temperature)
             print(f"the temperature is stored in {path}: predict, cam, export and eval use it")
+        print(f"written: {', '.join(map(str, write_report(evaluated, report, folder)))}")
     figures = {name: report[name] for name in ("loss", "macro_f1", "ece")}
     return EvalResult(**vars(result) | figures, classes=trained.classes, folder=folder, tta=averaged)
 
@@ -129,7 +136,7 @@ def _predict(
 ) -> tuple[Predictions, str]:
     """The predictions of `model` on a split, and the reason for the choice of the loader."""
     precision = resolve_precision(str(config.mixed_precision), world.device)
-    kind, reason = choose_loader(config.loader, split, world.device)
+    kind, reason = resolve_loader(config.loader, split, world.device)
     dtype = loader_dtype(precision, world.device)
     loader = make_loader(kind, split, _loader_spec(config, world, trained, len(split), dtype))
     try:

@@ -69,6 +69,8 @@ def export(config: ExportConfig) -> ExportResult:
     16
     """
     path = Path(config.checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
     return ExportResult(_export_hub(config, path) if config.format == "hub" else _export_file(config, path))
 
 
@@ -99,6 +101,9 @@ def _write_layout(config: ExportConfig, trained: TrainedModel, output: Path) -> 
         file = output.parent / "config.json"
         if file.exists() and not read_config(output.parent):
             raise ValueError(f"{file} is not timm's and would be overwritten: choose another folder with --output")
+        others = [other for other in output.parent.glob("*.safetensors") if other.name != output.name]
+        if file.exists() and others and json.loads(file.read_text()) != settings:
+            raise ValueError(f"{file} describes {others[0].name}, another model: choose another folder with --output")
         write_json(file, settings)
     _write(output, content, trained)
 
@@ -109,12 +114,16 @@ def _export_hub(config: ExportConfig, path: Path) -> Path:
         raise ValueError(f"--format hub needs a run's checkpoint, whose results the model card lists, not {path}")
     folder = Path(config.output) if config.output else path.with_name(f"{path.stem}-hub")
     check_writable(folder, "--output", create=True)
+    weights = folder / "model.safetensors"
+    foreign = [file.name for file in (folder / "config.json", folder / "README.md") if file.exists()]
+    if foreign and not weights.exists():
+        raise ValueError(f"{folder} is no export and its {foreign[0]} would be overwritten: choose another --output")
     trained = load(path, config.weights, "cpu", kernels="torch")
     content, settings = _weights_and_config(config, trained)
     card = model_card(Checkpoint.read(path), trained, config.weights, config.layout)
     write_json(folder / "config.json", settings)
     write_atomically(folder / "README.md", card.encode(errors="backslashreplace"))
-    _write(folder / "model.safetensors", content, trained)
+    _write(weights, content, trained)
     return folder
 
 

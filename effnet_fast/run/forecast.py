@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,25 +117,34 @@ def opening_lines(plan: Plan, parts: Parts) -> list[str]:
 
 def memory_advice(plan: Plan) -> str:
     """Advice, in one line, for when a device's memory is full."""
-    from effnet_fast.model.complexity import complexity
-
     config, device = plan.config, plan.world.device
-    total = torch.cuda.get_device_properties(device).total_memory
-    cost = complexity(build_model(plan, torch.device("cpu")), plan.image_size)
-    passes = plan.world.size * plan.accumulation
-    largest = max((total - cost.state_bytes) // _image_bytes(plan, cost), 0) * passes
-    is_useful = passes <= largest < config.batch_size
-    batch_advice = f"--batch_size {largest} at most" if is_useful else "half the --batch_size"
-    remedies = [
-        f"{batch_advice} (estimated for {total / 2**30:.0f} GiB)",
-        f"more --grad_accumulation than {plan.accumulation}",
-    ]
+    remedies = [_batch_advice(plan), f"more --grad_accumulation than {plan.accumulation}"]
     if plan.resumed is not None:  # a resumed run keeps its batch, and accumulation depends on the number of ranks
         remedies = ["more ranks"]
     if not config.activation_checkpointing:
         remedies.append("--activation_checkpointing")
-    remedies.append("PYTORCH_ALLOC_CONF=expandable_segments:True in the environment")
+    if device.type == "cuda":
+        remedies.append("PYTORCH_ALLOC_CONF=expandable_segments:True in the environment")
     return f"the memory of {device} is full at --batch_size {config.batch_size}: try {', '.join(remedies)}"
+
+
+def _total_memory(device: torch.device) -> int:
+    """Bytes of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _batch_advice(plan: Plan) -> str:
+    from effnet_fast.model.complexity import complexity
+
+    total = _total_memory(plan.world.device)
+    cost = complexity(build_model(plan, torch.device("cpu")), plan.image_size)
+    passes = plan.world.size * plan.accumulation
+    largest = max((total - cost.state_bytes) // _image_bytes(plan, cost), 0) * passes
+    is_useful = passes <= largest < plan.config.batch_size
+    advice = f"--batch_size {largest} at most" if is_useful else "half the --batch_size"
+    return f"{advice} (estimated for {total / 2**30:.0f} GiB)"
 
 
 def _image_bytes(plan: Plan, cost: Complexity) -> int:

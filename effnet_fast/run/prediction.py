@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from rich.progress import MofNCompleteColumn, Progress
 
-from effnet_fast import checkpoint
+from effnet_fast import checkpoint, distributed
 from effnet_fast.config import PredictConfig
 from effnet_fast.consoles import line_console, progress_bar
 from effnet_fast.data.listing import SUFFIXES, list_images, printable
 from effnet_fast.model.trained import Prediction, TrainedModel, load
 from effnet_fast.run.output import check_writable
+from effnet_fast.run.resolve import resolve_kernels
 
 
 def predict(config: PredictConfig) -> int:
@@ -30,7 +31,8 @@ def predict(config: PredictConfig) -> int:
     paths = _image_files(config.images)
     if config.output:
         check_writable(Path(config.output).parent, "--output")
-    model = load(config.checkpoint, config.weights, config.device)
+    device = distributed.choose_device(config.device)
+    model = load(config.checkpoint, config.weights, device, resolve_kernels("auto", device))
     predictions: dict[Path, list[Prediction]] = {}
     try:
         with _progress(len(paths)) as advance:

@@ -38,14 +38,20 @@ def info(config: InfoConfig) -> int:
     """Run `effnet-fast info`: print the cost of a model.
 
     Raises:
-        ValueError: an unknown model, or an impossible value.
+        ValueError: an unknown model, an impossible value, or images that are too small for the model.
     """
     from effnet_fast.model.complexity import costs_table, model_costs
 
     size = resolve_image_size(config.image_size, config.model, native=32)
-    costs = model_costs(
-        config.model, config.num_classes, size, config.output_stride, width=config.width, depth=config.depth
-    )
+    try:
+        costs = model_costs(
+            config.model, config.num_classes, size, config.output_stride, width=config.width, depth=config.depth
+        )
+    except RuntimeError as error:  # a layer has no output
+        raise ValueError(
+            f"images of {size} px are too small for {config.model}: use a larger --image_size or a smaller "
+            "--output_stride"
+        ) from error
     print(json.dumps(costs, indent=2) if config.json else costs_table(costs))
     return 0
 

@@ -14,6 +14,7 @@ from effnet_fast import checkpoint, distributed, provenance
 from effnet_fast.checkpoint import BadStep, Checkpoint
 from effnet_fast.config import TrainConfig
 from effnet_fast.distributed import World
+from effnet_fast.faults import explanation, is_out_of_memory
 from effnet_fast.model.trained import TrainedModel, load
 from effnet_fast.outcome import OnEvaluation, Outcome, metric
 from effnet_fast.run import folder, rank_check
@@ -103,8 +104,11 @@ def train_in(world: World, config: TrainConfig, on_evaluation: OnEvaluation | No
         try:
             with watchdog(world, config.hang_timeout) as watch:
                 return _Training(plan, build(plan), watch, on_evaluation).run()
-        except torch.OutOfMemoryError as error:
-            raise ValueError(memory_advice(plan)) from error
+        except (MemoryError, RuntimeError) as error:
+            message = memory_advice(plan) if is_out_of_memory(error) else explanation(error)
+            if message is None:
+                raise
+            raise ValueError(message) from error
 
 
 def _plan(config: TrainConfig, world: World) -> Plan:
@@ -291,9 +295,9 @@ class _Training:
         print(f"in {plan.folder}: {', '.join(name for name in names if (plan.folder / name).exists())}")
 
     def _draw_curves(self) -> None:
-        from effnet_fast.report.curves import plot_curves
-
         try:
+            from effnet_fast.report.curves import plot_curves
+
             plot_curves([self.plan.folder], self.plan.folder / "curves.png")
-        except ValueError as error:  # a full disk; the checkpoints are safe, and `effnet-fast plot` draws it later
+        except (ValueError, ImportError) as error:  # a full disk; all else is safe, and `effnet-fast plot` draws later
             self.recorder.warn(f"warning: {error}")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from awkward_images import NOT_FOR_DALI, TURNED, UNCLEAR
+from effnet_fast.data import examine
 from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.choose_loader import choose_loader, make_loader
 from effnet_fast.data.dataset import FileSplit, ImageFile
@@ -112,6 +113,13 @@ def test_pillow_decodes_what_dali_would_not(folder: Path, name: str) -> None:
     assert not examined.plain
 
 
+def test_pillow_decodes_large_jpegs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a part of their size, as no other decoder would."""
+    assert examine_file(folder / "plain.jpg").plain
+    monkeypatch.setattr(examine, "DRAFT_PIXELS", 100)
+    assert not examine_file(folder / "plain.jpg").plain
+
+
 @pytest.mark.parametrize("name", sorted(TURNED.keys() | UNCLEAR.keys() - {"exif.webp"}))
 def test_odd_metadata_does_not_keep_dali_from_decoding(folder: Path, name: str) -> None:
     assert examine_file(folder / name).plain == (not name.endswith(".webp"))
@@ -170,6 +178,17 @@ def test_a_file_that_fails_later_is_skipped(images: Path, kind: str, damage: str
     for path, line in zip(lost, messages, strict=True):
         assert str(path) in line
         assert line.endswith("(1 so far)")
+
+
+def test_a_file_that_fails_in_a_batch_that_nobody_asked_for(images: Path) -> None:
+    """DALI has prefetched it when the loader starts at another batch."""
+    pytest.importorskip("nvidia.dali")
+    dataset = load_folder(images)
+    (images / "test" / "bee" / "0.png").write_bytes(b"no image")  # in batch 3
+    loader = make_loader("dali", dataset.test, dataclasses.replace(SPEC, batch_size=1))
+    for _ in range(2):
+        assert torch.cat([labels for _, labels in loader.epoch(0, end=3)]).tolist() == [0, 0, 0]
+    loader.close()
 
 
 @pytest.mark.parametrize("kind", ["torch", "dali"])

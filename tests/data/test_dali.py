@@ -18,7 +18,9 @@ from plain_spec import PLAIN
 
 dali = pytest.importorskip("nvidia.dali")
 
-from effnet_fast.data.dali import DaliLoader, graph  # noqa: E402 (needs DALI)
+from nvidia.dali import fn, types  # noqa: E402 (needs DALI)
+
+from effnet_fast.data.dali import DaliLoader, graph  # noqa: E402
 
 N, STEPS = 48, 6
 PIXELS = np.random.default_rng(4).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
@@ -98,6 +100,22 @@ def test_the_gpu_graph_delivers_on_the_gpu(augment: Augment | None, size: int) -
     with dali.Pipeline(batch_size=8, num_threads=1, device_id=0):
         outputs = graph(loader._source, spec)
     assert [node.device for node in outputs] == ["gpu", "gpu"]
+
+
+@pytest.mark.parametrize(("erases", "expected"), [(0.5, types.FLOAT), (0.0, types.FLOAT16)])
+def test_erasing_gets_no_float16(monkeypatch: pytest.MonkeyPatch, erases: float, expected: types.DALIDataType) -> None:
+    """DALI's operator takes none on a GPU."""
+    spec = dataclasses.replace(SPEC, augment=Augment(random_erasing=erases), dtype=torch.float16)
+    loader, asked, normalise = DaliLoader(SPLIT, spec), [], fn.crop_mirror_normalize
+
+    def record(*inputs, **options):
+        asked.append(options["dtype"])
+        return normalise(*inputs, **options)
+
+    monkeypatch.setattr(fn, "crop_mirror_normalize", record)
+    with dali.Pipeline(batch_size=8, num_threads=1, device_id=0):
+        graph(loader._source, dataclasses.replace(spec, device=torch.device("cuda", 0)))
+    assert asked == [expected]
 
 
 @on_gpu

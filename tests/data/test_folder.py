@@ -6,7 +6,8 @@ import os
 import struct
 import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -356,6 +357,17 @@ def test_examination_in_processes(images, monkeypatch, capsys):
     assert "examining 11 images, once" in capsys.readouterr().err
     assert parallel.fingerprint == serial.fingerprint
     assert (parallel.mean, parallel.std) == (serial.mean, serial.std)
+
+
+def test_examination_whose_process_dies_is_one_line(images, monkeypatch):
+    def dead(pool, *arguments, **settings):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(examine, "_FEW", 0)
+    monkeypatch.setattr(ProcessPoolExecutor, "map", dead)
+    with pytest.raises(ValueError, match='needs `if __name__ == "__main__":`') as error:
+        load_folder(images)
+    assert "\n" not in str(error.value)
 
 
 def test_fingerprint_depends_on_content_and_labels(images, tmp_path_factory):

@@ -29,6 +29,7 @@ SPEC = dataclasses.replace(
     PLAIN, batch_size=32, mean=(0.51, 0.49, 0.44), std=(0.26, 0.25, 0.27), seed=11, num_workers=1
 )
 ALL = Augment(rotation=15, color_jitter=0.4, random_erasing=0.5)
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=on_gpu)]
 
 
 def pixels(kind: str, spec: LoaderSpec) -> torch.Tensor:
@@ -39,7 +40,7 @@ def pixels(kind: str, spec: LoaderSpec) -> torch.Tensor:
     return images if spec.dtype == torch.uint8 else images * 255 * torch.tensor(spec.std).view(3, 1, 1)
 
 
-@pytest.mark.parametrize("device", [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=on_gpu)], ids=str)
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(
     ("name", "augment", "size", "most", "share"),
     [
@@ -70,9 +71,10 @@ def test_dali_and_resident_agree(
     assert (error > 0.5).float().mean() <= share
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3.3), (torch.uint8, 3.0)])
-def test_dali_and_resident_agree_in_every_dtype(dtype: torch.dtype, most: float) -> None:
-    spec = dataclasses.replace(SPEC, augment=ALL, dtype=dtype)
+def test_dali_and_resident_agree_in_every_dtype(dtype: torch.dtype, most: float, device: torch.device) -> None:
+    spec = dataclasses.replace(SPEC, augment=ALL, dtype=dtype, device=device)
     error = (pixels("dali", spec) - pixels("resident", spec)).abs()
     assert error.max() <= most
     assert (error > 0.5).float().mean() <= 0.002

@@ -19,7 +19,7 @@ from effnet_fast.data import FileSplit
 from effnet_fast.data.examine import examine_file
 from effnet_fast.data.image import load_image
 from effnet_fast.data.torch_loader import TorchLoader
-from effnet_fast.explain import cam, explainer, output, overlay
+from effnet_fast.explain import cam, explainer, output, overlay, records
 from effnet_fast.explain.image_files import list_image_files
 from effnet_fast.explain.models import load_models
 from effnet_fast.run import quick_study
@@ -439,6 +439,15 @@ def test_captum_scores_do_not_depend_on_batch_size(study, tmp_path):
             assert float(a[score]) > 0
             assert float(a[score]) == pytest.approx(float(b[score]), rel=1e-3, abs=1e-5)
     assert "infidelity_mean" in table(tmp_path / "one" / "summary.csv")[0]
+
+
+def test_a_map_without_evidence_has_no_scores(study, tmp_path, monkeypatch):
+    images = write(tmp_path / "images", (32, 32))
+    monkeypatch.setattr(records, "evidence", lambda model, inputs, *a, **k: torch.zeros(len(inputs), 4, 4))
+    line = f"cam --images_path {images} --run a={study}/runs/baseline-0 --infidelity --sensitivity {QUICK}"
+    run(f"{line} --output_path {tmp_path}/out")
+    (row,) = table(tmp_path / "out" / "maps.csv")
+    assert [row[score] for score in ("energy_top10", "deletion", "infidelity", "sensitivity")] == [""] * 4
 
 
 def test_bf16(study, tmp_path):

@@ -158,6 +158,11 @@ def test_a_run_keeps_its_commit(connect, server, tmp_path, capsys):
     again = checkpoint.load(tmp_path / "again" / "last.pt")
     assert again["mean"] == [0.25] * 3
     assert torch.all(again["model"]["stem.conv.weight"] == 0.25)
+    other = f"train --config {tmp_path}/first/config.yaml --run_name other --pretrained hf-hub:{name}@{NEW}"
+    run(f"{other} --time_budget 0.001")  # the command line's weights, at their own commit
+    assert checkpoint.load(tmp_path / "other" / "last.pt")["mean"] == [0.75] * 3
+    run(f"{other} --pretrained_revision {OLD} --run_name third --time_budget 0.001")
+    assert checkpoint.load(tmp_path / "third" / "last.pt")["mean"] == [0.25] * 3
     run(f"{line} --resume no --time_budget 0.001")
     assert checkpoint.load(tmp_path / "first" / "last.pt")["mean"] == [0.75] * 3
 

@@ -6,6 +6,7 @@ Names are imported on first use (PEP 562), so that `import effnet_fast` does not
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ __all__ = [
 ]
 
 openmp.limit_threads()
+# cuBLAS reads it at its first product, and only with it sums in a fixed order, which --deterministic needs.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Public name -> its module.
 _HOMES = {

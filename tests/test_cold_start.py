@@ -4,14 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
 from effnet_fast import create_model, provenance
-from effnet_fast.distributed import World
-from effnet_fast.model.blocks import ahead
+from effnet_fast.model import recompute_blocks
+from effnet_fast.model.blocks import MBConv, ahead
 from effnet_fast.precision import autocast
 from effnet_fast.run import cold_start
 from effnet_fast.train.evaluate import evaluating
@@ -59,13 +59,19 @@ assert cubins() == len(launches)
 """
 
 
-@pytest.mark.parametrize(("precision", "kernels"), [("bf16", "triton"), ("no", "triton"), ("no", "triton-block")])
-def test_the_launches_are_those_of_a_step(monkeypatch, precision, kernels):
-    """Those that real tensors give, in training and in evaluation."""
+@pytest.mark.parametrize(
+    ("precision", "kernels", "recomputes"),
+    [("bf16", "triton", False), ("no", "triton", False), ("no", "triton-block", False), ("bf16", "triton", True)],
+)
+def test_the_launches_are_those_of_a_step(monkeypatch, precision, kernels, recomputes):
+    """Those that real tensors give, in training and in evaluation, with activation checkpointing too."""
     model = create_model("efficientnet-b0", output_stride=8, width=0.25, depth=0.3, kernels=kernels)
+    if recomputes:
+        recompute_blocks(model)
     found = cold_start.step_launches(model, precision, CPU, 2, {32, 24})
     assert model.training
     assert all(p.grad is None for p in model.parameters())
+    assert all(block.recompute == recomputes for block in model.modules() if isinstance(block, MBConv))
     monkeypatch.setattr(ahead, "_OpsOnFakes", launches.nullcontext)
 
     def step(_):
@@ -133,18 +139,27 @@ def test_a_warm_cache_compiles_nothing(tmp_path, monkeypatch, capsys):
 )
 def test_who_compiles(monkeypatch, device, kernels, rank, compiles):
     """The first rank of each machine, where the run uses the Triton kernels."""
-    plan = types.SimpleNamespace(
-        world=World(0, 1, torch.device(device)), kernels="auto", precision="bf16", images_per_pass=8, image_size=32,
-        sizes=types.SimpleNamespace(sizes=[16, 32]),
-    )  # fmt: skip
     asked = []
     monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "of the user")
     monkeypatch.setattr(cold_start, "kernels_in_use", lambda *_: kernels)
     monkeypatch.setattr(cold_start, "step_launches", lambda *arguments: asked.append(arguments[1:]) or ["a launch"])
     monkeypatch.setattr(cold_start, "compile_missing", lambda found, record, say: asked.append((found, record.suffix)))
-    cold_start.compile_kernels(plan, None)
     step = ("bf16", torch.device(device), 8, {16, 32})
+    cold_start.compile_kernels(None, "auto", *step)
     assert asked == ([step, (["a launch"], ".json")] if compiles else [])
+
+
+def test_the_cache_folder_is_not_changed_by_inductor(monkeypatch):
+    """It sets TRITON_CACHE_DIR where nothing has, and kernels compiled before would not be found again."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # so that it is restored
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    folder = triton.knobs.cache.dir
+    ahead.keep_cache_folder()
+    assert triton_cache_dir(0) == folder == triton.knobs.cache.dir
+    monkeypatch.setenv("TRITON_CACHE_DIR", "of the user")
+    ahead.keep_cache_folder()
+    assert os.environ["TRITON_CACHE_DIR"] == "of the user"
 
 
 def test_a_torch_without_fake_tensors(monkeypatch, capsys):
@@ -153,9 +168,9 @@ def test_a_torch_without_fake_tensors(monkeypatch, capsys):
     script = f"import sys, effnet_kernels.launch; sys.modules[{name!r}] = None; from effnet_kernels import ahead"
     subprocess.run([sys.executable, "-c", f"{script}; assert not ahead.HAS_FAKES"], check=True)
     monkeypatch.setattr(ahead, "HAS_FAKES", False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "of the user")
     monkeypatch.setattr(cold_start, "kernels_in_use", lambda *_: "triton")
-    plan = types.SimpleNamespace(world=World(0, 1, torch.device("cuda")), kernels="auto")
-    cold_start.compile_kernels(plan, None)
+    cold_start.compile_kernels(None, "auto", "bf16", torch.device("cuda"), 8, {32})
     assert capsys.readouterr().out == (
         f"torch {torch.__version__} has no FakeTensorMode: each GPU kernel compiles at its first launch\n"
     )

@@ -11,10 +11,11 @@ from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
 from effnet_fast.model.blocks import MBConv
 from effnet_fast.report import fonts
+from effnet_fast.run import cold_start, self_check, verdicts
 from effnet_fast.run import doctor as doctor_module
-from effnet_fast.run import self_check, verdicts
 from effnet_fast.run.doctor import doctor
 from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_step
+from effnet_kernels.launch import launches_go_to
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -68,6 +69,7 @@ def test_wrong_values_are_broken(monkeypatch):
 def test_products_are_checked_on_a_gpu(monkeypatch):
     kernels = []
     monkeypatch.setattr(self_check, "block_error", lambda device, asked, *block: kernels.append(asked) or 0.1)
+    monkeypatch.setattr(self_check, "block_launches", lambda *_: [])
     assert self_check.check_products(CPU)[0] == "absent"
     status, detail = self_check.check_products(GPU)
     assert status == "broken"
@@ -83,6 +85,42 @@ def test_kernels_are_checked_where_a_user_chose_tf32_by_torchs_newer_names():
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")  # sets both
+
+
+@pytest.mark.parametrize("kernels", ["triton", "triton-block"])
+def test_the_launches_of_the_blocks_are_known_before(monkeypatch, kernels):
+    """Those that the comparison starts, so that they are compiled side by side."""
+    pytest.importorskip("triton")
+    found, started = self_check.block_launches(CPU, kernels), []
+    note = lambda op, kernel, *_, **options: started.append((kernel.fn.__name__, tuple(options.items())))  # noqa: E731
+    with launches_go_to(note):
+        for block in self_check.BLOCKS:
+            self_check.block_error(CPU, kernels, *block)
+    assert {(launch.name, launch.options) for launch in found} == set(started)
+    asked = []
+    monkeypatch.setattr(self_check, "block_launches", lambda device, kernels: found)
+    monkeypatch.setattr(self_check, "block_error", lambda *_: 0.0)
+    monkeypatch.setattr(cold_start, "compile_missing", lambda launches, record, say: asked.append(launches))
+    assert self_check._check_blocks(GPU, kernels, "")[0] == "ok"
+    assert asked == [found]
+
+
+def test_blocks_are_compared_without_tf32(monkeypatch):
+    """Neither in matrix products nor in cuDNN's convolutions, whatever the user's setting, which stays."""
+    before = precisions()
+    used, results = [], self_check._results
+    monkeypatch.setattr(self_check, "_results", lambda *arguments: used.append(precisions()) or results(*arguments))
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    try:
+        self_check.block_error(CPU, "torch", *self_check.BLOCKS[0])
+        assert used == [("ieee", "ieee")] * 2
+        assert precisions()[1] == "tf32"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before[1]
+
+
+def precisions():
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
 
 
 def test_failing_check_exits_1(monkeypatch, capsys):
@@ -168,6 +206,23 @@ def test_a_check_runs_once_per_key(monkeypatch, cache):
     verdicts._local_verdict.cache_clear()
     verdicts.passes_check("graph", GPU, "")
     assert len(calls) == 2
+
+
+def test_a_check_that_raises_is_tried_again(monkeypatch, cache):
+    """The GPU may have been full."""
+    calls = []
+
+    def full(device):
+        calls.append(device)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(self_check.CHECKS, "graph", full)
+    for _ in range(2):
+        assert not verdicts.passes_check("graph", GPU, "--step auto is compile")
+    verdicts._local_verdict.cache_clear()
+    assert not verdicts.passes_check("graph", GPU, "--step auto is compile")
+    assert len(calls) == 2  # once in each process
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"name": "graph"}', '{"other": 1}'])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,17 @@ def trained(tmp_path_factory):
     calls = []
     config = TrainConfig(**TINY, ema_decay=0.5, save_dir=str(tmp_path_factory.mktemp("results")), run_name="tiny")
     return effnet_fast.train(config, on_evaluation=lambda epoch, row: calls.append((epoch, row))), calls
+
+
+@pytest.mark.parametrize(("of_the_user", "expected"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_cublas_is_set_before_its_first_product(monkeypatch, of_the_user, expected):
+    """It reads the variable once; a later --deterministic would be refused."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", str(of_the_user))
+    if of_the_user is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    code = "import os, sys, effnet_fast; print(os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected, "False"]
 
 
 def test_train_returns_a_result(trained):
@@ -133,7 +146,7 @@ def test_packages_named_as_verbs_stay_packages():
         (lambda folder: effnet_fast.train(TrainConfig(batch_size=0)), "--batch_size must be at least 1"),
         (lambda folder: effnet_fast.train(TrainConfig(**TINY | {"batch_size": 32}, save_dir=folder)), "is larger than"),
         (lambda folder: effnet_fast.evaluate(EvalConfig(f"{folder}/last.pt")), "last.pt"),
-        (lambda folder: effnet_fast.export(ExportConfig(f"{folder}/last.pt", output="a.onnx")), "must end in"),
+        (lambda folder: effnet_fast.export(ExportConfig(f"{folder}/last.pt", output="a.onnx")), "no checkpoint at"),
         (lambda folder: effnet_fast.load(f"{folder}/last.pt"), "last.pt"),
     ],
 )  # fmt: skip

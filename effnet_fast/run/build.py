@@ -65,7 +65,8 @@ def build(plan: Plan) -> Parts:
         torch.compiler.reset()  # models of earlier runs in this process count against the limit of recompilations
     model = build_model(plan, plan.world.device)
     compare_ranks(about_model(model, plan.kernels, plan.world.device))
-    compile_kernels(plan, model)
+    sizes = {plan.image_size, *plan.sizes.sizes}
+    compile_kernels(model, plan.kernels, plan.precision, plan.world.device, plan.images_per_pass, sizes)
     step = _build_step(plan, model)
     loader = make_loader(plan.loader, dataset.train, _loader_spec(plan, plan.augment))
     eval_images = dataset.val if dataset.val is not None else dataset.test

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +16,8 @@ from torch.func import functional_call
 from effnet_fast import distributed, provenance
 from effnet_fast.checkpoint import write_atomically
 from effnet_fast.model import Network, batch_norms
-from effnet_fast.model.blocks import ahead, kernels_in_use
+from effnet_fast.model.blocks import Kernels, ahead, kernels_in_use
 from effnet_fast.precision import autocast
-from effnet_fast.run.plan import Plan
 from effnet_fast.run.verdicts import cache_folder, device_key
 from effnet_fast.train.evaluate import evaluating
 
@@ -24,19 +25,25 @@ MOST_PROCESSES = 12
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def compile_kernels(plan: Plan, model: Network) -> None:
-    """Compile the kernels of training and evaluation; the other ranks of a machine wait for its first."""
-    device = plan.world.device
-    if device.type != "cuda" or kernels_in_use(plan.kernels, device) != "triton":
+def compile_kernels(
+    model: Network, kernels: Kernels, precision: str, device: torch.device, images: int, sizes: set[int]
+) -> None:
+    """Compile the kernels of training and evaluation; the other ranks of a machine wait for its first.
+
+    Args:
+        kernels: of the model, as resolved for this device.
+        precision, device, images, sizes: see `step_launches`.
+    """
+    if device.type != "cuda" or kernels_in_use(kernels, device) != "triton":
         return
+    ahead.keep_cache_folder()
     if not ahead.HAS_FAKES:
         if distributed.is_main():
             print(f"torch {torch.__version__} has no FakeTensorMode: each GPU kernel compiles at its first launch")
         return
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        sizes = {plan.image_size, *plan.sizes.sizes}
-        launches = step_launches(model, plan.precision, device, plan.images_per_pass, sizes)
-        compile_missing(launches, _record_of(launches, device), say=distributed.is_main())
+        launches = step_launches(model, precision, device, images, sizes)
+        compile_missing(launches, record_of(launches, device), say=distributed.is_main())
     distributed.barrier()
 
 
@@ -46,7 +53,7 @@ def step_launches(
     """The distinct launches of a forward and backward pass and of an evaluation, found on fake tensors.
 
     Args:
-        model: in training mode, on any device.
+        model: in training mode, on `device`.
         precision: bf16, fp16 or no.
         device: of the fake tensors.
         images: of one pass.
@@ -65,14 +72,23 @@ def step_launches(
             with evaluating(model), autocast(precision, device):
                 functional_call(model, tensors, (x,))
 
+    # Fake tensors are not sent to other ranks; and a block that is computed again launches the same kernels again.
     norms = [norm for norm in batch_norms(model) if norm.synchronised]
-    try:
-        for norm in norms:  # fake tensors are not sent to other ranks
-            norm.synchronised = False
+    blocks = [module for module in model.modules() if getattr(module, "recompute", False)]
+    with _switched_off(norms, "synchronised"), _switched_off(blocks, "recompute"):
         return ahead.recorded(step)
+
+
+@contextlib.contextmanager
+def _switched_off(modules: Sequence[torch.nn.Module], name: str) -> Iterator[None]:
+    """In this context, an attribute of the modules that is True is False."""
+    for module in modules:
+        setattr(module, name, False)
+    try:
+        yield
     finally:
-        for norm in norms:
-            norm.synchronised = True
+        for module in modules:
+            setattr(module, name, True)
 
 
 def compile_missing(launches: list[ahead.Launch], record: Path, *, say: bool) -> None:
@@ -98,7 +114,8 @@ def compile_missing(launches: list[ahead.Launch], record: Path, *, say: bool) ->
         _write(record, compiled)
 
 
-def _record_of(launches: list[ahead.Launch], device: torch.device) -> Path:
+def record_of(launches: list[ahead.Launch], device: torch.device) -> Path:
+    """The file that `compile_missing` keeps for these launches on this device."""
     digest = hashlib.sha256("\n".join(sorted(map(repr, launches))).encode()).hexdigest()[:16]
     return cache_folder() / f"compiled-{device_key(device)}-{digest}.json"
 

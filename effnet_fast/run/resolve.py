@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +145,6 @@ def set_backends(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.set_float32_matmul_precision("high")  # TF32 for float32 products
     torch.backends.cudnn.allow_tf32 = True
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)  # also switches it off, for a later run of this process
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -26,7 +27,7 @@ from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.distributed import World
-from effnet_fast.model.blocks import Kernels, MBConv, Style
+from effnet_fast.model.blocks import Kernels, MBConv, Style, ahead
 from effnet_fast.train.optim import make_optimizer
 from effnet_fast.train.step import Step, StepOptions
 
@@ -62,12 +63,13 @@ class Check:
     detail: str
 
 
-def run_check(name: str, device: torch.device) -> Check:
-    """Run one check; if it raises, the result is broken."""
+def run_check(name: str, device: torch.device) -> tuple[Check, bool]:
+    """Run one check; if it raises, the result is broken. Also returns whether it came to its end."""
     try:
-        return Check(name, *CHECKS[name](device))
+        return Check(name, *CHECKS[name](device)), True
     except Exception as error:  # any failure is a finding, not the end of the report
-        return Check(name, "broken", f"the check {name} failed ({type(error).__name__}: {_first_line(error)})")
+        reason = f"the check {name} failed ({type(error).__name__}: {_first_line(error)})"
+        return Check(name, "broken", reason), False
 
 
 def _first_line(error: Exception) -> str:
@@ -116,7 +118,7 @@ def check_triton(device: torch.device) -> Answer:
 
 
 def check_dali(device: torch.device) -> Answer:
-    """Compare a cropped, flipped and colour-jittered batch of DALI with the resident loader's, in levels 0 to 255."""
+    """Compare an augmented batch of DALI with the resident loader's, in levels 0 to 255."""
     builds = {name: version for name in DALI_BUILDS if (version := provenance.version(name))}
     if not builds:
         return "absent", "DALI is not installed: pip install nvidia-dali-cuda120"
@@ -134,12 +136,12 @@ def check_dali(device: torch.device) -> Answer:
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
         device=device,
-        dtype=torch.float32,
+        dtype=torch.float16 if device.type == "cuda" else torch.float32,  # as in training
         seed=0,
         rank=0,
         world=1,
         num_workers=1,
-        augment=Augment(color_jitter=0.2),
+        augment=Augment(color_jitter=0.2, random_erasing=0.5),
     )
     batches = []
     kinds: tuple[LoaderKind, ...] = ("dali", "resident")
@@ -166,10 +168,28 @@ def check_products(device: torch.device) -> Answer:
 
 def _check_blocks(device: torch.device, kernels: Kernels, advice: str) -> Answer:
     """Compare MBConv blocks in training mode, on odd sizes in float32, with PyTorch's operators in float64."""
+    if device.type == "cuda" and ahead.HAS_FAKES:
+        from effnet_fast.run import cold_start  # whose cache this module's results share
+
+        launches = block_launches(device, kernels)
+        cold_start.compile_missing(launches, cold_start.record_of(launches, device), say=True)
     worst = max(block_error(device, kernels, *block) for block in BLOCKS)
     if not worst <= TOLERANCE:
         return "broken", f"a block's relative error against float64 is {worst:.1e}: {advice}"
     return "ok", f"{len(BLOCKS)} MBConv blocks equal float64 within {worst:.1e} (relative RMS, output and gradients)"
+
+
+def block_launches(device: torch.device, kernels: Kernels) -> list[ahead.Launch]:
+    """The kernels that `block_error` starts, to be compiled side by side: one after the other takes a minute."""
+
+    def step(_: object) -> None:
+        with device:
+            for inputs, *shape in BLOCKS:
+                block = MBConv(inputs, *shape, style=Style(kernels=kernels))
+                x = torch.randn(3, inputs, 9, 7).to(memory_format=torch.channels_last).requires_grad_()
+                block(x).sum().backward()
+
+    return ahead.recorded(step)
 
 
 def block_error(
@@ -181,13 +201,24 @@ def block_error(
     exact = MBConv(inputs, outputs, kernel, stride, expand, style=Style(kernels="torch")).to(device, torch.float64)
     exact.load_state_dict(block.state_dict())
     x = torch.randn(3, inputs, 9, 7, device=device).to(memory_format=torch.channels_last)
-    precision = torch.backends.cuda.matmul.fp32_precision  # get_float32_matmul_precision raises if a user set this one
-    torch.set_float32_matmul_precision("highest")  # TF32 has only 10 mantissa bits
-    try:
+    with _without_tf32():
         pairs = zip(_results(block, x), _results(exact, x.double()), strict=True)
         return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Matrix products and cuDNN's convolutions in full float32: TF32 has only 10 mantissa bits."""
+    products = torch.backends.cuda.matmul.fp32_precision  # get_float32_matmul_precision raises if a user set this one
+    cudnn = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    convolutions = cudnn.fp32_precision
+    torch.set_float32_matmul_precision("highest")
+    cudnn.fp32_precision = "ieee"
+    try:
+        yield
     finally:
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")
+        cudnn.fp32_precision = convolutions
 
 
 def _results(block: nn.Module, x: Tensor) -> list[Tensor]:

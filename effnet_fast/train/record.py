@@ -42,8 +42,11 @@ class Clock:
         return event
 
     def seconds(self, start: Moment, end: Moment) -> float:
-        """Seconds between two time stamps; the device must have passed both."""
-        return start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+        """Seconds between two time stamps; waits until the device has passed the later one."""
+        if not self.on_gpu:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
 
 
 class Lines:

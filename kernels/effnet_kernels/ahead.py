@@ -91,6 +91,7 @@ def compile_all(launches: list[Launch], target: Any, workers: int) -> Iterator[l
     Yields, as each is done, the key and the name for `is_compiled`, or nothing where a compilation failed: the launch
     itself will raise the error.
     """
+    keep_cache_folder()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     reading, writing = os.pipe()
@@ -112,6 +113,11 @@ def compile_all(launches: list[Launch], target: Any, workers: int) -> Iterator[l
         for process in processes:
             process.kill()
             process.wait()
+
+
+def keep_cache_folder() -> None:
+    """Name Triton's cache folder in the environment: else Inductor names its own one there, amid a run."""
+    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
 
 
 def is_compiled(key: str, name: str) -> bool:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -190,11 +190,17 @@ class LaunchChoice:
     space: Callable[..., list[Any]]
 
     def __call__(self, *sizes: int) -> Any:
-        return _in_use.get((self.kernel, sizes)) or self.heuristic(*sizes)
+        return _in_use.get((self.kernel, sizes)) or heuristics_launch(self, sizes)
 
     def candidates(self, *sizes: int) -> list[Any]:
         """The heuristic's launch, then the others of the space."""
         return list(dict.fromkeys([self.heuristic(*sizes), *self.space(*sizes)]))
+
+
+@cache
+def heuristics_launch(choice: LaunchChoice, sizes: Sizes) -> Any:
+    """What a step of some hundred launches would compute anew each time, on the host."""
+    return choice.heuristic(*sizes)
 
 
 @dataclass(frozen=True)
@@ -297,8 +303,9 @@ def launch(op: str, function: Any, grid: tuple[int, ...], *args: Any, num_warps:
         return
     tensors = [a for a in args if isinstance(a, Tensor)]
     device = tensors[0].device
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with nullcontext() if is_current else torch.cuda.device(device):  # to switch the device costs time
             function[grid](*args, **options)
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)

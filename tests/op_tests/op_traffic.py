@@ -107,6 +107,7 @@ def recorded(batch: int):
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
     InterpreterBuilder.set_grid_idx = start_program
     launch.PROCESSORS = max(processors * batch // BATCH, 1)
+    launch.heuristics_launch.cache_clear()
     try:
         with launch.launches_go_to(counted_launch), torch_ops:
             yield traffic
@@ -114,6 +115,7 @@ def recorded(batch: int):
         for name, function in originals.items():
             setattr(InterpreterBuilder, name, function)
         launch.PROCESSORS = processors
+        launch.heuristics_launch.cache_clear()
 
 
 @dataclass(frozen=True)

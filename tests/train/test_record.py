@@ -113,12 +113,16 @@ class Device:
 
 class Event:
     def __init__(self, device):
-        self.device, self.at = device, None
+        self.device, self.at, self.is_passed = device, None, False
 
     def record(self):
         self.at = self.device.time
 
+    def synchronize(self):
+        self.is_passed = True
+
     def elapsed_time(self, end):
+        assert end.is_passed, "CUDA raises an error"
         return 1000 * (end.at - self.at)
 
 

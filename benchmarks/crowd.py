@@ -2,7 +2,8 @@
 
 Each policy gets a pair of processes that train the same case on the CPU. One process of a pair trains alone for some
 seconds, then both do. Rounds alternate over the policies, so that other work on the machine affects all alike. The
-first seconds of each training are not timed: in them the package's policy reacts to the load of the one before.
+first seconds of each training are not timed: in them the package's policy reacts to the load of the one before. The
+result is written after each round.
 
     python benchmarks/crowd.py --rounds 9 --out benchmarks/results/crowd.json
 """
@@ -36,7 +37,8 @@ class Trainer:
     def __init__(self, case: Case, policy: dict[str, str], settle: float, seconds: float) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | policy
         arguments = ["--image-size", case.image_size, "--output-stride", case.output_stride, "--model", case.model]
-        arguments += ["--batch-size", case.batch_size, "--settle", settle, "--seconds", seconds, "--worker"]
+        arguments += ["--batch-size", case.batch_size, "--dtype", case.dtype]
+        arguments += ["--settle", settle, "--seconds", seconds, "--worker"]
         self.process = subprocess.Popen(
             [sys.executable, __file__, *map(str, arguments)],
             stdin=subprocess.PIPE,
@@ -104,19 +106,21 @@ def main(argv: list[str]) -> None:
     if args.worker:
         worker(case, args.settle, args.seconds)
         return
+    if harness.DEVICE == "cuda":
+        raise ValueError("this measures CPU trainings: hide the GPU with CUDA_VISIBLE_DEVICES=")
     pairs = {
         name: [Trainer(case, POLICIES[name], args.settle, args.seconds) for _ in range(2)] for name in args.policies
     }
     samples = {name: [] for name in pairs}
+    settings = harness.settings_of(case, rounds=args.rounds)
     for _ in range(args.rounds):
         for name, pair in pairs.items():
             samples[name].append(measure(pair))
+        harness.write(args.out, harness.result("crowd", settings, [row(name, samples) for name in pairs]), quiet=True)
     for pair in pairs.values():
         for trainer in pair:
             trainer.close()
-    rows = [row(name, samples) for name in pairs]
-    print(harness.table(rows))
-    harness.write(args.out, harness.result("crowd", harness.settings_of(case, rounds=args.rounds), rows))
+    print(harness.table([row(name, samples) for name in pairs]))
 
 
 def row(name: str, samples: dict[str, list[tuple[float, float]]]) -> dict[str, object]:

@@ -15,14 +15,14 @@ cd "$here/.." || exit 1
 workers=(--numprocesses "${WORKERS:-12}")
 ops=(tests/op_tests/test_ops.py tests/op_tests/test_registration.py tests/op_tests/test_model.py)
 if on_gpu; then
-    # The limits add up to 580 s; --seconds starts after the imports of checks.py, so it is 15 s shorter. The captured
+    # The limits add up to 540 s; --seconds starts after the imports of checks.py, so it is 15 s shorter. The captured
     # step compiles eight models, and a test of resuming trains in four processes, two of which compile.
-    part checks 110 --seconds 95 -- tests -m "gpu and not slow" "${workers[@]}"
-    part checks 120 --seconds 105 -- "${ops[@]}" -m "" "${workers[@]}"
-    part checks 120 --seconds 105 -- tests --ignore tests/op_tests -m "gpu and slow" --numprocesses 4
-    part checks 80 --seconds 65 -- tests/op_tests/test_every_layer.py -m "" -k b0 "${workers[@]}"
+    part checks 100 --seconds 85 -- tests -m "gpu and not slow" "${workers[@]}"
+    part checks 110 --seconds 95 -- "${ops[@]}" -m "" "${workers[@]}"
+    part checks 110 --seconds 95 -- tests --ignore tests/op_tests -m "gpu and slow" --numprocesses 4
+    part checks 75 --seconds 60 -- tests/op_tests/test_every_layer.py -m "" -k b0 "${workers[@]}"
     # Python and torch alone take half a minute to start under the sanitizer.
-    part checks 90 --seconds 75 --sanitizer memcheck -- tests/op_tests/test_ops.py -m "not slow" -k "against and no-vector"
+    part checks 85 --seconds 70 --sanitizer memcheck -- tests/op_tests/test_ops.py -m "not slow" -k "against and no-vector"
     part checks 60 --seconds 45 --sanitizer racecheck -- tests/op_tests/test_ops.py -m "not slow" -k "against and no-vector"
 else
     echo "no GPU: a few of the tests, in Triton's interpreter"

@@ -12,9 +12,9 @@ suite=kernels
 source "$(dirname "$0")/parts.sh"
 
 if on_gpu; then
-    # The limits add up to 580 s; each part keeps its times if it is stopped.
-    verb tune 360 --batch_size 512 --seconds 320
-    part ops 160 --no-compile --op bn_silu --op depthwise_conv --op mbconv --limit 12
+    # The limits add up to 540 s; each part keeps its times if it is stopped.
+    verb tune 330 --batch_size 512 --seconds 290
+    part ops 150 --no-compile --op bn_silu --op depthwise_conv --op mbconv --limit 12
     part pointwise 60
 else
     echo "no GPU: the smallest form of each; the figures say nothing about a GPU"

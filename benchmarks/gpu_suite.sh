@@ -13,9 +13,9 @@ suite=suite
 source "$(dirname "$0")/parts.sh"
 
 if on_gpu; then
-    # The limits add up to 580 s. Compiling takes most of throughput's time, up to a minute a model, and cannot be
-    # interrupted: after 180 s it starts no further one and reports the rest as left out.
-    part throughput 270 --peers --output-stride 8 --direction train --rounds 10 --seconds 180 \
+    # The limits add up to 540 s. Compiling takes most of throughput's time, up to a minute a model, and cannot be
+    # interrupted: after 150 s it starts no further one and reports the rest as left out.
+    part throughput 230 --peers --output-stride 8 --direction train --rounds 10 --seconds 150 \
         --step graph --step compile --step eager
     # The roofline and the loaders need the captured step's time; they measure it only where throughput did not.
     measured='import json, sys; rows = json.load(open(sys.argv[1]))["rows"]
@@ -27,20 +27,20 @@ print(*next((row["ms"][1], row["img/s"][1]) for row in rows if row["step"] == "g
         roofline=(--step-ms "$step_ms")
         loader+=(--step-rate "$step_rate")
     fi
-    part throughput 75 --image-size 224 --batch-size 256 --direction train --rounds 10 --seconds 55 \
+    part throughput 95 --image-size 224 --batch-size 256 --direction train --rounds 10 --seconds 70 \
         --step graph --step compile
     part throughput 40 --peers --output-stride 8 --direction inference --no-compile --rounds 10 --seconds 20
     part roofline 40 "${roofline[@]}"
-    part loader 45 --num-workers 16 --batches 50 "${loader[@]}"
+    part loader 45 --num-workers 16 "${loader[@]}"
     part step_profile 35
     part scaling 30 --rounds 20 --kind weak
-    part ops 45 --op mbconv --limit 4 --no-compile
+    part ops 25 --op mbconv --limit 4 --no-compile
 else
     echo "no GPU: the smallest form of each benchmark; the figures say nothing about a GPU"
     small=(--batch-size 4 --output-stride 32)
     part throughput 120 --peers --no-compile --rounds 2 --warm-up 1 "${small[@]}"
     part roofline 60 --chip h100 "${small[@]}"
-    part loader 90 --batches 2 --rounds 2 --num-workers 2 "${small[@]}"
+    part loader 90 --images 1024 --rounds 2 --num-workers 2 "${small[@]}"
     part step_profile 60 --steps 1 "${small[@]}"
     part scaling 120 --ranks 1 2 --kind weak --rounds 2 "${small[@]}"
     part time_to_accuracy 90 --recipe quickstart --target 0 --seeds 1 --set limit_train=64 --set limit_eval=20 \

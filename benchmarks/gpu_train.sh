@@ -8,7 +8,7 @@
 # OUT.json is by default benchmarks/results/train-DATE.json. Environment: PYTHON (default python), DATA_DIR (a folder
 # with CIFAR-100, default data), SAVE_DIR (default results), STEP (default graph; use compile if capturing fails), EPOCHS
 # of `choose` (default 30) and `times` (default 60: a short schedule meets a target sooner). After SECONDS_AT_MOST of
-# training (default 540) `final` evaluates, saves and ends; the same command resumes. Without a GPU each trains on a few
+# training (default 400, since kernels compile before it) `final` evaluates, saves and ends; the same command resumes. Without a GPU each trains on a few
 # synthetic images.
 set -uo pipefail
 what=${1:-}
@@ -20,7 +20,7 @@ source "$(dirname "$0")/parts.sh"
 save_dir=${SAVE_DIR:-results}
 step=${STEP:-graph}
 settings=(--set "data_dir=${DATA_DIR:-data}" --set "step=$step")
-flags=(--data_dir "${DATA_DIR:-data}" --step "$step" --time_budget "${SECONDS_AT_MOST:-540}")
+flags=(--data_dir "${DATA_DIR:-data}" --step "$step" --time_budget "${SECONDS_AT_MOST:-400}")
 epochs=${EPOCHS:-30}
 target=(--target 75 80 --seeds 3 --set "num_epochs=${EPOCHS:-60}" --set eval_every_epochs=1)
 if ! on_gpu; then
@@ -37,7 +37,7 @@ fi
 
 case $what in
 choose)
-    part choose_recipe 590 --recipe cifar100 "${settings[@]}" --epochs "$epochs" --same-epochs --seeds 1 \
+    part choose_recipe 540 --recipe cifar100 "${settings[@]}" --epochs "$epochs" --same-epochs --seeds 1 \
         --variant "" \
         --variant "rotation=15 color_jitter=0.3" \
         --variant "cutmix=0" \
@@ -50,7 +50,7 @@ final)
         --save_dir "$save_dir" --run_name cifar100
     ;;
 times)
-    part time_to_accuracy 590 --recipe cifar100 "${settings[@]}" "${target[@]}"
+    part time_to_accuracy 540 --recipe cifar100 "${settings[@]}" "${target[@]}"
     ;;
 *)
     echo "error: the first argument must be choose, final or times, not '$what'" >&2

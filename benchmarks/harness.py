@@ -31,6 +31,7 @@ from effnet_fast.distributed import World
 from effnet_fast.model import default_output_stride, variant
 from effnet_fast.precision import autocast
 from effnet_fast.run import gpu_clock
+from effnet_fast.run.cold_start import compile_kernels
 from effnet_fast.run.resolve import compile_model, loader_dtype, resolve_step, set_backends, worker_count
 from effnet_fast.train import optim
 from effnet_fast.train.step import Step, StepOptions
@@ -112,10 +113,12 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def make_model(case: Case) -> nn.Module:
-    """The case's model, on the device."""
+    """The case's model, on the device; its Triton kernels are compiled, side by side."""
     torch.manual_seed(0)
     model = create_model(case.model, case.num_classes, case.image_size, case.output_stride, width=case.width)
-    return model.to(DEVICE)
+    model.to(DEVICE)
+    compile_kernels(model, "auto", case.precision, torch.device(DEVICE), case.batch_size, {case.image_size})
+    return model
 
 
 def make_batch(case: Case) -> tuple[Tensor, Tensor]:
@@ -227,7 +230,13 @@ def endless(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def quantiles(values: list[float]) -> Quantiles:
-    """p20, p50 and p80."""
+    """p20, p50 and p80.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("nothing was timed: --rounds must be at least 1")
     ordered = sorted(values)
     return tuple(ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))  # type: ignore[return-value]
 
@@ -261,11 +270,13 @@ def alternating(
     warm_up: int,
     inner: int = 1,
     after_round: Callable[[dict[Any, list[float]]], None] = lambda samples: None,
+    first: int = 0,
 ) -> dict[Any, list[float]]:
     """Milliseconds of each call. The calls take turns, so that other load on the machine affects all alike.
 
     Args:
         inner: calls timed together, so that a GPU's queue stays filled.
+        first: calls of each turn that are not timed, where a turn has to prepare something.
         after_round: receives all samples so far, to keep them should the script be stopped.
     """
     for call in calls.values():
@@ -274,6 +285,8 @@ def alternating(
     samples: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            for _ in range(first):
+                call()
             samples[name].append(wall_ms(lambda call=call: [call() for _ in range(inner)]) / inner)  # type: ignore[misc]
         after_round(samples)
     return samples

@@ -60,7 +60,7 @@ class Shape:
 def b0_shapes() -> Iterator[Shape]:
     """B0's distinct depthwise layers, collected from the model: 512 images of 32 px, output stride 8; 128 of 224 px."""
     for batch, pixels in ((512, 32), (128, 224)):
-        model = create_model("efficientnet-b0", image_size=pixels)
+        model = create_model("efficientnet-b0", image_size=pixels, kernels="torch")
         seen: dict[Shape, None] = {}
 
         def note(block: MBConv, inputs: tuple[Tensor], batch: int = batch, seen: dict[Shape, None] = seen) -> None:
@@ -166,6 +166,7 @@ def agrees(op: Op, shape: Shape, dtype: torch.dtype) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
 
 
+@torch._functorch.config.patch(donated_buffer=False)  # which a backward pass that is repeated needs
 def measure(op: Op, shape: Shape, dtype: torch.dtype, kernels: str, compiled: bool) -> dict[str, tuple[float, ...]]:
     """Quantiles of forward, which saves what backward needs, and of backward on saved outputs."""
     run = torch.compile(op.run, fullgraph=True, dynamic=False) if compiled else op.run

@@ -12,6 +12,8 @@ carried=${CARRIED:-$here/../.carry}
 if [[ -d $carried ]]; then
     export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$carried
 fi
+# One folder of compiled kernels for all parts: Inductor would name its own one.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$HOME/.triton/cache}
 out=${1:-$here/results/$suite-$(date +%Y%m%d-%H%M%S).json}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -30,7 +32,7 @@ def absent(name):
     except ModuleNotFoundError:  # of the parent package
         return True
 
-names = "jsonargparse captum optuna nvidia.dali timm torchvision efficientnet_pytorch pytest_reportlog"
+names = "jsonargparse anyascii captum optuna nvidia.dali timm torchvision efficientnet_pytorch pytest_reportlog"
 print(*filter(absent, names.split()), sep=", ")')
 if [[ -n $absent ]]; then
     echo "not installed: $absent; parts that need them are reported and skipped"
@@ -62,6 +64,11 @@ timed() {
         echo "FAILED: $name after $((SECONDS - start)) s" >&2
         failed=1
     fi
+    join >/dev/null 2>&1 # now, so that who stops the suite loses one part at most
+}
+
+join() {
+    "$python" "$here/report.py" --merge "$out" "${parts[@]}"
 }
 
 on_gpu() {
@@ -70,6 +77,6 @@ on_gpu() {
 
 # finish: join the results; status 1 if a part failed.
 finish() {
-    "$python" "$here/report.py" --merge "$out" "${parts[@]}" || exit 1
+    join || exit 1
     exit "$failed"
 }

@@ -45,7 +45,7 @@ class Layer:
 
 def layers(batch: int, pixels: int) -> list[Layer]:
     """B0's distinct 1x1 convolutions, without those of squeeze-and-excitation, collected from the model."""
-    model = create_model("efficientnet-b0", image_size=pixels)
+    model = create_model("efficientnet-b0", image_size=pixels, kernels="torch")
     seen: dict[Layer, None] = {}
 
     def note(conv: Conv, inputs: tuple[Tensor]) -> None:

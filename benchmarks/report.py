@@ -14,7 +14,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,16 @@ def machine(provenance: dict[str, Any]) -> str:
     return provenance["gpu"] or f"{cores} {'core' if cores == 1 else 'cores'} of an {provenance['cpu']}"
 
 
-def origin(provenance: dict[str, Any]) -> str:
-    """Machine, driver, versions and commit of a result."""
+def origin(provenance: dict[str, Any], commits: Iterable[str | None] = ()) -> str:
+    """Machine, driver, versions and commit of a result; `commits` where its parts ran at several."""
     parts = [machine(provenance)]
     if provenance["driver"]:
         parts.append(f"driver {provenance['driver']}")
     parts.append(f"torch {provenance['torch'].split('+')[0]}")
-    if provenance["nvidia-dali-cuda120"]:
-        parts.append(f"DALI {provenance['nvidia-dali-cuda120']}")
-    return ", ".join([*parts, (provenance["commit"] or "?")[:7]])
+    if dali := provenance["nvidia-dali-cuda120"] or provenance.get("nvidia-dali-cuda130"):
+        parts.append(f"DALI {dali}")
+    names = dict.fromkeys((commit or "?")[:7] for commit in commits) or [(provenance["commit"] or "?")[:7]]
+    return ", ".join([*parts, " and ".join(names)])
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -177,13 +178,17 @@ def study(folder: Path = RESULTS) -> str:
         models = [row for row in csv_rows(path) if row["top1_mean"]]
         environment = json.loads(path.with_name("study.json").read_text())["environment"]
         for row in models:
+            folders = path.parent.glob(f"runs/{row['model']}-*")
+            commits = [json.loads((run / "environment.json").read_text())["commit"] for run in sorted(folders)]
             spread = f" +- {float(row['top1_std']):.2f}" if row["top1_std"] else ""
             cost = [row["image_size"], f"{int(row['parameters']) / 1e6:.2f} M", f"{int(row['macs']) / 1e6:.1f} M"]
             p_value = f"{float(row['p_compound']):.3f}" if row["p_compound"] else ""
             scale = f"{float(row['depth']):.4g}, {float(row['width']):.4g}" if row["depth"] else ""
             top1 = f"{float(row['top1_mean']):.2f}{spread} %"
             minutes = f"{float(row['seconds_mean']) / 60:.0f}"
-            rows.append([row["model"], scale, *cost, top1, row["seeds"], p_value, minutes, origin(environment)])
+            rows.append(
+                [row["model"], scale, *cost, top1, row["seeds"], p_value, minutes, origin(environment, commits)]
+            )
     columns = ["model", "depth, width", "px", "parameters", "MACs", "test top-1", "seeds", "p against compound", "min"]
     return table([*columns, PROVENANCE], rows)
 
@@ -259,7 +264,7 @@ def time_to_accuracy(folder: Path = RESULTS) -> str:
             if "mean s" in goal:
                 seconds = f"{goal['mean s']:.1f} +- {goal['standard deviation s']:.1f}"
             cells = [recipe, f"{goal['target']:g} %", seconds, f"{compiling:.1f}", str(goal["seeds"])]
-            rows.append([*cells, origin(content["provenance"])])
+            rows.append([*cells, origin(content["provenance"], (row["commit"] for row in content["rows"]))])
     return table(["recipe", "top-1", "seconds", "compiling, s", "seeds", PROVENANCE], rows)
 
 
@@ -276,7 +281,7 @@ def choose_recipe(folder: Path = RESULTS) -> str:
             test = ["", "", ""] if row["p"] is None else [row["against"], f"{row['gain']:+.2f}", f"{row['p']:.3f}"]
             seconds = f"{statistics.mean(row['seconds']):.0f}"
             cells = [row["candidate"], top1, str(len(row["scores"])), str(row["epochs"]), seconds, *test]
-            rows.append([recipe, *cells, origin(content["provenance"])])
+            rows.append([recipe, *cells, origin(content["provenance"], row["commits"])])
     columns = ["recipe", "candidate", "val top-1", "seeds", "epochs", "s", "against", "gain", "p", PROVENANCE]
     return table(columns, rows)
 

@@ -3,7 +3,7 @@
 Runs itself under torchrun with each number of ranks (nccl on GPUs, gloo on the CPU, one thread a rank) and measures
 the training step under DistributedDataParallel with shared BatchNorm statistics. Weak: each rank has the whole batch;
 strong: the batch is divided. Efficiency is the rate per rank, relative to the smallest number of ranks. The
-communication share is the extra time over the same step without exchange of gradients and statistics.
+communication share is the extra time over the same step without exchange of gradients and statistics; both take turns.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from effnet_fast import distributed
 from effnet_fast.model import batch_norms
 from effnet_fast.run.build import data_parallel
 
+Times = dict[str, float]  # `ms` of the step, and `ms apart` without exchange if there are several ranks
+
 
 def worker(args: argparse.Namespace, case: Case) -> None:
     """One rank: time the step with and without communication; rank 0 writes both."""
@@ -37,26 +39,24 @@ def worker(args: argparse.Namespace, case: Case) -> None:
         step = harness.make_step(case, args.step, world, wrap if world.size > 1 else None)
         batch = tuple(t.to(world.device) for t in harness.make_batch(case))
 
-        def timed(apart: bool) -> float:
+        def call(apart: bool) -> None:
             for norm in batch_norms(step.module):
                 norm.synchronised = not apart
-            quiet = step.model.no_sync if apart and world.size > 1 else contextlib.nullcontext
+            with step.model.no_sync() if apart else contextlib.nullcontext():
+                step(*batch, 0)
 
-            def call() -> None:
-                with quiet():
-                    step(*batch, 0)
-
-            distributed.barrier()
-            return harness.quantiles(harness.alternating({"step": call}, args.rounds, 2, harness.INNER)["step"])[1]
-
-        together, apart = timed(apart=False), timed(apart=True)
+        calls = {"ms": functools.partial(call, apart=False)}
+        if world.size > 1:
+            calls["ms apart"] = functools.partial(call, apart=True)
+        distributed.barrier()
+        samples = harness.alternating(calls, args.rounds, 2, harness.INNER)
         if world.is_main:
-            args.worker.write_text(json.dumps({"ms": together, "ms apart": apart}))
+            args.worker.write_text(json.dumps({name: harness.quantiles(ms)[1] for name, ms in samples.items()}))
     finally:
         distributed.shutdown()
 
 
-def launch(ranks: int, case: Case, args: argparse.Namespace) -> dict[str, float]:
+def launch(ranks: int, case: Case, args: argparse.Namespace) -> Times:
     """Measure with this number of ranks, each with the case's batch.
 
     Raises:
@@ -81,12 +81,18 @@ def launch(ranks: int, case: Case, args: argparse.Namespace) -> dict[str, float]
         return json.loads(times.read_text())
 
 
-def rows_of(kind: str, case: Case, args: argparse.Namespace) -> Iterator[dict]:
-    """One row per number of ranks, as soon as it is measured."""
+def rows_of(kind: str, case: Case, args: argparse.Namespace, measured: dict[tuple[int, Case], Times]) -> Iterator[dict]:
+    """One row per number of ranks, as soon as it is measured.
+
+    Args:
+        measured: times by ranks and case; completed in place, so that weak and strong scaling share a baseline.
+    """
     base = None
     for ranks in args.ranks:
         share = case if kind == "weak" else dataclasses.replace(case, batch_size=case.batch_size // ranks)
-        times = launch(ranks, share, args)
+        if (ranks, share) not in measured:
+            measured[ranks, share] = launch(ranks, share, args)
+        times = measured[ranks, share]
         rate = ranks * share.batch_size / times["ms"] * 1e3
         base = base or rate / ranks
         yield {
@@ -96,7 +102,7 @@ def rows_of(kind: str, case: Case, args: argparse.Namespace) -> Iterator[dict]:
             "ms": times["ms"],
             "img/s": rate,
             "efficiency": rate / (ranks * base),
-            "communication": max(0.0, 1 - times["ms apart"] / times["ms"]),
+            "communication": max(0.0, 1 - times.get("ms apart", times["ms"]) / times["ms"]),
         }
 
 
@@ -129,8 +135,9 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--ranks must be at least 1 and divide the batch of {case.batch_size}")
     print(f"{case}\n{harness.warning()}".rstrip())
     rows: list[dict] = []
+    measured: dict[tuple[int, Case], Times] = {}
     for kind in args.kind or ["weak", "strong"]:
-        for row in rows_of(kind, case, args):
+        for row in rows_of(kind, case, args, measured):
             print(line(row), flush=True)
             rows.append(row)
             harness.write(args.out, harness.result("scaling", harness.settings_of(case, step=args.step), rows))

@@ -4,8 +4,8 @@ Runs `effnet-fast train` with a recipe (`--recipe`, and `--set FIELD=VALUE`) onc
 an evaluation reaches the highest target. Before the clock starts, a step and an evaluation compile everything and are
 undone; their seconds are reported separately. The clock covers training, loading and saving, with and without
 evaluations. A target that a seed misses has no mean. The result is written after each seed; the same command with the
-same `--out` continues with the seeds that are missing. `--candidate timm` trains one of candidates.py instead: the
-recipe with its changes, or with timm's model.
+same `--out` continues, on the same kind of machine, with the seeds that are missing. `--candidate timm` trains one of
+candidates.py instead: the recipe with its changes, or with timm's model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from effnet_fast.run import training
 from effnet_fast.train.graph import unchanged
 
 RECIPES = Path(effnet_fast.__file__).parent / "recipes"
+MACHINE = ("gpu", "cpu", "cores", "torch")  # of the provenance: seconds compare only where these are the same
 
 
 class _Reached(Exception):
@@ -88,12 +89,19 @@ def one_run(config: TrainConfig, target: float, candidate: Candidate) -> dict:
             status = 0
     if status or not clock.history:
         raise ValueError(f"the run of seed {config.seed} was stopped before its first evaluation, or by a signal")
-    return {"seed": config.seed, "compile s": clock.compile_seconds, "history": clock.history}
+    commit = harness.environment()["commit"]
+    return {"seed": config.seed, "commit": commit, "compile s": clock.compile_seconds, "history": clock.history}
 
 
 def reached(row: dict, target: float) -> dict[str, float] | None:
     """A run's first evaluation at or above the target."""
     return next((moment for moment in row["history"] if moment["top1"] >= target), None)
+
+
+def continues(made: dict, settings: dict) -> bool:
+    """Whether an earlier result has these settings, and was measured on such a machine with as many threads."""
+    same_machine = all(made["provenance"][name] == harness.environment()[name] for name in MACHINE)
+    return same_machine and made["threads"] == torch.get_num_threads() and settings.items() <= made["settings"].items()
 
 
 def recipe(name: str, changes: list[str]) -> TrainConfig:
@@ -152,7 +160,7 @@ def main(argv: list[str]) -> None:
     targets = sorted(args.target)
     named = " and ".join(f"{target:g} %" for target in targets)
     settings = {"recipe": args.recipe, "changes": args.set, "candidate": args.candidate, "targets": targets}
-    rows = harness.earlier_rows(args.out, "measurement", lambda made: settings.items() <= made["settings"].items())
+    rows = harness.earlier_rows(args.out, "measurement on this machine", lambda made: continues(made, settings))
     words = [args.recipe, *([f"as {args.candidate}"] if args.candidate else []), *args.set]
     print(f"recipe {' '.join(words)}, target {named}\n{harness.warning()}".rstrip())
     with tempfile.TemporaryDirectory() as folder:

@@ -42,6 +42,8 @@ from effnet_fast.report.table import as_csv  # noqa: E402
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr(harness, "DEVICE", "cpu")
+    monkeypatch.setattr(harness, "INNER", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for other processes
 
 
 def script(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -274,10 +276,9 @@ def test_roofline_of_a_named_chip_needs_no_gpu(tmp_path, capsys):
 
 
 def test_loader_measures_and_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "IMAGES", 1000)
     out, speeds = tmp_path / "l.json", tmp_path / "speeds.json"
     speeds.write_text('{"another GPU": {"dali": 1}}')
-    words = ["--batches", "1", "--rounds", "1", "--num-workers", "1", "--step-rate", "1000", "--record"]
+    words = ["--images", "64", "--rounds", "1", "--num-workers", "1", "--step-rate", "1000", "--record"]
     loader.main([*words, "--speeds", str(speeds), "--out", str(out), *SMALL])
     measured = {row["loader"]: round(row["img/s"][1]) for row in read(out)["rows"]}
     assert {"resident", "torch"} <= measured.keys()
@@ -356,9 +357,34 @@ def test_scaling_over_one_rank(tmp_path):
     out = tmp_path / "s.json"
     scaling.main(["--ranks", "1", "--kind", "strong", "--rounds", "1", "--out", str(out), *SMALL])
     (row,) = read(out)["rows"]
-    assert row["efficiency"] == 1
+    assert (row["efficiency"], row["communication"]) == (1, 0)
     with pytest.raises(ValueError, match="divide the batch"):
         scaling.main(["--ranks", "3", *SMALL])
+
+
+def test_weak_and_strong_scaling_share_a_baseline(monkeypatch):
+    measured = []
+
+    def launch(ranks, case, args):
+        measured.append((ranks, case.batch_size))
+        return {"ms": 2.0, "ms apart": 1.5}
+
+    monkeypatch.setattr(scaling, "launch", launch)
+    scaling.main(["--ranks", "1", "2", *SMALL])
+    assert measured == [(1, 4), (2, 4), (2, 2)]
+
+
+def test_calls_take_turns():
+    made = []
+    calls = {name: lambda name=name: made.append(name) for name in "ab"}
+    samples = harness.alternating(calls, 2, warm_up=1, inner=2, first=1)
+    assert "".join(made) == "ab" + 2 * "aaabbb"
+    assert [len(times) for times in samples.values()] == [2, 2]
+
+
+def test_no_rounds():
+    with pytest.raises(ValueError, match="--rounds must be at least 1"):
+        harness.quantiles([])
 
 
 @pytest.mark.slow
@@ -398,7 +424,7 @@ def test_step_cost(tmp_path, monkeypatch):
         step_cost.main(["--model", "resnet50"])
 
 
-def test_crowd(tmp_path):
+def test_crowd(tmp_path, monkeypatch):
     out = tmp_path / "crowd.json"
     words = [
         "--image-size",
@@ -416,6 +442,9 @@ def test_crowd(tmp_path):
     ]
     crowd.main([*words, "--policies", "1 thread"])
     (row,) = read(out)["rows"]
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    with pytest.raises(ValueError, match="hide the GPU"):
+        crowd.main(words)
     assert row["policy"] == "1 thread"
     assert min(float(rate) for rate in row["alone img/s p20 p50 p80"].split()) > 0
     assert row["together / 1 thread p20 p50 p80"] == "1.00 1.00 1.00"
@@ -438,7 +467,7 @@ def test_time_to_accuracy(tmp_path, capsys):
     (moment,) = row["history"]  # it stopped there
     assert moment["epoch"] == 1
     assert moment["s"] > moment["s without evaluation"] > 0
-    with pytest.raises(ValueError, match="not a measurement with these settings: choose another --out"):
+    with pytest.raises(ValueError, match="not a measurement on this machine with these settings: choose another --out"):
         time_to_accuracy.main([*words, "--target", "101", "0"])
     out.unlink()
     time_to_accuracy.main([*words, "--target", "101", "0"])
@@ -476,6 +505,7 @@ def test_a_failed_seed_keeps_the_others_and_is_run_again(tmp_path, monkeypatch):
             raise ValueError("cut off")
         return {
             "seed": config.seed,
+            "commit": f"{config.seed}abcdef0",
             "compile s": 1.0,
             "history": [{"epoch": 1, "top1": 9.0, "s": 2.0, "s without evaluation": 1}],
         }
@@ -492,6 +522,19 @@ def test_a_failed_seed_keeps_the_others_and_is_run_again(tmp_path, monkeypatch):
         time_to_accuracy.main(words)
     assert seeds == [0, 1, 1]
     assert [row["seed"] for row in read(out)["rows"]] == [0, 1]
+    assert "0abcdef and 1abcdef |" in report.time_to_accuracy(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("threads", 99), ("provenance", {"cpu": "another"})])
+def test_seconds_of_another_machine_are_not_continued(tmp_path, field, value):
+    out = tmp_path / "a.json"
+    row = {"seed": 0, "commit": None, "compile s": 1.0, "history": [{"epoch": 1, "top1": 9.0, "s": 2.0}]}
+    settings = {"recipe": "quickstart", "changes": [], "candidate": None, "targets": [9.0]}
+    made = harness.result("time_to_accuracy", settings, [row])
+    made[field] = made[field] | value if isinstance(value, dict) else value
+    out.write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="not a measurement on this machine"):
+        time_to_accuracy.main(["--recipe", "quickstart", "--target", "9", "--out", str(out)])
 
 
 def test_time_to_accuracy_of_a_candidate(tmp_path, monkeypatch):
@@ -501,7 +544,7 @@ def test_time_to_accuracy_of_a_candidate(tmp_path, monkeypatch):
     def run(config, target, candidate):
         asked.append((config.optimizer, config.num_epochs, candidate.peer))
         history = [{"epoch": 1, "top1": 50.0, "s": 2.0, "s without evaluation": 1}]
-        return {"seed": config.seed, "compile s": 1.0, "history": history}
+        return {"seed": config.seed, "commit": "abcdef0", "compile s": 1.0, "history": history}
 
     monkeypatch.setattr(time_to_accuracy, "one_run", run)
     words = ["--target", "40", "--candidate", "timm", "--set", "num_epochs=7", "--seeds", "1"]

@@ -52,7 +52,7 @@ def test_final_map_has_the_output_stride(stride):
 
 
 def test_channels_last_throughout():
-    model = create_model("efficientnet-b0", output_stride=32).eval()
+    model = create_model("efficientnet-b0", output_stride=32, kernels="torch").eval()
     layouts = []
     for module in model.modules():
         if isinstance(module, MBConv | BatchNorm):

@@ -19,6 +19,7 @@ from effnet_fast.model.serialize import fold_batch_norms
 from effnet_fast.train.precise_bn import precise_bn
 
 KERNELS: tuple[Kernels, ...] = ("triton", "torch")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PARAMETERS = {"resnet50": 25_557_032, "resnet152": 60_192_808, "densenet201": 20_013_928}
 
 
@@ -112,9 +113,9 @@ def test_each_relu_runs_once_and_not_in_place(name: str) -> None:
 
 def test_triton_equals_torch() -> None:
     torch.manual_seed(0)
-    fused, plain = (Bottleneck(32, 8, 1, ReferenceArchitecture("resnet50"), kernels) for kernels in KERNELS)
+    fused, plain = (Bottleneck(32, 8, 1, ReferenceArchitecture("resnet50"), kernels).to(DEVICE) for kernels in KERNELS)
     plain.load_state_dict(fused.state_dict())
-    images = torch.randn(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(2, 32, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
     for block in (fused, plain):
         block(images).square().sum().backward()
     for (name, ours), theirs in zip(fused.named_parameters(), plain.parameters(), strict=True):
@@ -128,9 +129,9 @@ def test_triton_equals_torch() -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_precise_bn_with_both_kernels(kernels: Kernels) -> None:
     style = Style(kernels=kernels)
-    model = nn.Sequential(ConvNormAct(3, 4, 3, style=style), MBConv(4, 4, 3, 1, 2, style=style))
-    images = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    precise_bn(model, [(images, torch.zeros(2))], precision="no", device=torch.device("cpu"))
+    model = nn.Sequential(ConvNormAct(3, 4, 3, style=style), MBConv(4, 4, 3, 1, 2, style=style)).to(DEVICE)
+    images = torch.randn(2, 3, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    precise_bn(model, [(images, torch.zeros(2))], precision="no", device=torch.device(DEVICE))
     assert all(norm.running_mean.any() for norm in batch_norms(model))
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from op_cases import DEVICE
 
 from effnet_kernels import bn_silu_squeeze, mbconv, tuning
 from effnet_kernels.launch import Implementation, launches_go_to, launches_used
@@ -67,7 +68,7 @@ def test_launches_agree(name):
     part, layer = PARTS[name], Layer(2, 24, 4, 3, 1, 4, outputs=20)
     sizes = part.sizes(layer)
     another = part.choice.candidates(*sizes)[-1]
-    call = part.make(Inputs(layer, torch.float32, torch.device("cpu")))
+    call = part.make(Inputs(layer, torch.float32, torch.device(DEVICE)))
     expected = call()
     with launches_used({(name, sizes): another}):
         assert relative_error(call(), expected) <= TOLERANCE[torch.float32]
@@ -100,7 +101,7 @@ def test_an_op_runs_on_the_implementation_for_its_sizes(monkeypatch, name, prolo
 def test_implementations_agree(name, dtype):
     """The output and every gradient of a training step."""
     part, layer = PARTS[name], Layer(2, 24, 4, 3, 1, 4)
-    call = part.make(Inputs(layer, dtype, torch.device("cpu")))
+    call = part.make(Inputs(layer, dtype, torch.device(DEVICE)))
     with torch.compiler.set_stance("force_eager"):
         expected = call()
         with launches_used({(name, part.sizes(layer)): Implementation("torch")}):

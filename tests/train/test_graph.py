@@ -121,10 +121,12 @@ def test_captured_ddp_takes_the_steps_of_the_plain_model(device, backend, record
         for i in range(4):
             eager(*batch(i, device), i)
             step(*batch(i, device), i)
+        states = snapshot(eager), snapshot(step)
+        step.close()
     finally:
         dist.destroy_process_group()
     assert len(calls) == accumulation * (DDP_WARM_UP_CALLS + (4 if device == "cpu" else 1))
-    for one, other in zip(snapshot(eager), snapshot(step), strict=True):
+    for one, other in zip(*states, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 

@@ -199,7 +199,8 @@ def read_rows(path: Path | None, settings: dict[str, Any], fresh: dict[str, Row]
 
     earlier = {row["candidate"]: row for row in harness.earlier_rows(path, "comparison", matches)}
     # A candidate that could not be trained is tried again.
-    return {**fresh, **{name: row | {"failed": ""} for name, row in earlier.items()}}
+    kept = {name: {"commits": [None] * len(row["scores"])} | row | {"failed": ""} for name, row in earlier.items()}
+    return {**fresh, **kept}
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Candidate]:

@@ -8,8 +8,8 @@
 # OUT.json is by default benchmarks/results/train-DATE.json. Environment: PYTHON (default python), DATA_DIR (a folder
 # with CIFAR-100, default data), SAVE_DIR (default results), STEP (default graph; use compile if capturing fails), EPOCHS
 # of `choose` (default 30) and `times` (default 60: a short schedule meets a target sooner). After SECONDS_AT_MOST of
-# training (default 400, since kernels compile before it) `final` evaluates, saves and ends; the same command resumes. Without a GPU each trains on a few
-# synthetic images.
+# training (default 400, since kernels compile before it) `final` evaluates, saves and ends; the same command resumes.
+# Without a GPU each trains on a few synthetic images.
 set -uo pipefail
 what=${1:-}
 shift

@@ -13,7 +13,7 @@ if [[ -d $carried ]]; then
     export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$carried
 fi
 # One folder of compiled kernels for all parts: Inductor would name its own one.
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$HOME/.triton/cache}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TRITON_HOME:-${HOME:-/tmp}}/.triton/cache}
 out=${1:-$here/results/$suite-$(date +%Y%m%d-%H%M%S).json}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -64,7 +64,7 @@ timed() {
         echo "FAILED: $name after $((SECONDS - start)) s" >&2
         failed=1
     fi
-    join >/dev/null 2>&1 # now, so that who stops the suite loses one part at most
+    join >/dev/null 2>&1 # now, so that whoever stops the suite loses one part at most
 }
 
 join() {

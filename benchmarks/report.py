@@ -262,9 +262,10 @@ def time_to_accuracy(folder: Path = RESULTS) -> str:
         for goal in s["summary"]:
             seconds = f"reached by {goal['reached']}"
             if "mean s" in goal:
-                seconds = f"{goal['mean s']:.1f} +- {goal['standard deviation s']:.1f}"
+                spread = f" +- {goal['standard deviation s']:.1f}" if goal["seeds"] > 1 else ""
+                seconds = f"{goal['mean s']:.1f}{spread}"
             cells = [recipe, f"{goal['target']:g} %", seconds, f"{compiling:.1f}", str(goal["seeds"])]
-            rows.append([*cells, origin(content["provenance"], (row["commit"] for row in content["rows"]))])
+            rows.append([*cells, origin(content["provenance"], (row.get("commit") for row in content["rows"]))])
     return table(["recipe", "top-1", "seconds", "compiling, s", "seeds", PROVENANCE], rows)
 
 
@@ -281,7 +282,7 @@ def choose_recipe(folder: Path = RESULTS) -> str:
             test = ["", "", ""] if row["p"] is None else [row["against"], f"{row['gain']:+.2f}", f"{row['p']:.3f}"]
             seconds = f"{statistics.mean(row['seconds']):.0f}"
             cells = [row["candidate"], top1, str(len(row["scores"])), str(row["epochs"]), seconds, *test]
-            rows.append([recipe, *cells, origin(content["provenance"], row["commits"])])
+            rows.append([recipe, *cells, origin(content["provenance"], row.get("commits", ()))])
     columns = ["recipe", "candidate", "val top-1", "seeds", "epochs", "s", "against", "gain", "p", PROVENANCE]
     return table(columns, rows)
 
@@ -439,7 +440,9 @@ def merge(out: Path, files: list[Path]) -> None:
     missing = [path.stem for path in files if not path.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     suite = {"benchmark": "suite", "provenance": parts[0]["provenance"], "missing": missing, "parts": parts}
-    out.write_text(json.dumps(suite, indent=1) + "\n")
+    whole = out.with_name(f"{out.name}.part")
+    whole.write_text(json.dumps(suite, indent=1) + "\n")
+    whole.replace(out)
     print(f"written: {out}" + (f"; missing: {', '.join(missing)}" if missing else ""))
 
 

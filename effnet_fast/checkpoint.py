@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import torch
 
+from effnet_fast.faults import is_out_of_memory
+
 FORMAT = 1
 LAST, BEST = "last.pt", "best.pt"
 
@@ -252,6 +254,8 @@ def load(path: Path) -> dict[str, Any]:
         _verify_checksums(content)
         state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can raise anything
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{path} is damaged or not a checkpoint: use an older one, or train again") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of effnet_fast (format {FORMAT})")

@@ -152,7 +152,7 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
         args = [f"--{verb.leading}={args[0]}", *args[1:]]
     args = _prepare_config_files(args)
     if issubclass(verb.settings, config.TrainConfig):
-        args = _forget_recorded_commit(args)
+        args = _override_recorded(args)
     try:
         filled = _append_repeated_flags(_fill_bare_flags(args, verb.bare_flags), verb.repeated_flags)
         values = parser.parse_args(filled).as_dict()
@@ -220,13 +220,16 @@ def _prepare_config_files(args: list[str]) -> list[str]:
     return prepared
 
 
-def _forget_recorded_commit(args: list[str]) -> list[str]:
-    """Before each --pretrained, undo the commit that a --config recorded for its own weights."""
+# A flag, and the setting of a --config's run that it overrides too, unless that has a flag as well.
+_OVERRIDDEN = {"--pretrained": ("--pretrained_revision", "null"), "--compile": ("--step", "auto")}
+
+
+def _override_recorded(args: list[str]) -> list[str]:
+    """Before each flag of _OVERRIDDEN, put the other setting's default."""
     names = [arg.partition("=")[0] for arg in args]
-    if "--pretrained_revision" in names:
-        return args
-    reset = {"--pretrained": ["--pretrained_revision=null"]}
-    return [part for name, arg in zip(names, args, strict=True) for part in (*reset.get(name, ()), arg)]
+    overridden = {flag: f"{other}={value}" for flag, (other, value) in _OVERRIDDEN.items() if other not in names}
+    pairs = zip(names, args, strict=True)
+    return [part for name, arg in pairs for part in ([overridden[name], arg] if name in overridden else [arg])]
 
 
 def _check_settings_file(path: str) -> None:

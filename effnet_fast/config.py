@@ -197,7 +197,8 @@ class TrainConfig(_Config):
     folder that holds model.safetensors; hf-hub:REPOSITORY or hf-hub:REPOSITORY@REVISION of the Hugging Face Hub. The
     bare flag means timm's default weights of the model. Images are normalized as the weights expect."""
     pretrained_revision: str | None = operational(None)
-    """Commit of the weights of the Hugging Face Hub; a run records here the one that it started from."""
+    """Commit of the weights of the Hugging Face Hub; a run records here the one that it started from. With --pretrained
+    on the command line, that of a --config does not count."""
     pretrained_layout: LayoutName = "auto"
     """Layout of the weights; auto infers it from the tensor names. timm-tf is timm's tf_efficientnet_b*."""
     allow_unmatched: bool = False

@@ -122,14 +122,22 @@ TINY = (
         ("plot nowhere", "nowhere"),
         ("plot", "runs"),
         ("info --model vgg16", "unknown model"),
-        ("info --image_size 0", "images of 0 px are too small for efficientnet-b0"),
-        ("info --image_size -5", "images of -5 px are too small"),
-        ("info --model densenet201 --image_size 20 --output_stride 32", "use a larger --image_size or a smaller"),
+        ("info --image_size 0", "efficientnet-b0 cannot take images of 0 px"),
+        ("info --image_size -5", "cannot take images of -5 px: use another --image_size"),
+        ("info --model densenet201 --image_size 20 --output_stride 32", "or a smaller --output_stride"),
         ("info --num_classes 0", "--num_classes must be at least 1"),
     ],
 )
 def test_mistake_is_one_line(capsys, line, words):
     assert words in mistake(capsys, line)
+
+
+def test_compile_overrides_a_recorded_step(tmp_path):
+    (tmp_path / "run.yaml").write_text("step: compile\n")
+    assert settings(f"--config {tmp_path}/run.yaml").step == "compile"
+    assert settings(f"--config {tmp_path}/run.yaml --compile no").step == "eager"
+    with pytest.raises(ValueError, match="contradict each other"):
+        settings("--step compile --compile no")
 
 
 def test_bounds_of_label_smoothing(capsys):

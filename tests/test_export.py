@@ -252,6 +252,8 @@ def test_hub_keeps_the_readme_of_a_project(published: Path, tmp_path: Path, caps
     (tmp_path / "README.md").write_text("my project")
     line = f"export --checkpoint {published} --format hub --output {tmp_path}"
     assert "is no export and its README.md would be overwritten" in mistake(capsys, line)
+    (tmp_path / "model.safetensors").write_bytes(b"of another library")
+    assert "would be overwritten" in mistake(capsys, line)
     assert (tmp_path / "README.md").read_text() == "my project"
     run(f"{line}/hub")
     run(f"{line}/hub")  # an export is replaced

@@ -1,15 +1,18 @@
 """Faults of the machine that torch reports as a RuntimeError."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from command_line import mistake
-from effnet_fast import cli
+from effnet_fast import checkpoint, cli
 from effnet_fast.faults import explanation
+from effnet_fast.model import trained
 from effnet_fast.run import training
+from effnet_fast.run.resume import explain_checkpoint_errors
 
-FULL = "the memory is full: use a smaller --batch_size"
-KILLED = "a worker process that loads images was killed"
+FULL = "the memory is full: free some, or use a smaller --batch_size"
 
 
 @pytest.mark.parametrize(
@@ -18,8 +21,13 @@ KILLED = "a worker process that loads images was killed"
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"), FULL),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to"), FULL),
         (MemoryError(), FULL),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), KILLED),
-        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), KILLED),
+        (RuntimeError("CUDA error: out of memory"), FULL),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), FULL),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "DataLoader worker (pid 7) is killed by signal: Killed: memory or /dev/shm may be short",
+        ),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "so use fewer --num_workers"),
     ],
 )
 def test_fault_is_one_line(capsys, monkeypatch, error, words):
@@ -28,6 +36,27 @@ def test_fault_is_one_line(capsys, monkeypatch, error, words):
 
     monkeypatch.setattr(training, "train", fail)
     assert words in mistake(capsys, "train --dataset synthetic")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+def test_full_memory_is_no_damaged_checkpoint(tmp_path, capsys, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    torch.save({"format": checkpoint.FORMAT}, tmp_path / "last.pt")
+    monkeypatch.setattr(torch, "load", fail)
+    assert FULL in mistake(capsys, f"eval --checkpoint {tmp_path}/last.pt")
+
+
+def test_full_memory_is_no_other_version(tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError), explain_checkpoint_errors(tmp_path / "last.pt"):
+        fail()
+    monkeypatch.setattr(trained, "_build", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        trained.from_checkpoint(SimpleNamespace(ema=None, architecture={}, model={}), "raw", torch.device("cpu"))
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

@@ -23,7 +23,7 @@ from command_line import at_step, mistake, run
 from effnet_fast import cli, data
 from effnet_fast.outcome import FolderInUse, Outcome
 from effnet_fast.run import search as searching
-from effnet_fast.search import measure, setup, worker
+from effnet_fast.search import family, measure, setup, worker
 from effnet_fast.search.trials import Pruned
 from examples import run_examples
 
@@ -121,6 +121,19 @@ def test_plot_of_a_search(finished, tmp_path, capsys):
     (tmp_path / "copy" / "candidates.json").write_text('{"candidates": []}')
     run(f"plot {tmp_path}/copy", expected=2)
     assert "run `effnet-fast search collect` again" in capsys.readouterr().err
+
+
+def test_models_are_measured_with_the_kernels_that_train(tmp_path, monkeypatch):
+    used, create = [], family.create_model
+
+    def create_noted(*arguments, **options):
+        used.append(options["kernels"])
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(searching, "resolve_kernels", lambda setting, device: "torch")
+    monkeypatch.setattr(family, "create_model", create_noted)
+    run(f"search plan {TINY} --save_dir {tmp_path} --run_name measured")
+    assert set(used) == {"torch"}
 
 
 def test_default_limit_excludes_large_models(tmp_path, capsys):
@@ -324,17 +337,18 @@ def test_only_the_first_seed_is_pruned(planned, tmp_path, monkeypatch):
     assert [(row["status"], row["seeds"]) for row in rows] == [("pruned", 0), ("complete", 3)]
 
 
-def test_folder_in_use_is_tried_again_later(planned, monkeypatch, capsys):
+def test_folder_in_use_is_tried_again_later(planned, tmp_path, monkeypatch, capsys):
     """The worker that lost the claim may still be at work."""
 
     def behave(config, on_evaluation):
         if trained == [f"{NAMES[0]}-s0"]:
             raise FolderInUse("another run is at work")
+        os.utime(tmp_path / "fake" / "leases" / "0", (0, 0))  # the claim expires meanwhile
         return Outcome(0, True, evaluated(10.0))
 
     monkeypatch.setattr(worker, "POLL_SECONDS", 0.1)
     trained = fake_training(monkeypatch, behave)
-    run(f"{planned.format('run')} --lease_seconds 1")
+    run(planned.format("run"))
     assert trained == [f"{NAMES[0]}-s0", f"{NAMES[1]}-s0", f"{NAMES[0]}-s0"]
     assert "the worker that had it is still at work" in capsys.readouterr().out
 

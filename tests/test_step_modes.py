@@ -249,10 +249,14 @@ def test_small_shares_of_a_batch_share_their_statistics(flags, ranks, shared):
     assert make_plan(config, World(0, ranks, torch.device("cpu")), None).sync_batchnorm == shared
 
 
-def test_advice_names_the_memory_of_this_machine(tmp_path, capsys, monkeypatch):
+def test_advice_for_a_full_cpu(tmp_path, capsys, monkeypatch):
     def full(*arguments):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
 
     monkeypatch.setattr(training, "fit", full)
-    gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    assert f"(estimated for {gib} GiB)" in mistake(capsys, f"{TINY} --save_dir {tmp_path}")
+    assert "the memory of cpu is full" in mistake(capsys, f"{TINY} --save_dir {tmp_path}")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    alone = forecast._total_memory(CPU.device)
+    assert alone == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert forecast._total_memory(CPU.device) == alone // 2

@@ -14,6 +14,7 @@ from effnet_fast import distributed
 from effnet_fast.checkpoint import Checkpoint
 from effnet_fast.data.dataset import Channels
 from effnet_fast.data.image import preprocess
+from effnet_fast.faults import is_out_of_memory
 from effnet_fast.model.blocks import Kernels
 from effnet_fast.model.network import Network
 from effnet_fast.model.serialize import fold_batch_norms
@@ -164,6 +165,8 @@ def from_checkpoint(
         model = _build(checkpoint.architecture, {**checkpoint.model, **average}, kernels)
         return _trained(model, vars(checkpoint) | {"temperature": checkpoint.temperatures.get(used, 1.0)}, device)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError("the checkpoint holds no model, or one of another version") from error
 
 
@@ -182,6 +185,8 @@ def _from_export(path: Path, device: torch.device, kernels: Kernels) -> TrainedM
         model = _build(metadata["architecture"], tensors, "torch" if folded else kernels, folded)
         return _trained(model, metadata, device, folded)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{path} is damaged, or of another version: its tensors do not fit its metadata") from error
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -97,18 +98,18 @@ def compile_missing(launches: list[ahead.Launch], record: Path, *, say: bool) ->
     Args:
         launches: from `step_launches`.
         record: a file that belongs to these launches.
-        say: whether to print the progress.
+        say: whether to print the progress, on stderr.
     """
     if not launches or _all_compiled(record):
         return
     workers = min(provenance.cores(), MOST_PROCESSES, len(launches))
     if say:
-        print(f"compiling {len(launches)} GPU kernels in {workers} processes, once for this GPU", flush=True)
+        print(f"compiling {len(launches)} GPU kernels in {workers} processes, once for this GPU", file=sys.stderr)
     compiled, done, said = [], 0, time.monotonic()
     for done, kernel in enumerate(ahead.compile_all(launches, ahead.current_target(), workers), start=1):
         compiled += [kernel] if kernel else []
         if say and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-            print(f"compiled {done} of {len(launches)} GPU kernels", flush=True)
+            print(f"compiled {done} of {len(launches)} GPU kernels", file=sys.stderr)
             said = time.monotonic()
     if done == len(launches):
         _write(record, compiled)

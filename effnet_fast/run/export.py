@@ -27,7 +27,7 @@ from effnet_fast.model.serialize import (
 from effnet_fast.model.trained import TrainedModel, load
 from effnet_fast.model.weights.timm import make_config, read_config
 from effnet_fast.model.weights.write import to_foreign
-from effnet_fast.run.hub import model_card
+from effnet_fast.run.hub import MADE_BY, model_card
 from effnet_fast.run.output import check_writable
 
 _FORMATS: dict[str, tuple[str, Callable[[Network, Mapping[str, str]], bytes]]] = {
@@ -101,7 +101,8 @@ def _write_layout(config: ExportConfig, trained: TrainedModel, output: Path) -> 
         file = output.parent / "config.json"
         if file.exists() and not read_config(output.parent):
             raise ValueError(f"{file} is not timm's and would be overwritten: choose another folder with --output")
-        others = [other for other in output.parent.glob("*.safetensors") if other.name != output.name]
+        suffixes = (".safetensors", ".bin", ".pth")
+        others = [other for other in output.parent.iterdir() if other.suffix in suffixes and other.name != output.name]
         if file.exists() and others and json.loads(file.read_text()) != settings:
             raise ValueError(f"{file} describes {others[0].name}, another model: choose another folder with --output")
         write_json(file, settings)
@@ -115,9 +116,9 @@ def _export_hub(config: ExportConfig, path: Path) -> Path:
     folder = Path(config.output) if config.output else path.with_name(f"{path.stem}-hub")
     check_writable(folder, "--output", create=True)
     weights = folder / "model.safetensors"
-    foreign = [file.name for file in (folder / "config.json", folder / "README.md") if file.exists()]
-    if foreign and not weights.exists():
-        raise ValueError(f"{folder} is no export and its {foreign[0]} would be overwritten: choose another --output")
+    present = [file.name for file in (folder / "config.json", folder / "README.md", weights) if file.exists()]
+    if present and MADE_BY not in _text_of(folder / "README.md"):
+        raise ValueError(f"{folder} is no export and its {present[0]} would be overwritten: choose another --output")
     trained = load(path, config.weights, "cpu", kernels="torch")
     content, settings = _weights_and_config(config, trained)
     card = model_card(Checkpoint.read(path), trained, config.weights, config.layout)
@@ -125,6 +126,10 @@ def _export_hub(config: ExportConfig, path: Path) -> Path:
     write_atomically(folder / "README.md", card.encode(errors="backslashreplace"))
     _write(weights, content, trained)
     return folder
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def _weights_and_config(config: ExportConfig, trained: TrainedModel) -> tuple[bytes, dict[str, Any]]:

@@ -129,10 +129,10 @@ def memory_advice(plan: Plan) -> str:
 
 
 def _total_memory(device: torch.device) -> int:
-    """Bytes of the GPU, or of the machine."""
+    """Bytes of the GPU, or a rank's share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _batch_advice(plan: Plan) -> str:
@@ -142,9 +142,9 @@ def _batch_advice(plan: Plan) -> str:
     cost = complexity(build_model(plan, torch.device("cpu")), plan.image_size)
     passes = plan.world.size * plan.accumulation
     largest = max((total - cost.state_bytes) // _image_bytes(plan, cost), 0) * passes
-    is_useful = passes <= largest < plan.config.batch_size
-    advice = f"--batch_size {largest} at most" if is_useful else "half the --batch_size"
-    return f"{advice} (estimated for {total / 2**30:.0f} GiB)"
+    if passes <= largest < plan.config.batch_size:
+        return f"--batch_size {largest} at most (estimated for {total / 2**30:.0f} GiB)"
+    return "half the --batch_size"
 
 
 def _image_bytes(plan: Plan, cost: Complexity) -> int:

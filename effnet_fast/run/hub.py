@@ -16,6 +16,8 @@ from effnet_fast.run.restore import config_of
 
 _METRICS = {"top1": "top-1 accuracy (%)", "top5": "top-5 accuracy (%)", "loss": "loss"}
 
+MADE_BY = "trained with effnet_fast"  # words of each card
+
 
 def model_card(checkpoint: Checkpoint, trained: TrainedModel, weights: str, layout: str) -> str:
     """Render a model card: results, use, recipe and classes.

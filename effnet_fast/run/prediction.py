@@ -31,6 +31,8 @@ def predict(config: PredictConfig) -> int:
     paths = _image_files(config.images)
     if config.output:
         check_writable(Path(config.output).parent, "--output")
+    if not Path(config.checkpoint).is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {config.checkpoint}")
     device = distributed.choose_device(config.device)
     model = load(config.checkpoint, config.weights, device, resolve_kernels("auto", device))
     predictions: dict[Path, list[Prediction]] = {}

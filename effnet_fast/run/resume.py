@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from effnet_fast import checkpoint, distributed
 from effnet_fast.checkpoint import Checkpoint
 from effnet_fast.config import TrainConfig
+from effnet_fast.faults import is_out_of_memory
 from effnet_fast.run.restore import config_of, differences
 
 # Settings that may change when a run is extended under another name.
@@ -119,10 +118,8 @@ def explain_checkpoint_errors(path: Path | None) -> Iterator[None]:
     """Turn errors from unexpected content of a checkpoint into one line; with `path` None they pass unchanged."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if path is None:
+        if path is None or is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path} is of another version or incomplete ({reason})") from error

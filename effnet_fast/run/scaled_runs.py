@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from effnet_fast.config import TrainConfig
 from effnet_fast.data import Dataset
 from effnet_fast.model import scaling
+from effnet_fast.model.blocks import Kernels
 from effnet_fast.report.curves import read_metrics
 from effnet_fast.run.resolve import resolve_image_size
 from effnet_fast.run.restore import config_from, differences
@@ -18,10 +19,14 @@ from effnet_fast.search.family import Family
 Content = TypeVar("Content")
 
 
-def family_of(config: TrainConfig, dataset: Dataset) -> Family:
-    """Return the scaled models for a data set, with the config's image size and output stride."""
+def family_of(config: TrainConfig, dataset: Dataset, kernels: Kernels = "auto") -> Family:
+    """Return the scaled models for a data set, with the config's image size and output stride.
+
+    Args:
+        kernels: of the models that are built.
+    """
     size = resolve_image_size(config.image_size, config.model, dataset.native_size)
-    return Family(len(dataset.classes), size, config.output_stride or scaling.default_output_stride(size))
+    return Family(len(dataset.classes), size, config.output_stride or scaling.default_output_stride(size), kernels)
 
 
 def read_index(

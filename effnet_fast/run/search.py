@@ -15,7 +15,7 @@ from effnet_fast.config import SearchConfig, TrainConfig, identity
 from effnet_fast.outcome import OnEvaluation, Outcome
 from effnet_fast.report.progress import Board
 from effnet_fast.report.table import Row, as_csv, as_text
-from effnet_fast.run.resolve import load_dataset, resolve_precision
+from effnet_fast.run.resolve import load_dataset, resolve_kernels, resolve_precision
 from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds
 from effnet_fast.run.training import train_in
 from effnet_fast.search.choose import Choice, choose
@@ -63,7 +63,7 @@ def search(config: SearchConfig) -> SearchResult:
     setup = SearchSetup(
         config,
         Path(config.save_dir) / config.name,
-        family_of(config, dataset),
+        family_of(config, dataset, resolve_kernels(config.kernels, world.device)),
         dataset.fingerprint,
         world.device,
         resolve_precision(str(config.mixed_precision), world.device),

@@ -27,6 +27,7 @@ from effnet_fast.data.augment_params import Augment
 from effnet_fast.data.choose_loader import make_loader
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.distributed import World
+from effnet_fast.faults import is_out_of_memory
 from effnet_fast.model.blocks import Kernels, MBConv, Style, ahead
 from effnet_fast.train.optim import make_optimizer
 from effnet_fast.train.step import Step, StepOptions
@@ -64,12 +65,12 @@ class Check:
 
 
 def run_check(name: str, device: torch.device) -> tuple[Check, bool]:
-    """Run one check; if it raises, the result is broken. Also returns whether it came to its end."""
+    """Run one check; if it raises, the result is broken. Also returns whether the result will hold."""
     try:
         return Check(name, *CHECKS[name](device)), True
     except Exception as error:  # any failure is a finding, not the end of the report
         reason = f"the check {name} failed ({type(error).__name__}: {_first_line(error)})"
-        return Check(name, "broken", reason), False
+        return Check(name, "broken", reason), not is_out_of_memory(error)  # another process may fill the GPU
 
 
 def _first_line(error: Exception) -> str:

@@ -38,7 +38,7 @@ def info(config: InfoConfig) -> int:
     """Run `effnet-fast info`: print the cost of a model.
 
     Raises:
-        ValueError: an unknown model, an impossible value, or images that are too small for the model.
+        ValueError: an unknown model, an impossible value, or images that the model cannot take.
     """
     from effnet_fast.model.complexity import costs_table, model_costs
 
@@ -47,10 +47,9 @@ def info(config: InfoConfig) -> int:
         costs = model_costs(
             config.model, config.num_classes, size, config.output_stride, width=config.width, depth=config.depth
         )
-    except RuntimeError as error:  # a layer has no output
+    except RuntimeError as error:  # a layer has no output, or more elements than torch can count
         raise ValueError(
-            f"images of {size} px are too small for {config.model}: use a larger --image_size or a smaller "
-            "--output_stride"
+            f"{config.model} cannot take images of {size} px: use another --image_size, or a smaller --output_stride"
         ) from error
     print(json.dumps(costs, indent=2) if config.json else costs_table(costs))
     return 0

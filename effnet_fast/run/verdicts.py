@@ -44,8 +44,8 @@ def _local_verdict(name: str, device: torch.device) -> Check:
     path = cache_folder() / f"check-{device_key(device)}-{name}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # missing, incomplete, or written by another program
         return Check(**json.loads(path.read_text()))
-    check, is_lasting = run_check(name, device)  # an error, such as a full GPU, may not occur again
-    if is_lasting:
+    check, holds = run_check(name, device)
+    if holds:
         with contextlib.suppress(OSError):  # a read-only home folder
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(dataclasses.asdict(check)).encode())

@@ -61,7 +61,11 @@ def choose(rows: Sequence[Row]) -> Choice:
     if not complete:
         if any(row["status"] == "open" for row in rows):
             raise ValueError("no candidate has completed every seed: run `effnet-fast search run` first")
-        raise ValueError("every candidate failed or was pruned: search again with --pruner none and another --run_name")
+        reasons = [f" (the first failure: {row['reason']})" for row in rows if row["reason"]]
+        raise ValueError(
+            f"every candidate failed or was pruned{''.join(reasons[:1])}: search again with --pruner none, or a lower "
+            "limit of the costs, and another --run_name"
+        )
     best = max(complete, key=lambda row: (row["top1_mean"], -row["macs"]))
     scores = best["top1_by_seed"]
     others = {row["name"]: row["top1_by_seed"] for row in complete if row is not best}

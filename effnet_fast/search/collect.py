@@ -19,7 +19,8 @@ def collect(candidates: Sequence[Candidate], states: Sequence[State], seeds: Seq
 
     `top1_mean` and `top1_std` are mean and sample standard deviation of validation accuracy (percent) over the
     completed seeds. `status` is "complete" if every seed is; otherwise "failed" if any seed failed, "pruned" if any was
-    pruned, else "open". Times, memory and latency are means over the seeds that have them.
+    pruned, else "open". Pareto fronts hold complete candidates only. Times, memory and latency are means over the seeds
+    that have them.
     """
     by_run = {state.run: state for state in states}
     rows = [_row(candidate, [by_run.get(f"{candidate.name}-s{seed}") for seed in seeds]) for candidate in candidates]

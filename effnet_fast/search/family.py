@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from effnet_fast.model import Network, create_model, scaling
+from effnet_fast.model.blocks import Kernels
 from effnet_fast.model.complexity import Complexity, complexity
 from effnet_fast.model.scaling import Layout
 from effnet_fast.search.analytic_cost import Counts, count
@@ -38,11 +39,13 @@ class Family:
         base_size: side of the input image in pixels at resolution 1.
         output_stride: input pixels per pixel of the final map. It is the same at every scale, because the default,
             which changes at 128 px, would be a fourth scaling dimension.
+        kernels: of the models that `build` returns.
     """
 
     num_classes: int
     base_size: int
     output_stride: int
+    kernels: Kernels = "auto"
     _costs: dict[tuple[Layout | str, int], Complexity] = field(default_factory=dict, repr=False, compare=False)
 
     def image_size(self, scale: Scale) -> int:
@@ -86,6 +89,7 @@ class Family:
             self.output_stride,
             width=scale.width,
             depth=scale.depth,
+            kernels=self.kernels,
         )
 
     def settings(self, scale: Scale) -> dict[str, Any]:

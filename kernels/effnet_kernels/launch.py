@@ -199,7 +199,7 @@ class LaunchChoice:
 
 @cache
 def heuristics_launch(choice: LaunchChoice, sizes: Sizes) -> Any:
-    """What a step of some hundred launches would compute anew each time, on the host."""
+    """The heuristic's launch, computed once for each size."""
     return choice.heuristic(*sizes)
 
 

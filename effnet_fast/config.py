@@ -545,8 +545,8 @@ class StudyConfig(_FamilyConfig):
     """
 
     target_flops: float | list[float] | None = None
-    """Target MACs per image (fvcore's "flops") of each scaled model, met within 5 %; may be a list. Default: the
-    factors of the paper's table 7 (d = 4, w = 2, r = 2, and d = 1.4, w = 1.2, r = 1.3 together)."""
+    """Target MACs per image (fvcore's "flops") of the four scaled models, whose costs agree within 5 %; may be a list.
+    Default: the factors of the paper's table 7 (d = 4, w = 2, r = 2, and d = 1.4, w = 1.2, r = 1.3 together)."""
     references: list[str] | None = None
     """Other models to train with the same settings, e.g. resnet50; may be repeated."""
     seeds: int = operational(1)

@@ -8,6 +8,8 @@ _OUT_OF_MEMORY = ("out of memory", "not enough memory", "ALLOC_FAILED")
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error says that the memory of a device or of the machine is full."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; without importing torch
+        return True
     says_so = isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     return says_so or isinstance(error, MemoryError)
 

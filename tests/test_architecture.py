@@ -46,7 +46,7 @@ MAY_IMPORT = {
     **dict.fromkeys(("explain", "search"), FLOOR | {"report"}),
     "model": GROUND | {"data", "effnet_kernels"},
     "data": GROUND,
-    **{room: {"credentials", "provenance", "internals"} for room in GROUND},
+    **{room: {"credentials", "provenance", "internals", "faults"} for room in GROUND},
     "effnet_kernels": set(),
 }
 # Slow to import, so imported only in the functions that need them.

@@ -21,6 +21,7 @@ FULL = "the memory is full: free some, or use a smaller --batch_size"
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"), FULL),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to"), FULL),
         (MemoryError(), FULL),
+        (torch.OutOfMemoryError(), FULL),
         (RuntimeError("CUDA error: out of memory"), FULL),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), FULL),
         (

@@ -69,8 +69,6 @@ def export(config: ExportConfig) -> ExportResult:
     16
     """
     path = Path(config.checkpoint)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
     return ExportResult(_export_hub(config, path) if config.format == "hub" else _export_file(config, path))
 
 
@@ -82,8 +80,8 @@ def _export_file(config: ExportConfig, path: Path) -> Path:
         raise ValueError(f"--output {output}: the name of a {config.format} file must end in {suffix}")
     if output.resolve() == path.resolve():
         raise ValueError(f"{output} is the file to export: choose another --output")
-    check_writable(output.parent, "--output")
     trained = load(path, config.weights, "cpu", kernels="torch")
+    check_writable(output.parent, "--output")
     if config.layout != "effnet-fast":
         _write_layout(config, trained, output)
         return output
@@ -114,12 +112,12 @@ def _export_hub(config: ExportConfig, path: Path) -> Path:
     if path.suffix == ".safetensors":
         raise ValueError(f"--format hub needs a run's checkpoint, whose results the model card lists, not {path}")
     folder = Path(config.output) if config.output else path.with_name(f"{path.stem}-hub")
+    trained = load(path, config.weights, "cpu", kernels="torch")
     check_writable(folder, "--output", create=True)
     weights = folder / "model.safetensors"
     present = [file.name for file in (folder / "config.json", folder / "README.md", weights) if file.exists()]
     if present and MADE_BY not in _text_of(folder / "README.md"):
         raise ValueError(f"{folder} is no export and its {present[0]} would be overwritten: choose another --output")
-    trained = load(path, config.weights, "cpu", kernels="torch")
     content, settings = _weights_and_config(config, trained)
     card = model_card(Checkpoint.read(path), trained, config.weights, config.layout)
     write_json(folder / "config.json", settings)

@@ -91,7 +91,6 @@ def compile_all(launches: list[Launch], target: Any, workers: int) -> Iterator[l
     Yields, as each is done, the key and the name for `is_compiled`, or nothing where a compilation failed: the launch
     itself will raise the error.
     """
-    keep_cache_folder()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     reading, writing = os.pipe()

@@ -163,7 +163,8 @@ def agrees(op: Op, shape: Shape, dtype: torch.dtype) -> float:
         dy = torch.randn(y.shape, device=DEVICE)
         y.backward(dy.to(dtype).to(y.dtype))
         results.append([y.detach().double(), *(leaf.grad.double() for leaf in leaves)])
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
+    errors = [(a - b).norm() / b.norm() for a, b in zip(*results, strict=True)]
+    return torch.stack(errors).max().item()  # NaN if any is
 
 
 @torch._functorch.config.patch(donated_buffer=False)  # which a backward pass that is repeated needs

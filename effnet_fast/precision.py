@@ -13,6 +13,13 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS.get(precision), enabled=precision in PRECISIONS)
 
 
+def resolve_precision(setting: str, device: torch.device) -> str:
+    """bf16, fp16 or no; auto is bf16 on CUDA and no on the CPU."""
+    if setting == "auto":
+        return "bf16" if device.type == "cuda" else "no"
+    return setting
+
+
 def activation_bytes(precision: str) -> int:
     """Bytes per element of an activation."""
     return PRECISIONS.get(precision, torch.float32).itemsize

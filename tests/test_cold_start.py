@@ -150,6 +150,17 @@ def test_who_compiles(monkeypatch, device, kernels, rank, compiles):
     assert asked == ([step, (["a launch"], ".json")] if compiles else [])
 
 
+def test_training_goes_on_where_the_launches_cannot_be_found(capsys):
+    def find():
+        raise NotImplementedError("no fake for this op\nand more")
+
+    cold_start.compile_found(find, CPU, say=True)
+    assert capsys.readouterr().err == (
+        "warning: the GPU kernels are not known before the first step (NotImplementedError: no fake for this op); each "
+        "compiles at its first launch\n"
+    )
+
+
 def test_the_cache_folder_is_not_changed_by_inductor(monkeypatch):
     """It sets TRITON_CACHE_DIR where nothing has, and kernels compiled before would not be found again."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "")  # so that it is restored

@@ -15,7 +15,9 @@ from effnet_fast.run import cold_start, self_check, verdicts
 from effnet_fast.run import doctor as doctor_module
 from effnet_fast.run.doctor import doctor
 from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_step
+from effnet_kernels import launch
 from effnet_kernels.launch import launches_go_to
+from marks import on_gpu
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -66,10 +68,35 @@ def test_wrong_values_are_broken(monkeypatch):
     assert "--kernels torch" in detail
 
 
+@pytest.mark.parametrize("layers", [False, True])
+def test_nan_is_broken(monkeypatch, layers):
+    """Also in a result after the first: max() would pass over it."""
+    results = self_check._results
+
+    def one_nan(module, x):
+        found = results(module, x)
+        spoilt = isinstance(module, self_check._Layers) is layers and x.dtype == torch.float32
+        return [*found[:-1], found[-1] * (torch.nan if spoilt and counts.pop() else 1)]
+
+    counts = [False, True]  # of two modules that are compared, the reference comes last
+    monkeypatch.setattr(self_check, "_results", one_nan)
+    monkeypatch.setattr(self_check, "BLOCKS", [(8, 8, 3, 1, 1)])
+    counts[:] = [False, True] if layers else [True]
+    status, detail = self_check._check_blocks(CPU, "torch", "advice")
+    assert (status, "nan" in detail) == ("broken", True)
+
+
+@on_gpu
+@pytest.mark.parametrize("check", [self_check.check_kernels, self_check.check_products, self_check.check_graph])
+def test_checks_pass_on_this_gpu(check):
+    assert check(GPU)[0] == "ok"
+
+
 def test_products_are_checked_on_a_gpu(monkeypatch):
     kernels = []
     monkeypatch.setattr(self_check, "block_error", lambda device, asked, *block: kernels.append(asked) or 0.1)
     monkeypatch.setattr(self_check, "block_launches", lambda *_: [])
+    monkeypatch.setattr(self_check, "layers_error", lambda *_: 0.0)
     assert self_check.check_products(CPU)[0] == "absent"
     status, detail = self_check.check_products(GPU)
     assert status == "broken"
@@ -96,10 +123,12 @@ def test_the_launches_of_the_blocks_are_known_before(monkeypatch, kernels):
     with launches_go_to(note):
         for block in self_check.BLOCKS:
             self_check.block_error(CPU, kernels, *block)
+        self_check.layers_error(CPU, kernels)
     assert {(launch.name, launch.options) for launch in found} == set(started)
     asked = []
     monkeypatch.setattr(self_check, "block_launches", lambda device, kernels: found)
     monkeypatch.setattr(self_check, "block_error", lambda *_: 0.0)
+    monkeypatch.setattr(self_check, "layers_error", lambda *_: 0.0)
     monkeypatch.setattr(cold_start, "compile_missing", lambda launches, record, say: asked.append(launches))
     assert self_check._check_blocks(GPU, kernels, "")[0] == "ok"
     assert asked == [found]
@@ -206,6 +235,10 @@ def test_a_check_runs_once_per_key(monkeypatch, cache):
     verdicts._local_verdict.cache_clear()
     verdicts.passes_check("graph", GPU, "")
     assert len(calls) == 2
+    monkeypatch.setattr(launch, "_ENVIRONMENT", "torch")  # EFFNET_KERNELS: another result than that of `auto`
+    verdicts._local_verdict.cache_clear()
+    verdicts.passes_check("graph", GPU, "")
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,12 @@ def test_no_gpu_is_one_line(capsys, monkeypatch):
     ]
 
 
+def test_a_choice_of_kernels_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(launches, "_ENVIRONMENT", "torch")
+    run("tune", expected=2)
+    assert "EFFNET_KERNELS=torch chooses some: unset it" in capsys.readouterr().err
+
+
 def test_every_launch_is_timed_once(timings):
     """The time is up after 5 launches; the next search goes on; a third has nothing to do."""
     clock = Clock()

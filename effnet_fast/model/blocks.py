@@ -26,6 +26,7 @@ from effnet_kernels import se_gate as gate_ops
 from effnet_kernels import tuning as tuning
 from effnet_kernels.depthwise_conv import serves
 from effnet_kernels.launch import Kernels, use_kernels
+from effnet_kernels.launch import chosen as chosen
 from effnet_kernels.launch import launches_used as launches_used
 from effnet_kernels.launch import use_launches as use_launches
 
@@ -344,7 +345,10 @@ class MBConv(nn.Module):
         return nullcontext(), _frozen_statistics(norms)
 
     def _block(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        if use_kernels(self.kernels, x):
+        layers = [layer for layer in (self.expand, self.depthwise, self.project) if isinstance(layer, ConvNormAct)]
+        # A frozen BatchNorm may evaluate while the others train.
+        one_mode = len({layer.norm.training for layer in layers}) == 1
+        if one_mode and use_kernels(self.kernels, x):
             whole = self.depthwise.norm.training and block_ops.supports(self.kernels, x, self.project.conv.weight)
             return self._whole_block(x, scale) if whole else self._fused_block(x, scale)
         y = self.project(self.se(self.depthwise(self.expand(x))))

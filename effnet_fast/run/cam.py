@@ -20,9 +20,10 @@ from effnet_fast.explain.models import ExplainedModel, file_digest, load_models
 from effnet_fast.explain.output import OutputFolder
 from effnet_fast.explain.overlay import check_colormap
 from effnet_fast.explain.tables import format_summary
+from effnet_fast.precision import resolve_precision
 from effnet_fast.report.table import as_text
 from effnet_fast.run.quick_study import find_or_train
-from effnet_fast.run.resolve import resolve_precision, set_backends
+from effnet_fast.run.resolve import set_backends
 
 LINE_EVERY = 80  # images between two progress lines if there is no terminal for a progress bar
 SKIPPED = 1  # exit status if some files could not be explained
@@ -54,8 +55,10 @@ def _explain(config: CamConfig, files: list[ImageFile]) -> int:
         for model in models:
             model.class_index(config.target)
     output = OutputFolder(Path(config.output_path), config.format)
-    output.open(_settings(config, models), restart=config.resume == "no")
     explainer = Explainer(config, resolve_precision(str(config.mixed_precision), device), models, files, output)
+    if config.resume == "no":  # before the earlier output is deleted
+        explainer.check_method()
+    output.open(_settings(config, models), restart=config.resume == "no")
     with _progress(len(files)) as advance_to:
         for count in explainer.batches():
             advance_to(count)

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -43,9 +43,23 @@ def compile_kernels(
             print(f"torch {torch.__version__} has no FakeTensorMode: each GPU kernel compiles at its first launch")
         return
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        launches = step_launches(model, precision, device, images, sizes)
-        compile_missing(launches, record_of(launches, device), say=distributed.is_main())
+        compile_found(lambda: step_launches(model, precision, device, images, sizes), device, say=distributed.is_main())
     distributed.barrier()
+
+
+def compile_found(find: Callable[[], list[ahead.Launch]], device: torch.device, *, say: bool) -> None:
+    """Compile the launches that `find` returns; if it fails, warn only, since each compiles at its first launch too."""
+    try:
+        launches = find()
+    except Exception as error:  # torch's fake tensors are not public, and another version may change them
+        reason = str(error).strip().partition("\n")[0]
+        print(
+            f"warning: the GPU kernels are not known before the first step ({type(error).__name__}: {reason}); each "
+            "compiles at its first launch",
+            file=sys.stderr,
+        )
+        return
+    compile_missing(launches, record_of(launches, device), say=say)
 
 
 def step_launches(

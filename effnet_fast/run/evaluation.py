@@ -18,7 +18,8 @@ from effnet_fast.data.dataset import limit
 from effnet_fast.data.loader import LoaderSpec
 from effnet_fast.distributed import World
 from effnet_fast.model.trained import TrainedModel, from_checkpoint, weights_used
-from effnet_fast.model.tta import with_tta
+from effnet_fast.model.tta import Tempered, with_tta
+from effnet_fast.precision import resolve_precision
 from effnet_fast.run.eval_report import Evaluated, describe, make_report, write_report
 from effnet_fast.run.folder import locked
 from effnet_fast.run.output import check_writable
@@ -26,7 +27,6 @@ from effnet_fast.run.resolve import (
     loader_dtype,
     resolve_kernels,
     resolve_loader,
-    resolve_precision,
     set_backends,
     worker_count,
 )
@@ -98,14 +98,15 @@ def _evaluate(config: EvalConfig, world: World) -> EvalResult:
     split = _split(config, checkpoint, dataset)
     trained = from_checkpoint(checkpoint, config.weights, world.device, resolve_kernels("auto", world.device))
     predictions, reason = _predict(config, world, trained, trained.model, split)
-    averaged = None
-    if config.tta != "none":
-        averaged = _predict(config, world, trained, with_tta(trained.model, config.tta), split)[0].result()
     temperature, fitted_to = trained.temperature, None
     if config.calibrate:
         assert dataset.val is not None
         validation, _ = _predict(config, world, trained, trained.model, dataset.val)
         temperature, fitted_to = fit_temperature(validation), len(validation.labels)
+    averaged = None
+    if config.tta != "none":
+        model = with_tta(Tempered(trained.model, temperature), config.tta)  # as predict does
+        averaged = _predict(config, world, trained, model, split)[0].result()
     evaluated = Evaluated(
         config.split, split, trained.classes, dataset.superclasses, predictions, temperature, fitted_to
     )

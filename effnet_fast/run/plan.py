@@ -16,12 +16,12 @@ from effnet_fast.internals import check_operators
 from effnet_fast.model import default_output_stride, model_name, variant
 from effnet_fast.model.blocks import Kernels
 from effnet_fast.model.weights import Weights, find_weights
+from effnet_fast.precision import resolve_precision
 from effnet_fast.run.resolve import (
     load_dataset,
     resolve_image_size,
     resolve_kernels,
     resolve_loader,
-    resolve_precision,
     resolve_step,
 )
 from effnet_fast.run.restore import config_of

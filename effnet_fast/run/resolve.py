@@ -53,13 +53,6 @@ def resolve_image_size(setting: str | int, model: str, native: int) -> int:
     return scaling.scaled_size(native, variant(model).resolution) if setting == "auto" else int(setting)
 
 
-def resolve_precision(setting: str, device: torch.device) -> str:
-    """bf16, fp16 or no; auto is bf16 on CUDA and no on the CPU."""
-    if setting == "auto":
-        return "bf16" if device.type == "cuda" else "no"
-    return setting
-
-
 def compiling_pays(device: torch.device, output_stride: int, images: int) -> bool:
     """Whether `--step auto` compiles: on CUDA, and on the CPU if the run sees enough `images` at this stride."""
     return device.type == "cuda" or (output_stride <= CPU_COMPILE_STRIDE and images >= CPU_COMPILE_IMAGES)

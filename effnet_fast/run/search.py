@@ -13,9 +13,10 @@ from effnet_fast import distributed, provenance
 from effnet_fast.checkpoint import write_atomically, write_json
 from effnet_fast.config import SearchConfig, TrainConfig, identity
 from effnet_fast.outcome import OnEvaluation, Outcome
+from effnet_fast.precision import resolve_precision
 from effnet_fast.report.progress import Board
 from effnet_fast.report.table import Row, as_csv, as_text
-from effnet_fast.run.resolve import load_dataset, resolve_kernels, resolve_precision
+from effnet_fast.run.resolve import load_dataset, resolve_kernels
 from effnet_fast.run.scaled_runs import family_of, read_index, training_seconds
 from effnet_fast.run.training import train_in
 from effnet_fast.search.choose import Choice, choose

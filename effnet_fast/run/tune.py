@@ -25,10 +25,11 @@ from effnet_fast.checkpoint import write_atomically
 from effnet_fast.config import TuneConfig
 from effnet_fast.internals import internal
 from effnet_fast.model import create_model
-from effnet_fast.model.blocks import launches_used, tuning, use_launches
+from effnet_fast.model.blocks import chosen, launches_used, tuning, use_launches
 from effnet_fast.model.launch_layers import launch_layers
+from effnet_fast.precision import resolve_precision
 from effnet_fast.run.gpu_clock import replayed_ms, rotations
-from effnet_fast.run.resolve import compile_options, resolve_image_size, resolve_precision, set_backends
+from effnet_fast.run.resolve import compile_options, resolve_image_size, set_backends
 from effnet_fast.run.tuned import Key, Timing, Timings, storage_type, winners
 
 NATIVE_SIZE = 32  # pixels of CIFAR's images
@@ -76,9 +77,11 @@ def tune(config: TuneConfig) -> int:
     """Run `effnet-fast tune`; returns 130 after Ctrl-C, else 0. Every time measured is kept at once.
 
     Raises:
-        ValueError: there is no GPU, its memory is full, or the model does not exist.
+        ValueError: there is no GPU, its memory is full, the model does not exist, or EFFNET_KERNELS is set.
         OSError: the cache cannot be written, or the GPU failed.
     """
+    if (kernels := chosen("auto")) != "auto":
+        raise ValueError(f"tune compares all kernels, but EFFNET_KERNELS={kernels} chooses some: unset it")
     device = gpu()
     precision = resolve_precision(str(config.mixed_precision), device)
     asked, timings = questions(config), Timings(device, precision)

@@ -15,6 +15,7 @@ import torch
 
 from effnet_fast import distributed, provenance
 from effnet_fast.checkpoint import write_atomically
+from effnet_fast.model.blocks import chosen
 from effnet_fast.run.self_check import Check, run_check
 
 
@@ -41,7 +42,7 @@ def verdict(name: str, device: torch.device) -> Check:
 
 @cache
 def _local_verdict(name: str, device: torch.device) -> Check:
-    path = cache_folder() / f"check-{device_key(device)}-{name}.json"
+    path = cache_folder() / f"check-{device_key(device)}-{chosen('auto')}-{name}.json"  # EFFNET_KERNELS changes results
     with contextlib.suppress(OSError, ValueError, TypeError):  # missing, incomplete, or written by another program
         return Check(**json.loads(path.read_text()))
     check, holds = run_check(name, device)

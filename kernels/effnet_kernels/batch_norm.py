@@ -13,6 +13,8 @@ A program's second pass walks back, from its last row to the first: a map larger
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -309,6 +311,13 @@ def grad_apply(
     return dx
 
 
+def require_side_shapes(shape: Sequence[int], residual: Tensor | None, sample_scale: Tensor | None) -> None:
+    """Raise ValueError unless a residual has the shape [N, C, H, W] of the result, and a scale [N]."""
+    for name, tensor, expected in (("residual", residual, shape), ("sample_scale", sample_scale, shape[:1])):
+        if tensor is not None and tuple(tensor.shape) != tuple(expected):
+            raise ValueError(f"{name} must be {list(expected)}, not {list(tensor.shape)}")
+
+
 @custom_op("batch_norm")
 def _batch_norm(
     x: Tensor,
@@ -399,9 +408,12 @@ def batch_norm(
         x's shape and dtype, channels last.
 
     Raises:
-        ValueError: training on one value per channel.
+        ValueError: training on one value per channel, or a shape does not fit x.
     """
-    if not use_kernels(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias, residual)):
+    require_side_shapes(x.shape, residual, sample_scale)
+    # The kernel for evaluation has neither a gradient nor stochastic depth.
+    beyond = not training and (sample_scale is not None or needs_grad(x, bn.weight, bn.bias, residual))
+    if not use_kernels(kernels, x) or beyond:
         return batch_norm_reference(
             x, bn, training=training, activation=activation, residual=residual, sample_scale=sample_scale
         )
@@ -409,7 +421,6 @@ def batch_norm(
     residual = None if residual is None else channels_last(residual.to(x.dtype))
     sample_scale = None if sample_scale is None else sample_scale.contiguous()
     if not training:
-        assert sample_scale is None, "stochastic depth is for training"
         return _batch_norm_eval(x, running_statistics(bn), bn.weight, bn.bias, residual, activation)
     require_values(x.shape, bn.sync)
     y, stats = _batch_norm(x, bn.weight, bn.bias, residual, sample_scale, activation, bn.eps, bn.sync)

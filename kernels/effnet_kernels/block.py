@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from effnet_kernels import depthwise_conv as depthwise
-from effnet_kernels.batch_norm import grad_apply, grad_sums, normalize
+from effnet_kernels.batch_norm import grad_apply, grad_sums, normalize, require_side_shapes
 from effnet_kernels.depthwise_conv import Padding
 from effnet_kernels.gate_mlp import SqueezeExcite, gate_backward, gate_forward
 from effnet_kernels.launch import Kernels, channels_last, chosen, cpp_ops, custom_op, on_cpu
@@ -314,7 +314,8 @@ def mbconv_block(
         residual: add x.
 
     Raises:
-        ValueError: there is only one value per channel.
+        ValueError: there is only one value per channel, a shape does not fit, or the C++ kernels get another dtype than
+            float32.
     """
     norms = [layer.norm for layer in (expand, conv, project) if layer is not None]
     eps, sync = project.norm.eps, project.norm.sync
@@ -326,6 +327,9 @@ def mbconv_block(
         require_values((n, c, h, w), sync)
     ho, wo = depthwise.output_size(h, k, stride, top, bottom), depthwise.output_size(w, k, stride, left, right)
     require_values((n, c, ho, wo), sync)
+    require_side_shapes((n, project.weight.shape[0], ho, wo), x if residual else None, sample_scale)
+    if on_cpu(x) and not x.dtype == conv.weight.dtype == torch.float32:
+        raise ValueError(f"the C++ block takes float32, not {x.dtype} with weights of {conv.weight.dtype}")
     outputs = _block(
         channels_last(x),
         [] if expand is None else expand.tensors(),

@@ -18,6 +18,7 @@ from effnet_kernels.batch_norm import batch_norm_reference
 from effnet_kernels.launch import (
     Kernels,
     channels_last,
+    chosen,
     custom_op,
     implementation_choice,
     torch_is_faster,
@@ -104,7 +105,7 @@ def bn_silu_squeeze(x: Tensor, bn: BatchNorm, *, training: bool = True, kernels:
     Raises:
         ValueError: training on one value per channel.
     """
-    if training and kernels == "auto" and not bn.sync and torch_is_faster("bn_silu_squeeze", tuple(x.shape)):
+    if training and chosen(kernels) == "auto" and not bn.sync and torch_is_faster("bn_silu_squeeze", tuple(x.shape)):
         kernels = "torch"
     if not use_kernels(kernels, x) or (not training and needs_grad(x, bn.weight, bn.bias)):
         return bn_silu_squeeze_reference(x, bn, training=training)

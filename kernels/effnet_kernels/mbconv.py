@@ -26,6 +26,7 @@ from effnet_kernels.gate_mlp import SqueezeExcite, gate_backward
 from effnet_kernels.launch import (
     Kernels,
     channels_last,
+    chosen,
     cpp_ops,
     custom_op,
     implementation_choice,
@@ -243,7 +244,7 @@ def mbconv(
     norms = () if bn1 is None else (bn1.weight, bn1.bias)
     differentiable = needs_grad(x, *norms, weight, bn2.weight, bn2.bias, *se)
     sizes = (*x.shape, weight.shape[-1], stride, se.reduce_weight.shape[0], int(bn1 is not None))
-    if training and kernels == "auto" and not bn2.sync and torch_is_faster("mbconv", sizes):
+    if training and chosen(kernels) == "auto" and not bn2.sync and torch_is_faster("mbconv", sizes):
         kernels = "torch"
     served = depthwise.serves(weight.shape[-1], stride) and use_kernels(kernels, x)
     if not served or (not training and differentiable):

@@ -193,7 +193,9 @@ def merge_moments(moments: Tensor, eps: float, sync: bool) -> Tensor:
     if sync and dist.is_initialized():
         local = _merge(moments, moments.new_empty(3, moments.shape[2]), eps, final=False)
         gathered = local.new_empty(dist.get_world_size() * 3, moments.shape[2])
-        dist.all_gather_into_tensor(gathered, local)
+        # torch 2.13 has renamed it.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, local)
         moments = gathered.view(-1, *local.shape)
     return _merge(moments, moments.new_empty(4, moments.shape[2]), eps, final=True)
 

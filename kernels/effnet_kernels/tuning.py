@@ -320,7 +320,8 @@ def compile_ahead(part: str, layer: Layer, launch: Any, dtype: torch.dtype) -> N
 def relative_error(actual: object, expected: object) -> float:
     """Largest relative RMS between two results, without the tiles' moments, which depend on the launch."""
     pairs = zip(_tensors(_summed(actual)), _tensors(_summed(expected)), strict=True)
-    return max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item() for a, b in pairs)
+    errors = [(a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30) for a, b in pairs]
+    return torch.stack(errors).max().item()  # NaN if any is
 
 
 def _tensors(value: object) -> list[Tensor]:

@@ -20,9 +20,12 @@ if not (launch.INTERPRETED or torch.cuda.is_available()):
 @pytest.fixture(autouse=True)
 def poisoned_allocations():
     """Fill torch.empty with NaN: a kernel that reads, or returns, memory it did not write then fails its test."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")  # full float32 references
     torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn

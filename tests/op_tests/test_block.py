@@ -59,6 +59,23 @@ def compare_block(settings, kernels):
         assert relative_rms(actual[name], value) <= limit, (name, relative_rms(actual[name], value))
 
 
+NORMS = ("expand", "depthwise", "project")
+
+
+def check_one_norm_evaluates(kernels, name):
+    """A user may freeze one BatchNorm of a block while the others train."""
+    results = []
+    for choice in (kernels, "torch"):
+        torch.manual_seed(0)
+        block = MBConv(8, 8, 3, 1, 4, style=Style(kernels=choice), drop_path=0.5).to(DEVICE)
+        getattr(block, name).norm.eval()
+        y = block(torch.randn(4, 8, 5, 5, device=DEVICE).contiguous(memory_format=torch.channels_last))
+        y.square().sum().backward()
+        results.append({"y": y, **{n: p.grad for n, p in block.named_parameters()}, **dict(block.named_buffers())})
+    for key, value in results[1].items():
+        torch.testing.assert_close(results[0][key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
 def check_dropped_samples(kernels):
     """Stochastic depth drops the same samples as in PyTorch's block."""
     settings = (8, 8, 3, 1, 6, 12, 4, 4, "symmetric")
@@ -154,6 +171,20 @@ def test_who_uses_the_products(monkeypatch):
 def test_the_self_check_of_the_blocks():
     error = self_check.block_error(torch.device(DEVICE), TRITON, *self_check.BLOCKS[0])
     assert error <= self_check.TOLERANCE
+
+
+@pytest.mark.parametrize("kernels", ["triton", TRITON])
+def test_the_self_check_of_the_layers(kernels):
+    assert (
+        self_check.layers_error(torch.device(DEVICE), kernels)
+        <= self_check.LAYERS_TOLERANCE["bf16" if DEVICE == "cuda" else "no"]
+    )
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kernels", ["triton", TRITON])
+def test_one_norm_evaluates(kernels, norm):
+    check_one_norm_evaluates(kernels, norm)
 
 
 def test_drops_the_same_samples():

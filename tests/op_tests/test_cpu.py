@@ -1,6 +1,7 @@
 """Compares the C++ ops with the float64 references; threads, evaluation, autocast, torch.compile, ranks, builds."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from op_cases import CASES, OPS, TOLERANCE, Case, compare, make_inputs, relative_rms, run
-from test_block import BLOCKS, block_step, check_dropped_samples, check_recomputation, compare_block, opcheck_block
+from test_block import (
+    BLOCKS,
+    NORMS,
+    block_step,
+    check_dropped_samples,
+    check_one_norm_evaluates,
+    check_recomputation,
+    compare_block,
+    opcheck_block,
+)
 from test_model import assert_as_good, check_zeroed_block, images, narrow, step
 
 from command_line import run as run_cli
@@ -32,6 +42,7 @@ def cpp(monkeypatch):
     """Run CPU tensors on the C++ ops instead of Triton's interpreter."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
     if build.library() is None:
+        assert shutil.which(os.environ.get("CXX", "c++")) is None, "the C++ ops do not compile"
         pytest.skip("there is no C++ compiler")
 
 
@@ -52,6 +63,17 @@ def test_against_float64(name, case, dtype):
 @pytest.mark.parametrize("settings", BLOCKS, ids=str)
 def test_block_against_float64(settings):
     compare_block(settings, "cpp")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_norm_of_a_block_evaluates(norm):
+    check_one_norm_evaluates("cpp", norm)
+
+
+def test_the_whole_block_takes_float32_only():
+    block = MBConv(8, 8, 3, 1, 4, style=Style(kernels="cpp"))
+    with pytest.raises(ValueError, match=r"the C\+\+ block takes float32, not torch\.bfloat16"):
+        block._whole_block(torch.zeros(2, 8, 4, 4, dtype=torch.bfloat16), None)
 
 
 def test_block_drops_the_same_samples():
@@ -332,3 +354,11 @@ def test_under_sanitizers(tmp_path, capability):
     command = [sys.executable, "-c", SANITIZED, str(folder), str(folder.parent / "shared")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.stdout == "clean\n", result.stderr[-4000:]
+
+
+def test_another_c_library_is_another_build(monkeypatch):
+    """The home folder may be shared with older machines."""
+    options = build.flags()
+    here = build.folder(options)
+    monkeypatch.setattr(build.platform, "libc_ver", lambda: ("glibc", "2.17"))
+    assert build.folder(options) != here

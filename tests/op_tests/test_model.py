@@ -117,8 +117,9 @@ def test_evaluation():
 
 @pytest.mark.slow
 def test_model_in_bfloat16():
-    values = step(narrow("triton", output_stride=16).to(torch.bfloat16), images(8))
-    assert all(value.isfinite().all() for value in values.values())
+    ours, theirs = (step(narrow(k, output_stride=16).to(torch.bfloat16), images(8)) for k in ("triton", "torch"))
+    for name, value in ours.items():
+        assert relative_rms(value.float(), theirs[name].float()) <= 0.3, name
 
 
 @pytest.mark.slow

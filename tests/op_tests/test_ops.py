@@ -16,6 +16,8 @@ from op_cases import (
     run,
 )
 
+from effnet_fast.model.blocks import BatchNorm
+from effnet_kernels.batch_norm import batch_norm
 from effnet_kernels.launch import vector
 
 CASE = Case(2, 24, 7, 5, 3, 1)
@@ -164,3 +166,24 @@ def test_gradcheck_of_the_reference(name):
 def test_vector_divides_the_channels(channels):
     assert channels % vector(channels) == 0
     assert vector(channels) == 16 or channels % (2 * vector(channels))
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("wrong", [{"sample_scale": (1,)}, {"residual": (2, 8, 1, 1)}], ids=str)
+def test_shapes_that_do_not_fit_are_refused(kernels, wrong):
+    """The kernels would read beyond the tensor's end."""
+    x, norm = torch.randn(2, 8, 4, 4, device=DEVICE), BatchNorm(8).to(DEVICE).fused()
+    ((name, shape),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        batch_norm(x, norm, kernels=kernels, **{name: torch.ones(shape, device=DEVICE)})
+
+
+@torch.no_grad()
+def test_evaluation_takes_a_scale_of_samples():
+    x, norm = torch.randn(2, 8, 4, 4, device=DEVICE), BatchNorm(8).to(DEVICE).fused()
+    scale = torch.tensor([0.0, 2.0], device=DEVICE)
+    ours, theirs = (
+        batch_norm(x, norm, training=False, sample_scale=scale, kernels=kernels) for kernels in ("triton", "torch")
+    )
+    assert theirs[1].any()
+    torch.testing.assert_close(ours, theirs)

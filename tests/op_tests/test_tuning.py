@@ -8,7 +8,7 @@ import pytest
 import torch
 from op_cases import DEVICE
 
-from effnet_kernels import bn_silu_squeeze, mbconv, tuning
+from effnet_kernels import bn_silu_squeeze, launch, mbconv, tuning
 from effnet_kernels.launch import Implementation, launches_go_to, launches_used
 from effnet_kernels.tuning import OPS, PARTS, TOLERANCE, Inputs, Layer, launch_of, parts_of, relative_error, tolerance
 
@@ -95,6 +95,8 @@ def test_an_op_runs_on_the_implementation_for_its_sizes(monkeypatch, name, prolo
     assert kernels_started((name, sizes)) == 0
     assert kernels_started((name, sizes), training=False) > 0
     assert kernels_started((name, (1, *sizes[1:]))) > 0
+    monkeypatch.setattr(launch, "_ENVIRONMENT", "triton")  # EFFNET_KERNELS, which replaces `auto` and what tune found
+    assert kernels_started((name, sizes)) > 0
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("mbconv", torch.bfloat16), ("bn_silu_squeeze", torch.float32)])
@@ -113,6 +115,11 @@ def test_implementations_agree(name, dtype):
 def test_relative_error_leaves_out_moments_of_tiles():
     x, moments = torch.ones(4), torch.ones(2, 3, 5)
     assert relative_error((1.01 * x, moments), (x, moments[:1])) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_relative_error_of_nan_is_nan():
+    x = torch.ones(4)
+    assert not relative_error((x, x * torch.nan), (x, x)) <= 1e9
 
 
 def test_parts_of_a_layer():

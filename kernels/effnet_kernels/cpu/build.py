@@ -1,8 +1,8 @@
 """Build the C++ kernels with PyTorch's extension builder, and load them as `torch.ops.effnet_cpu`.
 
-The first use builds the library under a file lock. Its folder is named after a hash of the sources, the flags and
-PyTorch's version, so a change of any of them triggers a new build. If the build fails, one line on stderr gives the
-reason, and the PyTorch references run instead.
+The first use builds the library under a file lock. Its folder is named after a hash of the sources, the flags, the C
+library's and PyTorch's version, so a change of any of them triggers a new build. If the build fails, one line on stderr
+gives the reason, and the PyTorch references run instead.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def flags() -> list[str]:
 
 def folder(options: list[str]) -> Path:
     """The folder of the library for these sources and flags; it need not exist yet."""
-    digest = hashlib.sha256(repr((torch.__version__, options)).encode())
+    digest = hashlib.sha256(repr((torch.__version__, platform.libc_ver(), options)).encode())
     for path in sorted(FOLDER.iterdir()):
         if path.suffix in (".h", ".cpp"):
             digest.update(path.name.encode() + path.read_bytes())

@@ -19,6 +19,7 @@ import torch
 from effnet_fast.faults import is_out_of_memory
 
 FORMAT = 1
+EXPORTS = (".safetensors", ".onnx", ".pt2")  # files that `effnet-fast export` writes
 LAST, BEST = "last.pt", "best.pt"
 
 
@@ -78,7 +79,7 @@ class Checkpoint(StepState):
         config: fields of `config.TrainConfig`.
         fingerprint: of the data set.
         progress: fields of `train.loop.Progress`.
-        result: row of the last evaluation; empty before the first.
+        result: row of the last evaluation and its `step`; empty before the first.
         ranks: a dict per rank, with its BatchNorm statistics if ranks do not share them.
         images_per_pass: images of one forward pass on one rank; None in old files.
         launch: identifier of the torchrun or Slurm job that wrote the file; None without one.
@@ -249,6 +250,8 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}")
+    if path.suffix in EXPORTS:
+        raise ValueError(f"{path} is an export, not a run's checkpoint: name a run's last.pt or best.pt")
     content = io.BytesIO(path.read_bytes())
     try:
         _verify_checksums(content)

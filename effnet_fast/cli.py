@@ -85,25 +85,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(args: list[str]) -> None:
-    if not args or args[0] in ("-h", "--help"):
-        print(_overview())
-        sys.exit(0 if args else 2)
-    if args[0] == "--version":
-        print(f"effnet-fast {__version__}")
-        sys.exit(0)
+    name = args[0] if args else "effnet-fast"
     try:
-        flag, _, shell = args[0].partition("=")
+        if not args or name in ("-h", "--help"):
+            print(_overview())
+            sys.exit(0 if args else 2)
+        if name == "--version":
+            print(f"effnet-fast {__version__}")
+            sys.exit(0)
+        flag, _, shell = name.partition("=")
         if flag == "--print_completion":
             print(completion_script(shell or " ".join(args[1:])))
             sys.exit(0)
-        sys.exit(_run(args[0], args[1:]))
+        sys.exit(_run(name, args[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if os.environ.get("EFFNET_FAST_DEBUG") or package.startswith("effnet"):
             raise
-        print(f"error: {package} is not installed, which {args[0]} needs: pip install {package}", file=sys.stderr)
+        print(f"error: {package} is not installed, which {name} needs: pip install {package}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError, FloatingPointError) as error:
         _report(error, mask_credentials(_one_line(error)))
@@ -149,7 +150,7 @@ def parse(verb: Verb, name: str, args: list[str]) -> Any:
 
     parser = _make_parser(verb, name)
     if verb.leading and args and not args[0].startswith("-"):
-        args = [f"--{verb.leading}={args[0]}", *args[1:]]
+        args = [*args[1:], f"--{verb.leading}={args[0]}"]  # after --config, which it overrides
     args = _prepare_config_files(args)
     if issubclass(verb.settings, config.TrainConfig):
         args = _override_recorded(args)
@@ -169,7 +170,11 @@ def _make_parser(verb: Verb, name: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("plain-yaml", _load_plain_yaml, (YAMLError,))
     parser = ArgumentParser(
-        prog=f"effnet-fast {name}", description=verb.summary, exit_on_error=False, parser_mode="plain-yaml"
+        prog=f"effnet-fast {name}",
+        description=verb.summary,
+        exit_on_error=False,
+        allow_abbrev=False,
+        parser_mode="plain-yaml",
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
     parser.add_class_arguments(verb.settings, as_positional=False, skip={verb.positional} if verb.positional else None)
@@ -286,11 +291,14 @@ def _fill_bare_flags(args: list[str], flags: set[str]) -> list[str]:
 
 
 def _append_repeated_flags(args: list[str], flags: set[str]) -> list[str]:
-    """Rewrite `--run A --run B` as jsonargparse's `--run+=A --run+=B`."""
+    """Rewrite `--run A --run B` as jsonargparse's `--run=[] --run+=A --run+=B`: they replace a list of --config."""
     result: list[str] = []
     for arg in args:
         flag, equals, value = arg.partition("=")
-        result.append(f"{flag}+{equals}{value}" if flag in flags else arg)
+        if flag in flags:
+            result += [] if f"{flag}=[]" in result else [f"{flag}=[]"]
+            arg = f"{flag}+{equals}{value}"
+        result.append(arg)
     return result
 
 

@@ -52,6 +52,7 @@ class _Config:
         for name, kind in get_type_hints(type(self)).items():
             value = _plain(getattr(self, name))
             _require(_is_a(value, kind), f"--{name} must be {_describe(kind)}, not {value!r}")
+            _require(not isinstance(value, float) or math.isfinite(value), f"--{name} must be finite, not {value}")
             object.__setattr__(self, name, expand(value) if name in PATHS else value)
 
 
@@ -610,6 +611,7 @@ class EvalConfig(_Config):
         super().__post_init__()
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
         _require(self.batch_size >= 1, f"--batch_size must be at least 1, not {self.batch_size}")
+        _require(self.num_workers >= 0, f"--num_workers must not be negative, not {self.num_workers}")
         _require(
             not self.calibrate or self.split != "val",
             "--calibrate fits the temperature to the val images, so it cannot report on them: use --split test",

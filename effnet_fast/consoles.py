@@ -16,7 +16,14 @@ def line_console(file: IO[str] | None = None, stderr: bool = False) -> Console:
     # Not rich's guess: notebooks set FORCE_COLOR, which makes it take a file for a terminal.
     terminal = stream.isatty()
     return Console(
-        file=file, stderr=stderr, highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=terminal
+        file=file,
+        stderr=stderr,
+        markup=False,  # names may hold [brackets] and :colons:
+        emoji=False,
+        highlight=False,
+        soft_wrap=True,
+        force_jupyter=False,
+        force_terminal=terminal,
     )
 
 

@@ -133,6 +133,17 @@ def launch() -> str | None:
     return f"{slurm}.{os.environ.get('SLURM_STEP_ID', 'batch')}"
 
 
+def may_be_restart() -> bool:
+    """Whether torchrun or Slurm may have restarted this process.
+
+    Under torchrun always: the agent of a machine that has come back counts its restarts from 0. Under Slurm alone only
+    in a requeued job, since many commands can follow each other in one allocation.
+    """
+    if os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none":
+        return True
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
 def key_value_store() -> dist.Store | None:
     """A new connection to the ranks' key-value store; None in a world of one."""
     if world_size() == 1:

@@ -101,8 +101,11 @@ def commit() -> str | None:
     Outside a checkout, the value of EFFNET_FAST_COMMIT, or None.
     """
     root = Path(__file__).resolve().parents[1]
+    tracked = _output(
+        "git", "-C", str(root), "ls-files", "--error-unmatch", str(Path(__file__).resolve())
+    )  # not in another project's .venv
     head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
-    if head is None:
+    if tracked is None or head is None:
         return os.environ.get("EFFNET_FAST_COMMIT")
     return head + ("+" if _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no") else "")
 

@@ -69,13 +69,12 @@ def test_printed_config_round_trip(tmp_path, capsys):
 
 
 def test_every_flag_has_help(capsys):
-    for verb in cli.VERBS:
+    for name, verb in cli.VERBS.items():
         with pytest.raises(SystemExit):
-            cli.main([verb, "--help"])
-        text = capsys.readouterr().out
-        assert "default: " in text or verb == "plot"
-        for line in text.splitlines():
-            assert "help not found" not in line
+            cli.main([name, "--help"])
+        assert "default: " in capsys.readouterr().out or name == "plot"
+        for action in cli._make_parser(verb, name)._actions:
+            assert action.help, f"{name}: {action.option_strings}"
 
 
 def test_recipes_are_valid():
@@ -100,6 +99,9 @@ TINY = (
         ("fly", "unknown verb 'fly'"),
         ("train --batchsize 3", "--batchsize"),
         ("train --model efficientnet-b8", "did you mean efficientnet-b"),
+        ("train --batch 4", "--batch"),
+        ("info --depth .inf", "--depth must be finite, not inf"),
+        ("eval --checkpoint x.pt --num_workers -1", "--num_workers must not be negative"),
         ("train --batch_size 0", "--batch_size must be at least 1"),
         ("train --batch_size x", "batch_size"),
         ("train --learning_rate -0.1", "--learning_rate must not be negative"),
@@ -114,7 +116,7 @@ TINY = (
         ("train --dataset synthetic --batch_size 32 --grad_accumulation 5", "must divide evenly"),
         ("train --dataset synthetic --limit_train 5 --batch_size 8", "larger than the 5 training images"),
         (
-            "train --dataset synthetic --limit_train 48 --batch_size 8 --class_weights balanced",
+            "train --dataset synthetic --limit_train 48 --batch_size 8 --class_weights balanced --device cpu",
             "has no training image, so it has no weight",
         ),
         ("eval --checkpoint nowhere.pt", "there is no checkpoint at nowhere.pt"),
@@ -282,3 +284,19 @@ def test_an_existing_path_with_a_dollar_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("PLACE", "elsewhere")
     (tmp_path / "$PLACE").mkdir()
     assert settings(f"--data_dir {tmp_path}/$PLACE").data_dir == f"{tmp_path}/$PLACE"
+
+
+def test_search_stage_overrides_a_config_file(tmp_path):
+    (tmp_path / "search.yaml").write_text("stage: plan\n")
+    verb = cli.VERBS["search"]
+    assert cli.parse(verb, "search", ["run", "--config", f"{tmp_path}/search.yaml"]).stage == "run"
+    assert cli.parse(verb, "search", ["--config", f"{tmp_path}/search.yaml"]).stage == "plan"
+
+
+@pytest.mark.parametrize("form", ["--references {}", "--references={}"])
+def test_repeated_flags_replace_a_list_of_a_config_file(tmp_path, form):
+    path = tmp_path / "study.yaml"
+    path.write_text("references: [densenet201]\n")
+    flags = " ".join(form.format(name) for name in ("resnet50", "resnet152"))
+    assert settings(f"--config {path} {flags}", "study").references == ["resnet50", "resnet152"]
+    assert settings(f"--config {path}", "study").references == ["densenet201"]

@@ -99,3 +99,9 @@ except ValueError as error:
     assert "epoch 2  test loss" in "".join(first)
     assert "step 1/4" not in "".join(first), "the bar shows the steps"
     assert "did you mean efficientnet-b" in "".join(second)
+
+
+def test_names_are_printed_as_they_are():
+    file = io.StringIO()
+    line_console(file).print("photos[v2] :100: [/b]")
+    assert file.getvalue() == "photos[v2] :100: [/b]\n"

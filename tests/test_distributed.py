@@ -109,6 +109,19 @@ def test_name_of_the_launch(monkeypatch):
     assert distributed.launch() == "mine"
 
 
+def test_what_may_be_a_restart(monkeypatch):
+    """In one Slurm allocation many commands can follow each other; none is a restart until the job is requeued."""
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not distributed.may_be_restart()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert distributed.may_be_restart()
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert distributed.may_be_restart()
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [({}, "WORLD_SIZE=2"), ({"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}, "MASTER_ADDR=no.such.host.invalid"),

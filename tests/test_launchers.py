@@ -65,7 +65,11 @@ def stand_ins(tmp_path):
 # As in Slurm: a SIGTERM to srun kills its processes; scancel sends the signal to those processes, not to srun.
 SRUN = """shift; "$@" & echo $! >"$(dirname "$0")/step"; trap "kill -KILL $!; exit 137" TERM; wait $!"""
 SCANCEL = '''[[ $* == "--signal=TERM 4711" ]] && kill -TERM "$(cat "$(dirname "$0")/step")"'''
-SCONTROL = 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "did: scontrol $*"; fi'
+SCONTROL = """case "$1 $2" in
+"show hostnames") printf "node1\\nnode2\\n" ;;
+"show job") echo "JobId=4711 JobState=${JOB_STATE:-RUNNING}" ;;
+*) echo "did: scontrol $*" ;;
+esac"""
 
 
 def test_the_readme_lists_every_launcher():
@@ -292,23 +296,28 @@ def wait_for(process, words):
     raise AssertionError(f"{words!r} was not printed:\n{said[-3000:]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_preempted_slurm_job_is_requeued(stand_ins, number):
+REQUEUED = ["+ scontrol requeue 4711", "did: scontrol requeue 4711"]
+
+
+@pytest.mark.parametrize(
+    ("number", "state", "status", "requeued"),
+    [
+        (signal.SIGUSR1, "RUNNING", 0, REQUEUED),  # the time limit is near
+        (signal.SIGTERM, "RUNNING", 0, REQUEUED),  # preempted, within the grace time
+        (signal.SIGTERM, "COMPLETING", 143, []),  # scancel
+    ],
+)
+def test_stopped_slurm_job_saves_and_is_requeued_unless_cancelled(stand_ins, number, state, status, requeued):
     torchrun = 'trap "echo saved; exit 143" TERM; echo "training $*"; sleep 60 >&- 2>&- & wait'
     commands = stand_ins(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL, torchrun=torchrun)
-    job = start("slurm_train.sbatch", environment(commands), "--seed", "1")
+    job = start("slurm_train.sbatch", environment(commands, JOB_STATE=state), "--seed", "1")
     said = wait_for(job, "training ")
     assert "--rdzv-endpoint node1:29500 --rdzv-id 4711" in said
     assert "--nnodes 2 " in said
     job.send_signal(number)
     rest = job.communicate()[0]
-    assert rest.splitlines() == [
-        "+ scancel --signal=TERM 4711",
-        "saved",
-        "+ scontrol requeue 4711",
-        "did: scontrol requeue 4711",
-    ]
-    assert job.returncode == 0
+    assert rest.splitlines() == ["+ scancel --signal=TERM 4711", "saved", *requeued]
+    assert job.returncode == status
 
 
 @pytest.mark.parametrize("status", [0, 3])

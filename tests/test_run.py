@@ -54,7 +54,14 @@ def test_the_checkpoint_is_a_plain_dict(finished):
     model.load_state_dict(state["model"])
     assert state["ema"].keys() == state["model"].keys()
     assert len(state["classes"]) == 100
-    assert state["progress"] == {"epoch": 2, "batch": 0, "step": 12, "best": -1.0, "finished": True}
+    assert state["progress"] == {
+        "epoch": 2,
+        "batch": 0,
+        "step": 12,
+        "reported": 12,
+        "best": -1.0,
+        "finished": True,
+    }
 
 
 def test_finished_run_has_nothing_to_do(finished, capsys):
@@ -179,6 +186,26 @@ def test_resume_no_removes_the_earlier_run(tmp_path):
     run(f"{line} --resume no")
     assert not (tmp_path / "again" / "best.pt").exists()
     assert [row["step"] for row in rows(tmp_path / "again", "eval")] == [6, 12]
+
+
+def test_resume_no_in_a_slurm_job(tmp_path, capsys, monkeypatch):
+    """It starts over until the job is requeued; then the run goes on, and says why."""
+    line = f"{TINY} --save_dir {tmp_path} --run_name again --resume no"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run(line)
+    run(line)
+    assert "nothing to do" not in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run(line)
+    printed = capsys.readouterr().out
+    assert "this job has written it, and follows --resume no only once" in printed
+    assert "is finished; nothing to do (another --run_name starts a new run)" in printed
+
+
+def test_config_of_a_run_does_not_start_it_over(tmp_path, capsys):
+    run(f"{TINY} --save_dir {tmp_path} --run_name again --resume no")
+    run(f"train --config {tmp_path}/again/config.yaml")
+    assert "is finished; nothing to do" in capsys.readouterr().out
 
 
 def test_resuming_another_run_removes_the_earlier_one(tmp_path):
@@ -321,7 +348,7 @@ def test_more_epochs_for_a_finished_run(first_epochs, tmp_path, capsys):
     assert rates[0] == pytest.approx(0.02)
     assert rates == sorted(rates, reverse=True)
     before, after = (checkpoint.load(path) for path in (first_epochs, tmp_path / "more" / "last.pt"))
-    assert after["progress"] == before["progress"] | {"epoch": 4, "step": 24}
+    assert after["progress"] == before["progress"] | {"epoch": 4, "step": 24, "reported": 24}
     assert after["schedule_start"] == 12
 
 

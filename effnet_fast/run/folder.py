@@ -77,8 +77,9 @@ def prepare(folder: Path, config: TrainConfig, resumed: Path | None) -> None:
             _remove_earlier_run(folder)
         else:
             _rename_damaged(folder, resumed)
-        settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-        checkpoint.write_atomically(folder / "config.yaml", settings.encode())
+        # A run with --config FOLDER/config.yaml must not start this one over.
+        settings = dataclasses.asdict(config) | ({"resume": "auto"} if config.resume == "no" else {})
+        checkpoint.write_atomically(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
         checkpoint.write_json(folder / "environment.json", provenance.environment())
 
 

@@ -32,6 +32,11 @@ class Resumed:
     checkpoint: Checkpoint
     from_path: bool
 
+    @property
+    def restarts(self) -> bool:
+        """Whether the same torchrun or Slurm job wrote the checkpoint before a restart."""
+        return distributed.may_be_restart() and self.checkpoint.launch == distributed.launch()
+
     def extends(self, config: TrainConfig) -> bool:
         """Whether the run changes the number of epochs, and so starts a new schedule over the remaining ones.
 
@@ -59,7 +64,8 @@ class Resumed:
         changes = differences(before, config, self.checkpoint.fingerprint, fingerprint, ignored)
         if not changes:
             return
-        advice = "choose another --run_name, or --resume no to start over"
+        start_over = "" if self.restarts else ", or --resume no to start over"
+        advice = f"choose another --run_name{start_over}"
         changed_schedule = not differences(before, config, self.checkpoint.fingerprint, fingerprint, _SCHEDULE_SETTINGS)
         if changed_schedule and before.num_epochs != config.num_epochs:
             advice += f"; to train it for {config.num_epochs} epochs, --resume {self.path} with another --run_name"
@@ -70,7 +76,7 @@ def find_checkpoint(setting: str, folder: Path) -> Resumed | None:
     """The checkpoint to resume, or None to start over.
 
     If last.pt is damaged, print a warning and use the one before it. A run that torchrun or Slurm has restarted
-    resumes its own last.pt whatever `--resume` says.
+    resumes its own last.pt whatever `--resume` says, and prints so.
 
     Args:
         setting: `--resume`: auto, no, or a path.
@@ -81,18 +87,21 @@ def find_checkpoint(setting: str, folder: Path) -> Resumed | None:
     """
     if setting == "auto":
         return _newest(folder)
-    if setting == "no" or _own(folder):
-        return _own(folder)
+    if own := _own(folder):
+        if distributed.is_main():
+            print(f"resuming {own.path}: this job has written it, and follows --resume {setting} only once", flush=True)
+        return own
+    if setting == "no":
+        return None
     return Resumed(Path(setting), Checkpoint.read(Path(setting), resumable=True), from_path=True)
 
 
 def _own(folder: Path) -> Resumed | None:
-    """The newest checkpoint, if the same torchrun or Slurm job wrote it before a restart; else None."""
-    if distributed.launch():
+    """The newest checkpoint, if this process restarts its run; else None."""
+    if distributed.may_be_restart():
         with contextlib.suppress(ValueError):
             newest = _newest(folder)
-            if newest is not None and newest.checkpoint.launch == distributed.launch():
-                return newest
+            return newest if newest is not None and newest.restarts else None
     return None
 
 

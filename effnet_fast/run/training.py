@@ -121,7 +121,7 @@ def _plan(config: TrainConfig, world: World) -> Plan:
 def _finished(plan: Plan) -> Outcome:
     assert plan.resumed is not None
     # A restart by torchrun or Slurm resumes its own checkpoint, whatever --resume says.
-    restart = "another --run_name starts a new run" if distributed.launch() else "--resume no starts it over"
+    restart = "another --run_name starts a new run" if plan.resumed.restarts else "--resume no starts it over"
     if plan.world.is_main:
         print(f"{plan.resumed.path} is finished; nothing to do ({restart})", flush=True)
     return Outcome(0, True, plan.resumed.checkpoint.result)
@@ -260,7 +260,7 @@ class _Training:
                 average = self._evaluate_weights()
             row |= {"ema_loss": average.loss, "ema_top1": average.top1, "ema_top5": average.top5}
         row["seconds"] = time.perf_counter() - start
-        self.last_result = row
+        self.last_result = row | {"step": self.progress.step}
         self.recorder.evaluation(self.progress.step, row)
         score = metric(row, "top1")
         if self.plan.dataset.val is not None and score > self.progress.best:
@@ -284,7 +284,7 @@ class _Training:
             return
         if not self.progress.finished:
             reason = "time is up" if stop.out_of_time else "stopped"
-            repeats = plan.config.resume == "auto" or distributed.launch()
+            repeats = plan.config.resume == "auto" or distributed.may_be_restart()
             command = "the same command" if repeats else "the same command without --resume"
             print(f"{reason} at step {self.progress.step} of {plan.steps}; {command} resumes from there")
         if not (plan.folder / "metrics.jsonl").stat().st_size:

@@ -19,6 +19,7 @@ class Progress:
     Attributes:
         epoch, batch: the next batch to train on, from 0.
         step: optimizer steps done.
+        reported: steps of which the reports have told.
         best: highest validation top-1 so far, percent; -1 before the first evaluation.
         finished: all epochs are done.
     """
@@ -26,6 +27,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    reported: int = 0
     best: float = -1.0
     finished: bool = False
 
@@ -35,7 +37,7 @@ class Hooks:
     """Callbacks of the loop, and their intervals.
 
     Attributes:
-        log_every_steps: optimizer steps between two reports; the end of an epoch always reports.
+        log_every_steps: optimizer steps between two reports; the end of an epoch and a stop always report.
         eval_every_epochs: epochs between two evaluations; the last epoch is always evaluated.
         save_due: whether to save after this many steps; the end of an epoch always saves.
         report: read the meters and write a row; the host waits for the device.
@@ -71,6 +73,12 @@ def fit(
         hooks: callbacks and their intervals.
         stop: handles signals and the time budget.
     """
+
+    def report() -> None:
+        if progress.step > progress.reported:
+            hooks.report()
+            progress.reported = progress.step
+
     for epoch in range(progress.epoch, num_epochs):
         for images, labels in watch(loader.epoch(epoch, progress.batch)):
             # Train on one batch.
@@ -79,9 +87,10 @@ def fit(
             progress.batch += 1
             # Report.
             if progress.step % hooks.log_every_steps == 0:
-                hooks.report()
+                report()
             # Stop on a signal, or when the time is up; in that case evaluate first.
             if stop.requested(progress.step):
+                report()
                 if stop.out_of_time:
                     hooks.evaluate()
                 hooks.save()
@@ -90,8 +99,7 @@ def fit(
             if hooks.save_due(progress.step):
                 hooks.save()
         # End the epoch: report, evaluate, save.
-        if progress.step % hooks.log_every_steps:
-            hooks.report()
+        report()
         progress.epoch, progress.batch = epoch + 1, 0
         progress.finished = progress.epoch == num_epochs
         if progress.finished or progress.epoch % hooks.eval_every_epochs == 0:

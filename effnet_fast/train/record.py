@@ -54,32 +54,43 @@ class Lines:
 
     Args:
         path: the file.
-        warn: prints a line about the first failure.
+        warn: prints a line about the first failure, and about lines that are lost at the end.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._file = path.open("ab", buffering=0)
-        self._warn: Callable[[str], None] | None = warn
+        self._warn = warn
+        self._warned = False
         self._unwritten = b""
 
     def add(self, line: str) -> None:
         self._unwritten += line.encode() + b"\n"
+        error = self._write()
+        if error is not None and not self._warned:
+            self._say(error, "its rows are kept and written later")
+            self._warned = True
+
+    def close(self) -> None:
+        error = self._write()
+        if error is not None:
+            self._say(error, "its last rows are lost")
+        self._file.close()
+
+    def _write(self) -> OSError | None:
+        """Write all lines that are left, or none of them."""
         end = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(self._unwritten) < len(self._unwritten):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._unwritten = b""
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(end)
-            if self._warn is not None:
-                self._warn(
-                    f"warning: cannot write {self._file.name} ({error.strerror}); its rows are kept and written later"
-                )
-                self._warn = None
+            return error
+        self._unwritten = b""
+        return None
 
-    def close(self) -> None:
-        self._file.close()
+    def _say(self, error: OSError, consequence: str) -> None:
+        self._warn(f"warning: cannot write {self._file.name} ({error.strerror}); {consequence}")
 
 
 class Recorder:

@@ -375,6 +375,9 @@ def test_commit_outside_git(monkeypatch):
     monkeypatch.setattr(provenance, "_output", lambda *words: None)
     monkeypatch.setenv("EFFNET_FAST_COMMIT", "0123456")
     assert provenance.commit() == "0123456"
+    # An installation in another project's folder, which that one's git ignores.
+    monkeypatch.setattr(provenance, "_output", lambda *command: None if "ls-files" in command else "fedcba9")
+    assert provenance.commit() == "0123456"
     monkeypatch.delenv("EFFNET_FAST_COMMIT")
     assert provenance.commit() is None
 

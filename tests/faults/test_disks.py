@@ -226,3 +226,21 @@ def test_outputs_beside_read_only_files_name_the_flag(tmpfs, capsys):
         run(line, expected=2)
         message = f"error: cannot write to {disk} (Read-only file system): choose another {flag}\n"
         assert capsys.readouterr().err == message
+
+
+def test_last_rows_are_written_at_the_end(tmp_path, tmpfs, fill):
+    warnings = []
+    disk = tmpfs(1)
+    lines, other = (record.Lines(disk / name, warnings.append) for name in ("metrics.jsonl", "other.jsonl"))
+    filler = fill(disk, leave=0)
+    for each in (lines, other):
+        each.add("last" * 2000)
+    other.close()
+    filler.unlink()
+    lines.close()
+    assert (disk / "metrics.jsonl").read_text() == "last" * 2000 + "\n"
+    assert [warning.partition("; ")[2] for warning in warnings] == [
+        "its rows are kept and written later",
+        "its rows are kept and written later",
+        "its last rows are lost",
+    ]

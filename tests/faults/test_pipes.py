@@ -11,6 +11,7 @@ from PIL import Image
 
 from command_line import run
 from effnet_fast import checkpoint
+from effnet_fast.streams import QuietStream, quiet_streams
 
 
 @pytest.fixture(scope="module")
@@ -95,5 +96,38 @@ def test_other_errors_of_a_stream_are_reported():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "effnet_fast", "--version"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode != 0
-    assert "No space left on device" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr == "error: a part of stdout is lost (No space left on device): free some space\n"
+
+
+def test_a_full_disk_loses_only_what_it_refused(tmp_path):
+    with open("/dev/full", "w") as full, open(tmp_path / "log", "w") as log:
+        stream = QuietStream(full)
+        print("refused", file=stream, flush=True)
+        assert stream.lost is not None
+        os.dup2(log.fileno(), full.fileno())
+        print("written", file=stream, flush=True)
+    assert (tmp_path / "log").read_text() == "written\n"
+
+
+@pytest.mark.parametrize("end", [SystemExit(3), RuntimeError("a fault")])
+def test_a_full_disk_hides_no_other_end(monkeypatch, end):
+
+    @quiet_streams()
+    def command():
+        print("lost")
+        raise end
+
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(type(end)) as raised:
+            command()
+    assert raised.value is end
+
+
+def test_training_needs_no_disk_for_its_lines(tmp_path, small):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "effnet_fast", *f"{small} --save_dir {tmp_path} --run_name run".split()]
+        done = subprocess.run(command, stdout=full, stderr=full)
+    assert done.returncode == 2
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["progress"]["finished"]

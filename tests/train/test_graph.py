@@ -161,10 +161,12 @@ def test_load_state_captures_again():
     """A graph holds the addresses of the optimizer's tensors, and loading replaces the tensors."""
     first, second = make_step(), make_step()
     first(*batch(0), 0)
-    second(*batch(1), 0)
     second.options = dataclasses.replace(second.options, graph=True)
+    before = captured(second, record=lambda body: body)._call
+    second(*batch(1), 0)
     second.load_state(copy.deepcopy(first.state()))
     assert isinstance(second._call, Captured)
+    assert second._call is not before
     captured(second, record=lambda body: body)
     for step in (first, second):
         step(*batch(2), 1)

@@ -43,7 +43,7 @@ def test_every_batch_of_every_epoch_is_one_step():
     run = Recorded()
     run.fit(2)
     assert run.batches == [(epoch, batch, 4 * epoch + batch) for epoch in range(2) for batch in range(4)]
-    assert run.progress == Progress(epoch=2, batch=0, step=8, finished=True)
+    assert run.progress == Progress(epoch=2, batch=0, step=8, reported=8, finished=True)
 
 
 def test_an_epoch_ends_with_report_evaluate_save():
@@ -65,11 +65,29 @@ def test_saves_within_an_epoch_when_due():
     assert calls == ["save 3", "report 4", "evaluate 4", "save 4"]
 
 
-@pytest.mark.parametrize(("out_of_time", "expected"), [(False, ["save 3"]), (True, ["evaluate 3", "save 3"])])
-def test_a_stop_saves_and_evaluates_only_when_out_of_time(out_of_time, expected):
+@pytest.mark.parametrize(
+    ("out_of_time", "expected"),
+    [(False, ["report 3", "save 3"]), (True, ["report 3", "evaluate 3", "save 3"])],
+)
+def test_a_stop_reports_saves_and_evaluates_only_when_out_of_time(out_of_time, expected):
     run = Recorded(stop_at=3, out_of_time=out_of_time)
     assert run.fit(2) == expected
-    assert run.progress == Progress(epoch=0, batch=3, step=3)
+    assert run.progress == Progress(epoch=0, batch=3, step=3, reported=3)
+
+
+def test_a_report_is_not_repeated_by_a_stop_or_after_it():
+    run = Recorded(log_every=2, stop_at=4)
+    run.fit(1)
+    assert run.calls == ["report 2", "report 4", "save 4"]
+    run.stop.requested = lambda step: False
+    run.calls.clear()
+    assert run.fit(1) == ["evaluate 4", "save 4"]
+
+
+def test_a_run_killed_after_a_save_at_the_end_of_an_epoch_reports_its_steps():
+    run = Recorded()
+    run.progress = Progress(epoch=0, batch=4, step=4, reported=2)
+    assert run.fit(1) == ["report 4", "evaluate 4", "save 4"]
 
 
 def test_continues_in_the_middle_of_an_epoch():

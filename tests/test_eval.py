@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 import effnet_fast
 from command_line import mistake, run
 from effnet_fast import checkpoint
+from effnet_fast.data import load_dataset
 from effnet_fast.model import trained as model_of_a_run
 from effnet_fast.report.confusion import plot_confusion, write_per_class
 from effnet_fast.run import eval_report, evaluation, prediction
@@ -91,6 +92,30 @@ def test_flipped_figures_are_apart(trained: Path, data_dir: Path, tmp_path: Path
     ]
     truth = np.mean(both, axis=1)  # the probability of the true class of two
     assert f"loss_tta {-np.log(truth).mean():.4f}  top1_tta {100 * np.mean(truth > 0.5):.2f} %" in flipped
+
+
+def test_flipping_averages_calibrated_probabilities(trained: Path, tmp_path: Path, capsys) -> None:
+    """As predict does."""
+    shutil.copy(trained, tmp_path / "last.pt")
+    checkpoint.store_temperature(tmp_path / "last.pt", "raw", 2.0)
+    result = effnet_fast.evaluate(
+        effnet_fast.EvalConfig(
+            f"{tmp_path}/last.pt", tta="flip", weights="raw", device="cpu", loader="torch", num_workers=0
+        )
+    )
+    model = effnet_fast.load(tmp_path / "last.pt", weights="raw", device="cpu")
+    split = load_dataset("folder", str(checkpoint.load(trained)["config"]["data_dir"])).test
+    files = [Image.open(path) for path in split.paths]
+    probabilities = model.probabilities(model.prepare(files), "flip")
+    loss = torch.nn.functional.nll_loss(probabilities.log(), torch.as_tensor(split.labels))
+    assert result.tta is not None
+    assert result.tta.loss == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_an_export_is_no_checkpoint(trained: Path, tmp_path: Path, capsys) -> None:
+    run(f"export --checkpoint {trained} --output {tmp_path}/model.safetensors")
+    line = f"eval --checkpoint {tmp_path}/model.safetensors"
+    assert "is an export, not a run's checkpoint: name a run's last.pt or best.pt" in mistake(capsys, line)
 
 
 def test_report(trained: Path, data_dir: Path, tmp_path: Path, capsys) -> None:

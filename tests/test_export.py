@@ -21,6 +21,7 @@ from effnet_fast.config import TrainConfig
 from effnet_fast.model import batch_norms
 from effnet_fast.model.trained import TrainedModel
 from effnet_fast.model.weights import read_safetensors
+from effnet_fast.run import export as export_verb
 from plain_networks import timm_b0, torchvision_b0
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
@@ -241,11 +242,37 @@ def test_config_json_of_another_model_is_kept(published: Path, tmp_path: Path, c
     settings["pretrained_cfg"]["mean"] = [0.5, 0.5, 0.5]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     run(f"{line}/b.safetensors", expected=2)
-    assert "config.json describes a.safetensors, another model" in capsys.readouterr().err
+    assert "config.json would describe a.safetensors, another model" in capsys.readouterr().err
     assert json.loads((tmp_path / "config.json").read_text()) == settings
     (tmp_path / "a.safetensors").unlink()
     run(f"{line}/b.safetensors")  # it replaces itself
     assert json.loads((tmp_path / "config.json").read_text()) != settings
+
+
+def test_weights_without_config_json_are_not_described_by_an_export(
+    published: Path, trained: Path, tmp_path: Path, capsys
+) -> None:
+    """Without one, their layout and preprocessing are inferred; a config.json would change how they are read."""
+    line = f"export --checkpoint {published} --layout timm --output {tmp_path}/a.safetensors"
+    (tmp_path / "tf_efficientnet_b0_ns.pth").write_bytes(b"")
+    assert "config.json would describe tf_efficientnet_b0_ns.pth" in mistake(capsys, line)
+    assert not (tmp_path / "config.json").exists()
+    (tmp_path / "tf_efficientnet_b0_ns.pth").unlink()
+    run(f"export --checkpoint {trained} --output {tmp_path}/own.safetensors")  # describes itself
+    run(line)
+
+
+def test_a_full_disk_leaves_config_json(published: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """With another one, weights of an earlier export would be read wrongly."""
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(export_verb, "write_atomically", full)
+    for flags, folder in (("--layout timm", tmp_path), ("--format hub", tmp_path / "hub")):
+        output = tmp_path / "a.safetensors" if folder == tmp_path else folder
+        assert "No space left" in mistake(capsys, f"export --checkpoint {published} {flags} --output {output}")
+        assert not (folder / "config.json").exists()
 
 
 def test_hub_keeps_the_readme_of_a_project(published: Path, tmp_path: Path, capsys) -> None:
@@ -298,6 +325,17 @@ def test_hub_folder(published: Path, tmp_path: Path, layout: str) -> None:
     if layout == "effnet-fast":
         loaded = effnet_fast.load(folder / "model.safetensors", device="cpu")
         assert (loaded.classes[9], loaded.temperature) == ("class-9", 2)
+
+
+def test_hub_card_has_no_results_of_other_weights(trained: Path, tmp_path: Path) -> None:
+    """A run that was stopped within an epoch, after an evaluation of earlier weights."""
+    state = checkpoint.load(trained)
+    state["progress"]["step"] += 1
+    torch.save(state, tmp_path / "last.pt")
+    run(f"export --checkpoint {tmp_path}/last.pt --format hub --output {tmp_path}/hub")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "These weights were not evaluated." in card
+    assert "model-index" not in card
 
 
 def test_hub_results(trained: Path, tmp_path: Path, capsys) -> None:

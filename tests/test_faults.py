@@ -1,14 +1,17 @@
 """Faults of the machine that torch reports as a RuntimeError."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from command_line import mistake
-from effnet_fast import checkpoint, cli
+from effnet_fast import checkpoint, cli, create_model
+from effnet_fast.data import decode
 from effnet_fast.faults import explanation
 from effnet_fast.model import trained
+from effnet_fast.model.weights import read_weights
 from effnet_fast.run import training
 from effnet_fast.run.resume import explain_checkpoint_errors
 
@@ -47,6 +50,42 @@ def test_full_memory_is_no_damaged_checkpoint(tmp_path, capsys, monkeypatch, err
     torch.save({"format": checkpoint.FORMAT}, tmp_path / "last.pt")
     monkeypatch.setattr(torch, "load", fail)
     assert FULL in mistake(capsys, f"eval --checkpoint {tmp_path}/last.pt")
+
+
+def test_full_memory_is_no_damaged_file(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    torch.save({}, tmp_path / "weights.pth")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(MemoryError):
+        read_weights(tmp_path / "weights.pth")
+    monkeypatch.setattr(decode.Image, "open", fail)
+    with pytest.raises(MemoryError):
+        decode.load_image(tmp_path / "photo.jpg")
+
+
+def test_a_fault_of_the_gpu_is_no_other_version(monkeypatch):
+    network = create_model("efficientnet-b0", width=0.25, depth=0.3)
+    move = type(network).to
+
+    def fail(self, *device, **layout):
+        if device:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+        return move(self, **layout)
+
+    state = SimpleNamespace(
+        ema=None,
+        architecture=dataclasses.asdict(network.architecture),
+        model=network.state_dict(),
+        temperatures={},
+        classes=["a"],
+        mean=[0.0] * 3,
+        std=[1.0] * 3,
+    )
+    monkeypatch.setattr(type(network), "to", fail)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        trained.from_checkpoint(state, "raw", torch.device("cpu"))
 
 
 def test_full_memory_is_no_other_version(tmp_path, capsys, monkeypatch):

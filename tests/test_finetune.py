@@ -43,7 +43,8 @@ def test_freeze_and_layer_decay(foreign: Path, tmp_path: Path, capsys) -> None:
     assert torch.equal(weights["stages.2.1.project.norm.running_var"], start["_blocks.4._bn2.running_var"])
     assert not torch.equal(weights["stages.3.0.expand.conv.weight"], start["_blocks.5._expand_conv.weight"])
     assert not torch.equal(weights["stages.3.0.expand.norm.running_mean"], start["_blocks.5._bn0.running_mean"])
-    run(f"eval --checkpoint {tmp_path}/tuned/last.pt --limit_eval 8 --loader resident --output_dir {tmp_path}")
+    options = f"--limit_eval 8 --loader resident --device cpu --output_dir {tmp_path}"
+    run(f"eval --checkpoint {tmp_path}/tuned/last.pt {options}")
     assert f"loss {saved['result']['loss']:.4f}" in capsys.readouterr().out
 
 
@@ -142,7 +143,8 @@ def test_reference_models_train_and_evaluate(model: str, tmp_path: Path, capsys)
     run(f"{TINY} --model {model} --save_dir {tmp_path} --run_name reference")
     saved = checkpoint.load(tmp_path / "reference" / "last.pt")
     assert saved["architecture"] | {"name": model, "family": "reference", "image_size": 32} == saved["architecture"]
-    run(f"eval --checkpoint {tmp_path}/reference/last.pt --limit_eval 8 --loader resident --output_dir {tmp_path}")
+    options = f"--limit_eval 8 --loader resident --device cpu --output_dir {tmp_path}"
+    run(f"eval --checkpoint {tmp_path}/reference/last.pt {options}")
     assert f"loss {saved['result']['loss']:.4f}" in capsys.readouterr().out
 
 

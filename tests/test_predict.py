@@ -20,6 +20,8 @@ import effnet_fast
 from command_line import mistake, run
 from effnet_fast import checkpoint, distributed
 from effnet_fast.data import load_dataset
+from effnet_fast.run import prediction
+from marks import on_gpu
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,30 @@ def test_tables(trained: Path, pictures: Path, tmp_path: Path) -> None:
     assert rows[0]["image"] == images[0]["image"] == str(pictures / "a" / Path(rows[0]["image"]).name)
     assert rows[0]["label"] == images[0]["predictions"][0]["label"]
     assert float(rows[0]["probability"]) == pytest.approx(images[0]["predictions"][0]["probability"], abs=1e-5)
+
+
+def test_an_early_interruption_keeps_the_earlier_table(
+    trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"predict --checkpoint {trained} {pictures} --output {tmp_path}/table.csv --device cpu"
+    run(line)
+    before = (tmp_path / "table.csv").read_text()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prediction, "_predict_readable", interrupt)
+    run(line, expected=130)
+    assert (tmp_path / "table.csv").read_text() == before
+
+
+@on_gpu
+@pytest.mark.parametrize("tta", ["none", "flip"])
+def test_a_gpu_gives_the_probabilities_of_the_cpu(trained: Path, pictures: Path, tta: str) -> None:
+    files = sorted(pictures.rglob("*.png"))
+    on_cpu, on_cuda = (effnet_fast.load(trained, device=device) for device in ("cpu", "cuda"))
+    ours, theirs = (model.probabilities(model.prepare(files), tta).cpu() for model in (on_cuda, on_cpu))
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
 def test_unreadable_files_are_skipped(trained: Path, tmp_path: Path, capsys) -> None:

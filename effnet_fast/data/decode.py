@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from effnet_fast.data.listing import printable
 from effnet_fast.data.orientation import read_orientation, stored_mirrors, turn_image, turn_pixels
 from effnet_fast.data.resize import resize_strips
+from effnet_fast.faults import is_out_of_memory
 
 # Formats are recognised by content. EPS is not among them: Pillow runs Ghostscript on it.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -44,6 +45,8 @@ def open_image(file: Path | bytes) -> Iterator[Image.Image]:
         is_empty = len(file) == 0 if isinstance(file, bytes) else file.stat().st_size == 0
         raise ValueError("the file is empty" if is_empty else "not an image in a format that can be decoded") from error
     except Exception as error:  # a damaged image can raise anything
+        if is_out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ValueError(reason) from error
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -14,6 +15,7 @@ from effnet_fast.data.image import load_image
 from effnet_fast.explain import overlay
 from effnet_fast.explain.gallery import Card, render_gallery
 from effnet_fast.explain.image_files import ImageFile
+from effnet_fast.explain.maps import evidence
 from effnet_fast.explain.models import ExplainedModel
 from effnet_fast.explain.output import OutputFolder
 from effnet_fast.explain.records import Maps, explain_batch
@@ -31,7 +33,7 @@ class Explainer:
         precision: autocast type: bf16, fp16 or no.
         models: the models; all on one device.
         files: the images.
-        output: the opened output folder.
+        output: the output folder; it must be open when the batches are explained.
 
     Attributes:
         explained: files that have a record, in order.
@@ -53,6 +55,15 @@ class Explainer:
         self.explained: list[ImageFile] = []
         self.computed = self.skipped = 0
         self._tables = Tables()
+
+    def check_method(self) -> None:
+        """Raise ValueError if the method or the layer does not fit one of the models."""
+        for model in self.models:
+            size, device = model.trained.image_size, model.trained.device
+            image = torch.zeros(1, 3, size, size, device=device)
+            target = torch.zeros(1, dtype=torch.int64, device=device)
+            with autocast(self.precision, device):
+                evidence(model.trained.model, image, target, method=self.config.method, layer=self.config.layer)
 
     def batches(self) -> Iterator[int]:
         """Explain one batch per iteration and yield the number of files processed so far.

@@ -49,18 +49,26 @@ class OutputFolder:
             ValueError: the folder contains other files, or maps computed with other settings.
             OSError: the folder cannot be written.
         """
-        path = self.folder / "settings.json"
-        if path.is_file():
-            if restart:
-                self._clear()
-            elif (self.folder / "records").is_dir():
-                self._compare(json.loads(path.read_text(encoding="utf-8")), settings)
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        earlier = self._earlier_settings()
+        if earlier is not None and restart:
+            self._clear()
+        elif earlier is not None and (self.folder / "records").is_dir():
+            self._compare(earlier, settings)
+        elif earlier is None and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ValueError(f"{self.folder} contains other files: choose a new or an empty folder as --output_path")
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+        write_json(self.folder / "settings.json", settings)
         members = self.folder / "grids" / "members.json"
         self._grid_members = json.loads(members.read_bytes()) if members.is_file() else {}
+
+    def _earlier_settings(self) -> dict[str, Any] | None:
+        """The settings of an earlier run; None if there is none, or settings.json is another program's."""
+        try:
+            earlier = json.loads((self.folder / "settings.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        ours = isinstance(earlier, dict) and {"models", "method", "images_path"} <= earlier.keys()
+        return earlier if ours else None
 
     def _compare(self, earlier: dict[str, Any], settings: dict[str, Any]) -> None:
         differences = [f"{k} was {earlier.get(k)}, now {v}" for k, v in settings.items() if earlier.get(k) != v]

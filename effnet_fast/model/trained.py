@@ -163,11 +163,13 @@ def from_checkpoint(
         used = weights_used(checkpoint, weights)
         average = (checkpoint.ema or {}) if used == "ema" else {}
         model = _build(checkpoint.architecture, {**checkpoint.model, **average}, kernels)
-        return _trained(model, vars(checkpoint) | {"temperature": checkpoint.temperatures.get(used, 1.0)}, device)
+        trained = _trained(model, vars(checkpoint) | {"temperature": checkpoint.temperatures.get(used, 1.0)})
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         raise ValueError("the checkpoint holds no model, or one of another version") from error
+    trained.model.to(device)
+    return trained
 
 
 def weights_used(checkpoint: Checkpoint, weights: str) -> str:
@@ -178,16 +180,21 @@ def weights_used(checkpoint: Checkpoint, weights: str) -> str:
 def _from_export(path: Path, device: torch.device, kernels: Kernels) -> TrainedModel:
     tensors, metadata = read_safetensors(path)
     if "classes" not in metadata:
-        raise ValueError(f"{path} was not written by effnet-fast export; to train from it, use --pretrained")
+        raise ValueError(
+            f"{path} does not describe its model, as weights in another library's layout: export without --layout; to "
+            "train from it, use --pretrained"
+        )
     folded = bool(metadata["folded"])
     try:
         # The fused kernels need the BatchNorm layers that folding removes.
         model = _build(metadata["architecture"], tensors, "torch" if folded else kernels, folded)
-        return _trained(model, metadata, device, folded)
+        trained = _trained(model, metadata, folded)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         raise ValueError(f"{path} is damaged, or of another version: its tensors do not fit its metadata") from error
+    trained.model.to(device)
+    return trained
 
 
 def _check_weights(weights: str) -> None:
@@ -203,9 +210,9 @@ def _build(description: dict[str, Any], state: Mapping[str, Tensor], kernels: Ke
     return model
 
 
-def _trained(model: Network, metadata: Mapping[str, Any], device: torch.device, folded: bool = False) -> TrainedModel:
+def _trained(model: Network, metadata: Mapping[str, Any], folded: bool = False) -> TrainedModel:
     return TrainedModel(
-        model.to(device).eval(),
+        model.eval(),
         tuple(metadata["classes"]),
         model.architecture.image_size,
         tuple(metadata["mean"]),

@@ -160,6 +160,8 @@ def create_model(
     >>> model(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
+    if not pretrained and (allow_unmatched or pretrained_layout != "auto"):
+        raise ValueError("allow_unmatched and pretrained_layout apply to pretrained weights: add pretrained=FILE")
     if not isinstance(pretrained, Weights):
         pretrained = find_weights(pretrained, model_name(name), pretrained_layout) if pretrained else None
     model = model_from_options(
@@ -175,8 +177,7 @@ def create_model(
 def model_from_options(options: ModelOptions, weights: Weights | None = None, allow_unmatched: bool = False) -> Network:
     """Build the model that the options describe, and load weights into it; see `create_model`."""
     key = model_name(options.name)
-    if options.num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {options.num_classes}")
+    _check(options, pretrained=weights is not None)
     if key in _REFERENCES:
         model: Network = _REFERENCES[key](_reference_architecture(key, options, weights), options.kernels)
     else:
@@ -188,6 +189,21 @@ def model_from_options(options: ModelOptions, weights: Weights | None = None, al
     if weights is not None:
         load_weights(model, weights, allow_unmatched)
     return model
+
+
+def _check(options: ModelOptions, pretrained: bool) -> None:
+    if options.num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, not {options.num_classes}")
+    for field in ("dropout", "drop_path"):
+        value = getattr(options, field)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{field} must be from 0 to below 1, not {value}")
+    if options.bn_eps is not None and not options.bn_eps > 0:
+        raise ValueError(f"bn_eps must be above 0, not {options.bn_eps}")
+    if options.bn_momentum is not None and not 0 <= options.bn_momentum <= 1:
+        raise ValueError(f"bn_momentum must be from 0 to 1, not {options.bn_momentum}")
+    if pretrained and (options.zero_init_residual or options.depthwise_init != "default"):
+        raise ValueError("zero_init_residual and depthwise_init set initial values, which pretrained weights replace")
 
 
 def _architecture(name: str, options: ModelOptions, weights: Weights | None) -> Architecture:
@@ -210,12 +226,13 @@ def _reference_architecture(name: str, options: ModelOptions, weights: Weights |
 
 def _shared_fields(name: str, options: ModelOptions, weights: Weights | None) -> dict[str, Any]:
     """The fields that both kinds of architecture have."""
+    stride, eps = options.output_stride, options.bn_eps
     fields = {
         "num_classes": options.num_classes,
         "image_size": options.image_size,
-        "output_stride": options.output_stride or default_output_stride(name, options.image_size),
+        "output_stride": default_output_stride(name, options.image_size) if stride is None else stride,
         "dropout": variant(name).dropout if options.dropout is None else options.dropout,
-        "bn_eps": options.bn_eps or (weights.bn_eps(name) if weights else None),
+        "bn_eps": weights.bn_eps(name) if eps is None and weights else eps,
         "bn_momentum": options.bn_momentum,
     }
     return {name: value for name, value in fields.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from effnet_fast import __version__
@@ -95,16 +97,26 @@ def _export_file(config: ExportConfig, path: Path) -> Path:
 
 def _write_layout(config: ExportConfig, trained: TrainedModel, output: Path) -> None:
     content, settings = _weights_and_config(config, trained)
+    file = output.parent / "config.json"
     if config.layout == "timm":
-        file = output.parent / "config.json"
         if file.exists() and not read_config(output.parent):
             raise ValueError(f"{file} is not timm's and would be overwritten: choose another folder with --output")
-        suffixes = (".safetensors", ".bin", ".pth")
-        others = [other for other in output.parent.iterdir() if other.suffix in suffixes and other.name != output.name]
-        if file.exists() and others and json.loads(file.read_text()) != settings:
-            raise ValueError(f"{file} describes {others[0].name}, another model: choose another folder with --output")
+        others = [other for other in output.parent.iterdir() if other.name != output.name and _needs_config(other)]
+        if others and (not file.exists() or json.loads(file.read_text()) != settings):
+            raise ValueError(
+                f"{file} would describe {others[0].name}, another model: choose another folder with --output"
+            )
+    _write(output, content, trained)  # first: it is what fails on a full disk
+    if config.layout == "timm":
         write_json(file, settings)
-    _write(output, content, trained)
+
+
+def _needs_config(path: Path) -> bool:
+    """Whether a file holds another library's weights, which are read as the config.json beside them says."""
+    if path.suffix == ".safetensors":
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            return "effnet_fast" not in (file.metadata() or {})
+    return path.is_file() and path.suffix in (".safetensors", ".bin", ".pth")
 
 
 def _export_hub(config: ExportConfig, path: Path) -> Path:
@@ -120,9 +132,9 @@ def _export_hub(config: ExportConfig, path: Path) -> Path:
         raise ValueError(f"{folder} is no export and its {present[0]} would be overwritten: choose another --output")
     content, settings = _weights_and_config(config, trained)
     card = model_card(Checkpoint.read(path), trained, config.weights, config.layout)
+    _write(weights, content, trained)  # first: it is what fails on a full disk
     write_json(folder / "config.json", settings)
     write_atomically(folder / "README.md", card.encode(errors="backslashreplace"))
-    _write(weights, content, trained)
     return folder
 
 

@@ -34,8 +34,10 @@ def model_card(checkpoint: Checkpoint, trained: TrainedModel, weights: str, layo
     from jinja2 import Template
 
     config = config_of(checkpoint)
+    step = checkpoint.progress.get("step")
+    evaluated = checkpoint.result if checkpoint.result.get("step", step) == step else {}  # else of earlier weights
     prefix = "ema_" if weights != "raw" and checkpoint.ema is not None else ""
-    results = {name: checkpoint.result[key] for name in _METRICS if (key := prefix + name) in checkpoint.result}
+    results = {name: evaluated[key] for name in _METRICS if (key := prefix + name) in evaluated}
     template = Template(Path(__file__).with_name("model_card.jinja").read_text(), keep_trailing_newline=True)
     return template.render(
         front_matter=yaml.safe_dump(_front_matter(checkpoint, config, results, layout), sort_keys=False),

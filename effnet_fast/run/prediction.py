@@ -45,10 +45,12 @@ def predict(config: PredictConfig) -> int:
                 for path, best in new.items():
                     print(f"{printable(path)}  " + "  ".join(f"{label} {100 * p:.1f} %" for label, p in best))
                 advance(len(batch))
-    finally:  # an interrupted run keeps its results
-        if config.output:
+    except BaseException:  # an interrupted run keeps its results, and the earlier table if it has none
+        if config.output and predictions:
             _write_table(Path(config.output), predictions)
+        raise
     if config.output:
+        _write_table(Path(config.output), predictions)
         print(f"written: {config.output}")
     unreadable = len(paths) - len(predictions)
     if unreadable:

@@ -230,7 +230,7 @@ def test_occlusion_finds_the_relevant_pixel():
     expected = torch.zeros(16, 16)
     # Patches of 4 by steps of 2 that cover (5, 10) reach rows 2 to 7 and columns 8 to 13.
     expected[2:8, 8:14] = 1
-    assert torch.equal(found > 0, expected > 0) or torch.equal(found[4:6, 10:12], torch.ones(2, 2))
+    assert torch.equal(found > 0, expected > 0)
     assert found[4:6, 10:12].min() == found.max()
     assert found[:2].max() == found[8:].max() == found[:, :7].max() == 0
 
@@ -289,7 +289,7 @@ def test_wrong_layer_lists_choices(b0, images):
 
 
 @pytest.mark.slow  # Triton's interpreter
-def test_layer_inside_fused_block():
+def test_layer_inside_fused_block(monkeypatch):
     def tiny(kernels):
         torch.manual_seed(0)
         return create_model("efficientnet-b0", 4, 8, 8, width=0.1, depth=0.1, dropout=0, drop_path=0, kernels=kernels)
@@ -297,6 +297,7 @@ def test_layer_inside_fused_block():
     images = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     if not torch.cuda.is_available():  # the interpreter
         pytest.importorskip("triton")
+        monkeypatch.setattr("effnet_kernels.launch.INTERPRETED", True)
         with pytest.raises(ValueError, match="its forward does not run"):
             cam(tiny("triton"), images, layer="stages.1.0.depthwise.act")
     assert cam(tiny("torch"), images, layer="stages.1.0.depthwise.act").shape == (1, 8, 8)

@@ -90,7 +90,7 @@ def test_golden_agrees_with_hand_counts_for_small_images(row):
 
 @pytest.fixture(scope="module")
 def b0() -> nn.Module:
-    return create_model("efficientnet-b0", num_classes=100, image_size=32)
+    return create_model("efficientnet-b0", num_classes=100, image_size=32, kernels="torch")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,9 @@ from torch import nn
 from effnet_fast.model import Architecture, EfficientNet, batch_norms, recompute_blocks
 from effnet_fast.model.blocks import MBConv, Style
 from effnet_fast.model.complexity import complexity
+from marks import on_gpu
+
+pytestmark = pytest.mark.interpreted
 
 NARROW = Architecture(width=0.25, depth=0.3, num_classes=10, output_stride=16, dropout=0.2, drop_path=0.5)
 
@@ -43,13 +46,13 @@ def test_whole_model_on_the_kernels():
     assert_equal(after_two_passes("triton", recompute=True), after_two_passes("triton", recompute=False))
 
 
-def block_after_two_passes(kernels="torch", *, recompute, compiled=False):
+def block_after_two_passes(kernels="torch", *, recompute, compiled=False, device="cpu"):
     torch.manual_seed(0)
-    block = MBConv(4, 4, 3, 1, 2, style=Style(kernels=kernels))
+    block = MBConv(4, 4, 3, 1, 2, style=Style(kernels=kernels)).to(device)
     block.recompute = recompute
-    call = torch.compile(block, backend="aot_eager") if compiled else block
+    call = torch.compile(block, backend="aot_eager" if device == "cpu" else "inductor") if compiled else block
     for _ in range(2):
-        call(torch.randn(2, 4, 6, 6)).square().mean().backward()
+        call(torch.randn(2, 4, 6, 6, device=device)).square().mean().backward()
     return {name: p.grad for name, p in block.named_parameters()} | dict(block.named_buffers())
 
 
@@ -57,6 +60,14 @@ def block_after_two_passes(kernels="torch", *, recompute, compiled=False):
 def test_block_on_the_kernels():
     recomputed = block_after_two_passes("triton", recompute=True)
     assert_equal(recomputed, block_after_two_passes("triton", recompute=False))
+
+
+@on_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_block_on_a_gpu(compiled):
+    recomputed = block_after_two_passes("auto", recompute=True, compiled=compiled, device="cuda")
+    for name, value in block_after_two_passes("auto", recompute=False, device="cuda").items():
+        torch.testing.assert_close(recomputed[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_compiled_statistics_are_updated_once():

@@ -442,6 +442,17 @@ def test_moving_average_of_a_run(tmp_path: Path) -> None:
     assert (weights.tensors["stem.conv.weight"].item(), weights.average) == (1, "ema")
 
 
+def test_flipped_bits_of_a_checkpoint(tmp_path: Path) -> None:
+    """torch.load does not compare the checksums that torch.save writes."""
+    path = tmp_path / "last.pt"
+    torch.save(OWN | {"model": {"stem.conv.weight": torch.full((1000,), 1.5)}}, path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\x00\x00\xc0\x3f", b"\x00\x00\xc0\xbf"))
+    assert torch.load(path, weights_only=True)["model"]["stem.conv.weight"][0] == -1.5
+    with pytest.raises(ValueError, match="is damaged"):
+        read_weights(path)
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from effnet_fast import checkpoint
 from effnet_fast.config import LayoutName
+from effnet_fast.faults import is_out_of_memory
 from effnet_fast.model.weights import efficientnet_pytorch, own, timm, torchvision
 from effnet_fast.model.weights.layout import IMAGENET_MEAN, IMAGENET_STD, Layout, Weights, listed
 from effnet_fast.model.weights.normalisation import checked_normalisation
@@ -148,7 +150,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no state dict")
     if "architecture" in state and "format" in state:
-        return _read_run(path, state)
+        return _read_run(path, checkpoint.load(path))  # with its checksums verified
     metadata = timm.read_config(path.parent)
     if isinstance(state.get("arch"), str):  # timm's trainer
         metadata["architectures"] = [state["arch"], *metadata.get("architectures", ())]
@@ -172,6 +174,8 @@ def _unpickle(path: Path) -> object:
                 "run code: save its state dict alone, torch.save(model.state_dict(), FILE)"
             ) from error
         except Exception as error:  # damaged bytes can raise anything
+            if is_out_of_memory(error):
+                raise
             raise ValueError(f"{path} is damaged or holds no weights") from error
 
 

@@ -16,8 +16,12 @@ settings.register_profile("repeatable", patient, derandomize=True)
 settings.register_profile("explore", patient, max_examples=2000)
 settings.load_profile("repeatable")
 
+if "OMP_NUM_THREADS" not in os.environ:  # runs in this process and in others then have the same bits
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 if not torch.cuda.is_available():
-    # Kernels run in Triton's interpreter where there is no GPU; it must be known before the first one is decorated,
+    # Triton's kernels run in its interpreter where there is no GPU; it must be known before the first one is decorated,
     # which importing the model does.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -26,6 +30,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_kernels(request: pytest.FixtureRequest):
+    """CPU tensors run on the C++ kernels, as a user's do, except in op_tests and in modules marked `interpreted`."""
+    interpreted = "op_tests" in request.path.parts or request.node.get_closest_marker("interpreted")
+    if interpreted or torch.cuda.is_available():
+        yield
+        return
+    from effnet_kernels import launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "INTERPRETED", False)
+        patch.setenv("TRITON_INTERPRET", "0")  # of processes that the tests start
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -455,6 +455,7 @@ def test_killed_and_resumed_worker_gives_the_same_table(tmp_path, dataset, reque
     workers = [start(f"{line} --run_name killed", **at_step(2, "hold")), start(f"{line} --run_name killed")]
     name = next(printed.partition(":")[0] for printed in workers[0].stdout if ": epoch 2 " in printed)
     while not (tmp_path / "killed" / "trials" / name / "last.pt").exists():
+        assert workers[0].poll() is None
         time.sleep(0.05)
     workers[0].send_signal(signal.SIGKILL)
     resumed = start(f"{line} --run_name killed")

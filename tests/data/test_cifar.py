@@ -263,6 +263,7 @@ def test_two_processes_download_once(tmp_path, server):
             command = [sys.executable, "-u", "-c", code, str(tmp_path)]
             processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True))
     while not any("waiting for another process" in (tmp_path / f"stderr{i}").read_text() for i in range(2)):
+        assert all(process.poll() is None for process in processes)
         time.sleep(0.02)
     server.answering.set()
     assert [process.communicate()[0] for process in processes] == ["40\n"] * 2

@@ -20,8 +20,6 @@ from effnet_fast.data.loader import LoaderSpec
 from marks import on_gpu
 from plain_spec import PLAIN
 
-pytest.importorskip("nvidia.dali")
-
 N = 96
 PIXELS = np.random.default_rng(3).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
 SPLIT = ArraySplit(PIXELS, np.arange(N))
@@ -64,6 +62,7 @@ def pixels(kind: str, spec: LoaderSpec) -> torch.Tensor:
 def test_dali_and_resident_agree(
     name: str, augment: Augment | None, size: int, most: float, share: float, device: torch.device
 ) -> None:
+    pytest.importorskip("nvidia.dali")
     spec = dataclasses.replace(SPEC, augment=augment, image_size=size, device=device)
     error = (pixels("dali", spec) - pixels("resident", spec)).abs()
     print(f"{name}: at most {error.max():.4f}, mean {error.mean():.6f}, differing {(error > 0.5).float().mean():.6f}")
@@ -74,6 +73,7 @@ def test_dali_and_resident_agree(
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3.3), (torch.uint8, 3.0)])
 def test_dali_and_resident_agree_in_every_dtype(dtype: torch.dtype, most: float, device: torch.device) -> None:
+    pytest.importorskip("nvidia.dali")
     spec = dataclasses.replace(SPEC, augment=ALL, dtype=dtype, device=device)
     error = (pixels("dali", spec) - pixels("resident", spec)).abs()
     assert error.max() <= most
@@ -91,3 +91,14 @@ def test_the_comparison_detects_other_parameters() -> None:
     plain = pixels("resident", dataclasses.replace(SPEC, augment=ALL))
     other = pixels("resident", dataclasses.replace(SPEC, augment=ALL, seed=12))
     assert (plain - other).abs().mean() > 20
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", ["resident", "torch"])
+@pytest.mark.parametrize("augment", [None, ALL], ids=["evaluation", "all"])
+def test_a_gpu_gives_the_images_of_the_cpu(kind: str, augment: Augment | None) -> None:
+    spec = dataclasses.replace(SPEC, augment=augment, image_size=37)
+    on_cpu, on_cuda = (pixels(kind, dataclasses.replace(spec, device=torch.device(d))) for d in ("cpu", "cuda:0"))
+    error = (on_cuda - on_cpu).abs()
+    assert error.max() <= 4.001
+    assert (error > 0.5).float().mean() <= 0.003

@@ -110,11 +110,13 @@ class Runs:
         return self.start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **environment)
 
     def wait_for_step(self, name, step):
-        """Wait until the newest row of a run is of this step or a later one."""
+        """Wait until the newest row of a run is of this step or a later one; fail if every process has ended before."""
         while True:
+            ended = all(started.process.poll() is not None for started in self.started)
             with contextlib.suppress(OSError, ValueError, IndexError):
                 if self.rows(name)[-1]["step"] >= step:
                     return
+            assert not ended, f"no process is left, and {name} has not reached step {step}"
             time.sleep(0.1)
 
     def saved(self, name):

@@ -1,6 +1,7 @@
 """Two hosts, as network namespaces of this machine with a link that can be cut."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -54,12 +55,12 @@ class Hosts:
 
 @pytest.fixture
 def hosts():
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need the command ip (iproute2)")
     hosts = Hosts()
     try:
         hosts.set_up()
         yield hosts
-    except FileNotFoundError:
-        pytest.skip("network namespaces need the command ip (iproute2)")
     finally:
         hosts.tear_down()
 

@@ -26,7 +26,7 @@ def step(model: EfficientNet, x: torch.Tensor, autocast: torch.dtype | None = No
     return {"logits": logits.detach()} | gradients | dict(model.named_buffers())
 
 
-def assert_as_good(actual: dict, baseline: dict, exact: dict, least: int = 1) -> None:
+def assert_as_good(actual: dict, baseline: dict, exact: dict, least: int = 1, zero: float = 1e-3) -> None:
     """Check that no tensor of `actual` has more than three times the relative RMS error of `baseline`.
 
     Args:
@@ -34,13 +34,14 @@ def assert_as_good(actual: dict, baseline: dict, exact: dict, least: int = 1) ->
         baseline: results of PyTorch's operators in the same dtype.
         exact: results of PyTorch's operators in float64.
         least: tensors with fewer values are skipped, since their error varies too much.
+        zero: largest absolute value where the exact one is 0.
     """
     assert actual.keys() == baseline.keys()
     for name, value in exact.items():
         if value.numel() < least:
             continue
         if value.abs().max() < 1e-9:  # truly 0, as a later BatchNorm cancels it: only rounding is left
-            assert actual[name].abs().max() < 1e-3 + 3 * baseline[name].abs().max(), name
+            assert actual[name].abs().max() < zero, name
             continue
         limit = 3 * relative_rms(baseline[name], value) + 1e-6
         assert relative_rms(actual[name], value) <= limit, name
@@ -119,7 +120,7 @@ def test_evaluation():
 def test_model_in_bfloat16():
     models = [narrow(kernels, output_stride=16).to(torch.bfloat16) for kernels in ("triton", "torch", "torch")]
     x = images(8).to(torch.bfloat16)
-    assert_as_good(step(models[0], x), step(models[1], x), step(models[2].double(), x))
+    assert_as_good(step(models[0], x), step(models[1], x), step(models[2].double(), x), zero=0.05)
 
 
 @pytest.mark.slow

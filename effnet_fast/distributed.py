@@ -126,7 +126,7 @@ def launch() -> str | None:
     None without a launcher. A requeued Slurm job restarts its step numbers at 0; two steps of one allocation are two
     jobs.
     """
-    if (elastic := os.environ.get("TORCHELASTIC_RUN_ID", "none")) != "none":
+    if elastic := _torchrun_id():
         return elastic
     if (slurm := os.environ.get("SLURM_JOB_ID")) is None:
         return None
@@ -139,9 +139,13 @@ def may_be_restart() -> bool:
     Under torchrun always: the agent of a machine that has come back counts its restarts from 0. Under Slurm alone only
     in a requeued job, since many commands can follow each other in one allocation.
     """
-    if os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none":
-        return True
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    return bool(_torchrun_id()) or int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
+def _torchrun_id() -> str | None:
+    """torchrun's --rdzv-id; None without one."""
+    elastic = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if elastic == "none" else elastic
 
 
 def key_value_store() -> dist.Store | None:

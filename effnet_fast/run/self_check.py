@@ -216,8 +216,13 @@ def block_error(
     exact.load_state_dict(block.state_dict())
     x = torch.randn(3, inputs, 9, 7, device=device).to(memory_format=torch.channels_last)
     with _without_tf32():
-        pairs = zip(_results(block, x), _results(exact, x.double()), strict=True)
-        return torch.stack([(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in pairs]).max().item()  # NaN if any is
+        return _largest_error(_results(block, x), _results(exact, x.double()))
+
+
+def _largest_error(ours: list[Tensor], exact: list[Tensor]) -> float:
+    """Largest relative RMS difference of a result; NaN if any is."""
+    pairs = zip(ours, exact, strict=True)
+    return torch.stack([(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in pairs]).max().item()
 
 
 class _Layers(nn.Module):
@@ -240,8 +245,7 @@ def layers_error(device: torch.device, kernels: Kernels) -> float:
     layers, exact = _Layers(kernels).to(device), _Layers("torch").to(device)
     exact.load_state_dict(layers.state_dict())
     images = _layers_images(device)
-    pairs = zip(*(_layers_results(model, images, device) for model in (layers, exact)), strict=True)
-    return torch.stack([(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in pairs]).max().item()
+    return _largest_error(*(_layers_results(model, images, device) for model in (layers, exact)))
 
 
 def _layers_images(device: torch.device) -> Tensor:

@@ -87,7 +87,8 @@ def cuda_graph(body: Body) -> Body:
 def unchanged(state: Callable[[], list[Tensor]]) -> Iterator[None]:
     """On exit, restore the tensors in place, and the random generators."""
     tensors = state()
-    copies = [tensor.clone() for tensor in tensors]
+    # Detached: a copy with a history would keep autograd's nodes of the weights, which belong to the current stream.
+    copies = [tensor.detach().clone() for tensor in tensors]
     with torch.random.fork_rng({t.device.index or 0 for t in tensors if t.is_cuda}):
         yield
     assert [t.data_ptr() for t in state()] == [t.data_ptr() for t in tensors], "the state must keep its addresses"

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from effnet_fast import create_model, provenance
 from effnet_fast.checkpoint import write_atomically
@@ -262,6 +264,21 @@ def host_ms(call: Call) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
+
+
+def kernel_ms(call: Call, calls: int = 2) -> float:
+    """Milliseconds of the kernels of one call, without the gaps between them."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        for _ in range(calls):
+            call()
+        synchronise()
+    return sum(event.time_range.elapsed_us() for event in kernels(prof)) / calls / 1e3
+
+
+def kernels(prof: profile) -> list[Any]:
+    """The profiler's events of kernels; ranges of the host appear on the device's time line too."""
+    events = prof.events() or []
+    return [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
 
 
 def alternating(

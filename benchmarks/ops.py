@@ -35,7 +35,7 @@ from effnet_kernels.mbconv import mbconv
 from effnet_kernels.se_gate import se_gate
 from effnet_kernels.silu import silu
 from effnet_kernels.statistics import BatchNorm
-from effnet_kernels.tuning import TOLERANCE
+from effnet_kernels.tuning import tolerance
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def rows_of(name: str, shape: Shape, dtype: torch.dtype, paths: dict, bandwidth:
     """One row per path and direction; a single row without times where Triton and float64 disagree."""
     op, about = OPS[name], {"op": name, "shape": str(shape)}
     error = agrees(op, shape, dtype)
-    if not error <= TOLERANCE[dtype]:
+    if not error <= tolerance(name, dtype):
         yield about | {"wrong by": error}
         return
     for path, (kernels, compiled) in paths.items():

@@ -155,7 +155,7 @@ def training(folder: Path = RESULTS) -> str:
             [
                 f"{settings['dataset']}, {model}",
                 f"`{run['command']}`",
-                f"{run['epoch']:g}",
+                _epochs(run["epoch"], settings["num_epochs"]),
                 f"{run['top1']:.2f} %",
                 f"{run['top5']:.2f} %",
                 duration(run["seconds"]),
@@ -163,6 +163,11 @@ def training(folder: Path = RESULTS) -> str:
             ]
         )
     return table(["run, test images", "command", "epochs", "top-1", "top-5", "time", PROVENANCE], rows)
+
+
+def _epochs(done: float, planned: int) -> str:
+    """Epochs of a run, and of how many if it was stopped before."""
+    return f"{done:g} of {planned}" if done < planned else f"{done:g}"
 
 
 def csv_rows(path: Path) -> list[dict[str, str]]:
@@ -232,12 +237,14 @@ def throughput(folder: Path = RESULTS) -> str:
                     f"{library}, {row['step']}",
                     f"{row['img/s'][1]:,.0f}",
                     f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                    f"{row['kernel ms']:.1f}" if "kernel ms" in row else "",
                     f"{row['memory']['MiB']:.0f}" if "memory" in row else "",
                     origin(content["provenance"]),
                 ]
             )
     ratio = "its time over ours, p50 (p20 to p80)"
-    return table(["case", "direction", "library, step", "img/s", ratio, "peak MiB", PROVENANCE], rows)
+    names = ["case", "direction", "library, step", "img/s", ratio, "its GPU kernels, ms", "peak MiB", PROVENANCE]
+    return table(names, rows)
 
 
 def loader(folder: Path = RESULTS) -> str:

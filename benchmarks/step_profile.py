@@ -15,7 +15,6 @@ from pathlib import Path
 
 import harness
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from effnet_fast.model import Network
@@ -44,21 +43,25 @@ CATEGORIES = (
             "effnet_cpu::gate_",
             "_squeeze_kernel",
             "_excite_kernel",
-            "_gate",
+            "_spans_kernel",
+            "_gate_kernel",
+            "_dpool_kernel",
+            "_parameters_backward_kernel",
+            "_add_splits",
             "_five_sums",
             "sigmoid",
             "aten::mean",
             "aten::mul",
         ),
     ),
-    ("depthwise", ("depthwise", "dwconv", "conv_depthwise", "_forward_kernel", "_backward_kernel")),
+    ("depthwise", ("depthwise", "dwconv", "c1_k1", "grouped_direct", "_forward_kernel", "_backward_kernel")),
     # A C++ op's self time is what surrounds its matrix products, mostly BatchNorm; these are aten::mm.
     (
         "normalisation",
         ("effnet_cpu::", "batch_norm", "_moments", "_merge", "_apply", "_grad", "bn_fw", "bn_bw", "batchnorm"),
     ),
     ("loader", ("loader", "Memcpy HtoD")),
-    ("convolution", ("conv", "gemm", "cutlass", "cudnn", "nvjet", "xmma", "aten::mm", "aten::addmm")),
+    ("convolution", ("conv", "gemm", "cutlass", "cudnn", "splitKreduce", "nvjet", "xmma", "aten::mm", "aten::addmm")),
     ("activation", ("silu",)),
 )
 
@@ -125,17 +128,22 @@ def profiled(case: harness.Case, mode: str, kind: str, steps: int) -> tuple[prof
 
 def kernels_of(prof: profile) -> list[tuple[str, str, float, float]]:
     """(name, category, start us, us) of all kernels, or of all operators on the CPU, in order."""
-    kernels = []
-    for event in prof.events():
-        if event.is_user_annotation:  # a range of `span`, on the device's time line too
-            continue
-        if harness.DEVICE == "cuda":
-            if event.device_type == DeviceType.CUDA:
-                label = category(event.name)
-                kernels.append((event.name, label, event.time_range.start, event.time_range.elapsed_us()))
-        elif event.self_cpu_time_total > 0:
-            label = _category_by_range(event) or category(event.name, event.input_shapes)
-            kernels.append((event.name, label, event.time_range.start, event.self_cpu_time_total))
+    if harness.DEVICE == "cuda":
+        kernels = [
+            (event.name, category(event.name), event.time_range.start, event.time_range.elapsed_us())
+            for event in harness.kernels(prof)
+        ]
+    else:
+        kernels = [
+            (
+                event.name,
+                _category_by_range(event) or category(event.name, event.input_shapes),
+                event.time_range.start,
+                event.self_cpu_time_total,
+            )
+            for event in prof.events()
+            if event.self_cpu_time_total > 0 and not event.is_user_annotation
+        ]
     return sorted(kernels, key=lambda kernel: kernel[2])
 
 

@@ -253,6 +253,7 @@ def measure(
         if harness.DEVICE == "cuda":
             for row, call in zip(measured, warm.values(), strict=True):
                 row["host ms"] = harness.quantiles([harness.host_ms(call) for _ in range(args.rounds)])
+                row["kernel ms"] = harness.kernel_ms(call)
         rows.extend(measured)
         missing.extend(reasons(direction, left_out))
         save(rows, missing)
@@ -290,7 +291,7 @@ def line(row: dict) -> str:
     """A row as printed text."""
     low, middle, high = row["time over ours"]
     memory = f"  peak {row['memory']['MiB']:.0f} MiB" if "memory" in row else ""
-    host = f"  issued in {row['host ms'][1]:.2f} ms" if "host ms" in row else ""
+    host = f"  issued in {row['host ms'][1]:.2f} ms, kernels {row['kernel ms']:.2f} ms" if "host ms" in row else ""
     return (
         f"{row['direction']:9} {row['library']:21} {row['step']:8} {row['img/s'][1]:10.1f} img/s  "
         f"{row['ms'][1]:9.2f} ms  time over ours {middle:.2f} ({low:.2f} to {high:.2f}){host}{memory}"

@@ -26,6 +26,9 @@ _GREY = np.outer(np.linalg.inv(_YIQ)[:, 0], _YIQ[0])
 _CONTRAST_CENTRE = 128.0
 
 
+Drawn = tuple[AugmentParams, AutoParams | None]
+
+
 @dataclass(frozen=True)
 class AugmentTensors:
     """The augmentation parameters of N images as tensors; None where an augmentation is off.
@@ -89,18 +92,30 @@ class Augmentation:
 
     def parameters(self, epoch: int, indices: NDArray[np.int64]) -> AugmentTensors | None:
         """Draw the parameters of the images at `indices` [N] of the split; None in evaluation."""
-        augment, size, device = self._spec.augment, self._spec.image_size, self._spec.device
+        return self.tensors(self.draw(epoch, indices))
+
+    def draw(self, epoch: int, indices: NDArray[np.int64]) -> Drawn | None:
+        """The part of `parameters` that the host computes; any thread may do it."""
+        augment = self._spec.augment
         if augment is None:
             return None
-        draw_key = self._spec.seed, epoch, indices, size
-        params = draw_params(augment, *draw_key)
+        key = self._spec.seed, epoch, indices, self._spec.image_size
+        auto = None if augment.auto_augment == "none" else draw_auto_params(augment.auto_augment, *key)
+        return draw_params(augment, *key), auto
+
+    def tensors(self, drawn: Drawn | None) -> AugmentTensors | None:
+        """What `draw` returned, on the device."""
+        augment, size, device = self._spec.augment, self._spec.image_size, self._spec.device
+        if drawn is None or augment is None:
+            return None
+        params, auto = drawn
         return AugmentTensors(
             crop=upload(np.stack([params.crop_y, params.crop_x], axis=1).astype(np.int64), device),
             flip=upload(params.flip[:, None, None, None], device) if augment.flip else None,
             warp=upload(_grid_matrices(params, size, augment.pad(size)), device) if augment.rotation else None,
             colour=upload(_colour_matrices(params), device) if augment.color_jitter else None,
             erase=upload(_corners(params.erase), device) if augment.random_erasing else None,
-            auto=None if augment.auto_augment == "none" else draw_auto_params(augment.auto_augment, *draw_key),
+            auto=auto,
         )
 
     def canvas(self, images: Tensor) -> Tensor:

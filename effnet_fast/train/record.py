@@ -128,8 +128,10 @@ class Recorder:
         self._clock = Clock(device)
         self._laps: list[tuple[Moment, Moment, Moment, int]] = []  # batch requested, delivered, trained on; its images
         self._lap: tuple[Moment, Moment, int] | None = None  # of the batch that is trained on
-        self._images, self._seconds, self._waited = 0, 0.0, 0.0  # of the whole run
+        # Without the first step of this process, in which kernels compile.
+        self._images, self._seconds, self._waited = 0, 0.0, 0.0
         self._start_time, self._start_step = time.perf_counter(), step
+        self._compiles = True
         if main:
             self._open(folder, step)
 
@@ -161,17 +163,26 @@ class Recorder:
             requested, delivered, images = self._lap
             self._laps.append((requested, delivered, self._clock.now(), images))
             self._lap = None
+            if self._compiles and len(self._laps) == 1:
+                self._start_time, self._start_step = time.perf_counter(), self._start_step + 1
+
+    def _sums(self, laps: list[tuple[Moment, Moment, Moment, int]], world: int) -> tuple[int, float, float]:
+        """Images of all ranks, seconds, and seconds spent waiting for batches."""
+        seconds = sum(self._clock.seconds(requested, done) for requested, _, done, _ in laps)
+        waited = sum(self._clock.seconds(requested, delivered) for requested, delivered, *_ in laps)
+        return sum(count for *_, count in laps) * world, seconds, waited
 
     def train(self, step: int, reading: Reading, learning_rate: float, world: int) -> None:
         """Write a training row: means since the last one."""
         self._end_lap()
         laps, self._laps = self._laps, []
-        images = sum(count for *_, count in laps) * world
-        waited = sum(self._clock.seconds(requested, delivered) for requested, delivered, *_ in laps)
-        seconds = max(sum(self._clock.seconds(requested, done) for requested, _, done, _ in laps), 1e-9)
-        self._images += images
-        self._seconds += seconds
-        self._waited += waited
+        images, seconds, waited = self._sums(laps, world)
+        seconds = max(seconds, 1e-9)
+        steady = self._sums(laps[self._compiles :], world)
+        self._images += steady[0]
+        self._seconds += steady[1]
+        self._waited += steady[2]
+        self._compiles = self._compiles and not laps
         row = {
             "kind": "train",
             "step": step,
@@ -236,11 +247,12 @@ class Recorder:
         if not self.main:
             return
         # Wall clock, so that evaluations count too.
-        pace = (time.perf_counter() - self._start_time) / max(self._work(self._start_step, row["step"]), 1)
+        work = self._work(self._start_step, row["step"])
+        pace = (time.perf_counter() - self._start_time) / work if work else None
+        left = "unknown" if pace is None else _duration(self._work(row["step"], self.total_steps) * pace)
         figures = (
             f"loss {row['loss']:.3f}  top-1 {row['top1']:.1f} %  lr {row['learning_rate']:.4f}"
-            f"  {row['img_per_s']:.0f} img/s  waiting {100 * row['wait_share']:.0f} %"
-            f"  ETA {_duration(self._work(row['step'], self.total_steps) * pace)}"
+            f"  {row['img_per_s']:.0f} img/s  waiting {100 * row['wait_share']:.0f} %  ETA {left}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"], description=figures, refresh=True)

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,7 +317,10 @@ def test_step_profile(tmp_path, capsys):
     ("name", "label"),
     [
         ("_squeeze_kernel", "gate"),
+        ("_parameters_backward_kernel", "gate"),
         ("_forward_kernel", "depthwise"),
+        ("dgrad2d_c1_k1_nhwc_specialized", "depthwise"),
+        ("void cublasLt::splitKreduce_kernel<32>", "convolution"),
         ("_moments_kernel", "normalisation"),
         ("void multi_tensor_apply_kernel<FusedSgdMath>", "optimizer"),
         ("Memcpy HtoD (Pinned -> Device)", "loader"),
@@ -343,9 +347,13 @@ def test_profiler_ranges_are_not_kernels(monkeypatch):
         event("_moments_kernel", 5.0, 2.0),
     ]
     monkeypatch.setattr(harness, "DEVICE", "cuda")
-    kernels = step_profile.kernels_of(SimpleNamespace(events=lambda: events))
+    prof = SimpleNamespace(events=lambda: events)
+    kernels = step_profile.kernels_of(prof)
     assert [name for name, *_ in kernels] == ["sm90_xmma_gemm_bf16", "_moments_kernel"]
     assert step_profile.gaps(kernels)["in all us"] == 1.0
+    monkeypatch.setattr(harness, "profile", lambda activities: nullcontext(prof))
+    monkeypatch.setattr(harness, "synchronise", lambda: None)
+    assert harness.kernel_ms(lambda: None, calls=5) == pytest.approx(1e-3)  # 5 us over 5 calls
 
 
 def test_gaps_between_launches():

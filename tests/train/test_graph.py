@@ -105,7 +105,7 @@ def test_warm_up_changes_nothing(options):
 def test_captured_ddp_takes_the_steps_of_the_plain_model(device, backend, record, accumulation, monkeypatch):
     """A group of one rank. DDP is made as `train` makes it; the warm-up's eleven steps are undone.
 
-    DDP sums gradients in another order. BatchNorm over the 4 values that an image of 16 px leaves in the last layer would
+    DDP sums gradients in another order. BatchNorm over the 4 values that images of 16 px leave in the last layer would
     raise a difference of 1e-7 above any tolerance in four steps; over 16 values it stays below 1e-5.
     """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)

@@ -1,6 +1,7 @@
 """Rows of metrics.jsonl, TensorBoard events, and progress lines."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +88,19 @@ def test_estimated_time_counts_larger_images(tmp_path, clock, capsys):
     kept.train(5, READING, 0.1, world=1)
     kept.close()
     assert "ETA 0:04:00" in capsys.readouterr().out
+
+
+def test_the_step_that_compiles_counts_neither_for_the_estimate_nor_for_the_summary(tmp_path, clock, capsys):
+    kept = recorder(tmp_path)
+    for step, _ in enumerate(kept.watch([(None, [0] * 8)] * 5), start=1):
+        clock.seconds += 60 if step == 1 else 2
+        if step in (1, 5):
+            kept.train(step, READING, 0.1, world=1)
+    kept.close()
+    estimates = re.findall(r"ETA (\S+)", capsys.readouterr().out)
+    assert estimates == ["unknown", "0:00:10"]
+    assert kept.summary().startswith("trained at 4 img/s")
+    assert [row["seconds"] for row in rows(tmp_path)] == [60, 8]
 
 
 def test_summary(tmp_path, clock):

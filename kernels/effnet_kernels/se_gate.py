@@ -36,6 +36,7 @@ from effnet_kernels.launch import (
     kernel,
     launch,
     power_of_2,
+    slots,
     tl,
     triton,
     use_kernels,
@@ -68,55 +69,66 @@ def se_gate_reference(x: Tensor, bn: BatchNorm, se: SqueezeExcite, *, training: 
 
 @dataclass(frozen=True)
 class ImageLaunch:
-    """Each program handles `block_c` channels of one image, `block_m` pixels at a time."""
+    """Each program handles `block_c` channels of one of an image's `spans` parts, `block_m` pixels at a time."""
 
     block_m: int
     block_c: int
     num_warps: int
+    spans: int = 1
 
-    def grid(self, n: int, c: int) -> tuple[int]:
-        """Programs over images and channel blocks."""
-        return (cdiv(c, self.block_c) * n,)
+    def grid(self, n: int, c: int) -> tuple[int, int]:
+        """Programs over images and channel blocks, and over the spans."""
+        return cdiv(c, self.block_c) * n, self.spans
+
+    def span(self, hw: int) -> int:
+        """Pixels of a span: whole tiles."""
+        return cdiv(cdiv(hw, self.spans), self.block_m) * self.block_m
 
     def constants(self, c: int) -> dict[str, int]:
         """Compile-time arguments of the kernels."""
         return {"VEC": vector(c), "BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "num_warps": self.num_warps}
 
 
-def image_launch(hw: int, c: int, values: int = 16, most_warps: int = 4) -> ImageLaunch:
+def image_launch(n: int, hw: int, c: int, values: int = 16, most_warps: int = 4, widest: int = 256) -> ImageLaunch:
     """`values` values per thread at a time, and at least 64 in all where the map has them: small maps use fewer warps.
 
-    Blocks are wide, so that few threads share a channel and the sum over them at the end is short.
+    Blocks are wide, so that few threads share a channel and the sum over them at the end is short. Few large images are
+    cut into spans of at least 8 tiles, so that all multiprocessors have work.
     """
-    block_c = channel_block(c, widest=256, slack=1.08)
+    block_c = channel_block(c, widest, slack=1.08)
     warps = max(hw * block_c // (32 * 64), 1)
     num_warps = min(1 << warps.bit_length() - 1, most_warps)
-    return ImageLaunch(min(power_of_2(hw), max(num_warps * 32 * values // block_c, 1)), block_c, num_warps)
+    block_m = min(power_of_2(hw), max(num_warps * 32 * values // block_c, 1))
+    spans = min(cdiv(slots(8), n * cdiv(c, block_c)), max(cdiv(hw, block_m) // 8, 1))
+    return ImageLaunch(block_m, block_c, num_warps, cdiv(hw, cdiv(cdiv(hw, spans), block_m) * block_m))
 
 
-def image_launch_space(hw: int, c: int) -> list[ImageLaunch]:
+def image_launch_space(n: int, hw: int, c: int) -> list[ImageLaunch]:
     """Launches an autotuner may try in place of `image_launch`'s choice."""
-    choices = itertools.product((8, 16), (1, 2, 4, 8))
-    return list(dict.fromkeys(image_launch(hw, c, *choice) for choice in choices))
+    choices = itertools.product((8, 16), (1, 2, 4, 8), (128, 256))
+    return list(dict.fromkeys(image_launch(n, hw, c, *choice) for choice in choices))
 
 
 @triton.jit
-def _image_walk(program, C, HW, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Channels, their mask, their 64-bit offsets in [N, C], the base in [N, HW, C], pixels, and a 32-bit tile."""
+def _image_walk(program, part, C, HW, span, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels, their mask, their 64-bit offsets in [N, C], the image's base in [N, HW, C], pixels, a 32-bit tile, and
+    the part's first pixel and its end.
+    """
     blocks = tl.cdiv(C, BLOCK_C)
     n = (program // blocks).to(tl.int64)
     c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = tl.arange(0, BLOCK_M)
-    return c, c < C, n * C + c, n * HW * C, pixel, pixel[:, None] * C + c[None, :]
+    tile = pixel[:, None] * C + c[None, :]
+    return c, c < C, n * C + c, n * HW * C, pixel, tile, part * span, tl.minimum((part + 1) * span, HW)
 
 
 @triton.jit
-def _image_walk_back(C, HW, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """As `_image_walk`, with the programs in reverse, and the base of the last tile, which starts at pixel `last`."""
+def _image_walk_back(C, HW, span, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """As `_image_walk`, with the programs in reverse; `last` is the first pixel of the part's last tile."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    c, c_ok, nc, base, pixel, tile = _image_walk(program, C, HW, BLOCK_M, BLOCK_C)
-    last = last_tile(0, HW, BLOCK_M)
-    return c, c_ok, nc, base + last.to(tl.int64) * C, pixel, tile, last
+    part = tl.num_programs(1) - 1 - tl.program_id(1)
+    c, c_ok, nc, base, pixel, tile, begin, end = _image_walk(program, part, C, HW, span, BLOCK_M, BLOCK_C)
+    return c, c_ok, nc, base, pixel, tile, begin, end, last_tile(begin, end, BLOCK_M)
 
 
 @kernel
@@ -125,24 +137,28 @@ def _squeeze_kernel(
     stats_ptr,  # [4, C]
     gamma_ptr,  # [C]
     beta_ptr,  # [C]
-    pool_ptr,  # [N, C]
+    pool_ptr,  # [spans, N, C], sums over a span divided by HW
     HW,
     C,
+    NC,
+    span,
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    C = C // VEC * VEC
-    c, c_ok, nc, base, pixel, tile = _image_walk(tl.program_id(0), C, HW, BLOCK_M, BLOCK_C)
+    C, NC = C // VEC * VEC, NC // VEC * VEC
+    part = tl.program_id(1)
+    c, c_ok, nc, base, pixel, tile, begin, end = _image_walk(tl.program_id(0), part, C, HW, span, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     gain = gamma * rstd
+    base += begin.to(tl.int64) * C
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for m in range(0, HW, BLOCK_M):
-        ok = ((m + pixel) < HW)[:, None] & c_ok[None, :]
+    for m in range(begin, end, BLOCK_M):
+        ok = ((m + pixel) < end)[:, None] & c_ok[None, :]
         z = (load(x_ptr + base + tile, ok) - mean) * gain + beta
         total += tl.where(ok, z * sigmoid(z), 0.0)
         base += BLOCK_M * C
-    tl.store(pool_ptr + nc, tl.sum(total, axis=0) / HW, mask=c_ok)
+    tl.store(pool_ptr + part.to(tl.int64) * NC + nc, tl.sum(total, axis=0) / HW, mask=c_ok)
 
 
 @kernel
@@ -155,17 +171,19 @@ def _excite_kernel(
     y_ptr,  # [N, HW, C]
     HW,
     C,
+    span,
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     C = C // VEC * VEC
-    c, c_ok, nc, base, pixel, tile, last = _image_walk_back(C, HW, BLOCK_M, BLOCK_C)
+    c, c_ok, nc, base, pixel, tile, begin, end, last = _image_walk_back(C, HW, span, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     gain = gamma * rstd
     gate = load(gate_ptr + nc, c_ok)[None, :]
-    for m in range(last, -1, -BLOCK_M):
-        ok = ((m + pixel) < HW)[:, None] & c_ok[None, :]
+    base += last.to(tl.int64) * C
+    for m in range(last, begin - 1, -BLOCK_M):
+        ok = ((m + pixel) < end)[:, None] & c_ok[None, :]
         z = (load(x_ptr + base + tile, ok) - mean) * gain + beta
         tl.store(y_ptr + base + tile, (z * sigmoid(z) * gate).to(y_ptr.dtype.element_ty), mask=ok)
         base -= BLOCK_M * C
@@ -179,11 +197,12 @@ def _five_sums_kernel(
     gamma_ptr,  # [C]
     beta_ptr,  # [C]
     gate_ptr,  # [N, C] if GATED
-    sums_ptr,  # [5, N, C] if HAS_DY, else [2, N, C], the last two
+    sums_ptr,  # [spans, 5, N, C] if HAS_DY, else [spans, 2, N, C], the last two
     gated_ptr,  # [N, HW, C] if GATED, silu(z) gate
     HW,
     C,
     NC,
+    span,
     HAS_DY: tl.constexpr,
     GATED: tl.constexpr,
     VEC: tl.constexpr,
@@ -191,18 +210,21 @@ def _five_sums_kernel(
     BLOCK_C: tl.constexpr,
 ):
     C, NC = C // VEC * VEC, NC // VEC * VEC
-    c, c_ok, nc, base, pixel, tile = _image_walk(tl.program_id(0), C, HW, BLOCK_M, BLOCK_C)
+    part = tl.program_id(1)
+    c, c_ok, nc, base, pixel, tile, begin, end = _image_walk(tl.program_id(0), part, C, HW, span, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     if GATED:
         gate = load(gate_ptr + nc, c_ok)[None, :]
+    base += begin.to(tl.int64) * C
+    sums_ptr += part.to(tl.int64) * NC * (5 if HAS_DY else 2)
     slope_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     slope_xhat_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if HAS_DY:
         dy_act_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         dy_slope_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         dy_slope_xhat_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for m in range(0, HW, BLOCK_M):
-        ok = ((m + pixel) < HW)[:, None] & c_ok[None, :]
+    for m in range(begin, end, BLOCK_M):
+        ok = ((m + pixel) < end)[:, None] & c_ok[None, :]
         xhat = (load(x_ptr + base + tile, ok) - mean) * rstd
         z = xhat * gamma + beta
         s = sigmoid(z)
@@ -239,21 +261,23 @@ def _apply_sums_kernel(
     dx_ptr,  # [N, HW, C]
     HW,
     C,
+    span,
     HAS_DY: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     C = C // VEC * VEC
-    c, c_ok, nc, base, pixel, tile, last = _image_walk_back(C, HW, BLOCK_M, BLOCK_C)
+    c, c_ok, nc, base, pixel, tile, begin, end, last = _image_walk_back(C, HW, span, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     mean_dz, mean_dz_xhat = load_mean_gradients(sums_ptr, stats_ptr, c, c_ok, C)
     gain = gamma * rstd
     from_pool = (load(dpool_ptr + nc, c_ok) / HW)[None, :]
     if HAS_DY:
         gate = load(gate_ptr + nc, c_ok)[None, :]
-    for m in range(last, -1, -BLOCK_M):
-        ok = ((m + pixel) < HW)[:, None] & c_ok[None, :]
+    base += last.to(tl.int64) * C
+    for m in range(last, begin - 1, -BLOCK_M):
+        ok = ((m + pixel) < end)[:, None] & c_ok[None, :]
         xhat = (load(x_ptr + base + tile, ok) - mean) * rstd
         z = xhat * gamma + beta
         dz = silu_slope(z, sigmoid(z))
@@ -270,14 +294,20 @@ def _apply_sums_kernel(
 def image_choice(kernel: str, **options: int) -> LaunchChoice:
     """The choice for a pass over images, by (images, channels, pixels); `options` are those of `image_launch`."""
     return LaunchChoice(
-        kernel, lambda n, c, hw: image_launch(hw, c, **options), lambda n, c, hw: image_launch_space(hw, c)
+        kernel, lambda n, c, hw: image_launch(n, hw, c, **options), lambda n, c, hw: image_launch_space(n, hw, c)
     )
 
 
-squeeze_choice = image_choice("squeeze", values=8, most_warps=8)
+# An H100 ran the two kernels that sum at half the bandwidth with blocks of 256 channels on maps of 8 x 8 pixels.
+squeeze_choice = image_choice("squeeze", values=8, most_warps=8, widest=128)
 excite_choice = image_choice("excite")
-five_sums_choice = image_choice("five sums", values=8)  # five sums of 16 values each would leave room for 12 warps
+five_sums_choice = image_choice("five sums", values=8, widest=128)  # 16 values each would leave room for 12 warps
 apply_sums_choice = image_choice("apply sums")
+
+
+def _over_spans(sums: Tensor) -> Tensor:
+    """The sum over the first dimension, the spans."""
+    return sums[0] if len(sums) == 1 else sums.sum(0)
 
 
 def squeeze(x: Tensor, stats: Tensor, bn: Affine) -> Tensor:
@@ -286,9 +316,10 @@ def squeeze(x: Tensor, stats: Tensor, bn: Affine) -> Tensor:
         return ops.squeeze(x, stats, *bn)
     n, c, h, w = x.shape
     config = squeeze_choice(n, c, h * w)
-    pool = torch.empty(n, c, device=x.device, dtype=torch.float32)
-    launch("se_gate", _squeeze_kernel, config.grid(n, c), x, stats, *bn, pool, h * w, c, **config.constants(c))
-    return pool
+    pool = torch.empty(config.spans, n, c, device=x.device, dtype=torch.float32)
+    sizes = h * w, c, n * c, config.span(h * w)
+    launch("se_gate", _squeeze_kernel, config.grid(n, c), x, stats, *bn, pool, *sizes, **config.constants(c))
+    return _over_spans(pool)
 
 
 def excite(x: Tensor, stats: Tensor, bn: Affine, gate: Tensor) -> Tensor:
@@ -298,7 +329,8 @@ def excite(x: Tensor, stats: Tensor, bn: Affine, gate: Tensor) -> Tensor:
     n, c, h, w = x.shape
     config = excite_choice(n, c, h * w)
     y = torch.empty_like(x)
-    launch("se_gate", _excite_kernel, config.grid(n, c), x, stats, *bn, gate, y, h * w, c, **config.constants(c))
+    sizes = h * w, c, config.span(h * w)
+    launch("se_gate", _excite_kernel, config.grid(n, c), x, stats, *bn, gate, y, *sizes, **config.constants(c))
     return y
 
 
@@ -321,7 +353,7 @@ def _launch_five_sums(
 ) -> tuple[Tensor, Tensor | None]:
     n, c, h, w = x.shape
     config = five_sums_choice(n, c, h * w)
-    sums = torch.empty(2 if dy is None else 5, n, c, device=x.device, dtype=torch.float32)
+    sums = torch.empty(config.spans, 2 if dy is None else 5, n, c, device=x.device, dtype=torch.float32)
     gated = None if gate is None else torch.empty_like(x)
     launch(
         "se_gate",
@@ -337,11 +369,12 @@ def _launch_five_sums(
         h * w,
         c,
         n * c,
+        config.span(h * w),
         HAS_DY=dy is not None,
         GATED=gate is not None,
         **config.constants(c),
     )
-    return sums, gated
+    return _over_spans(sums), gated
 
 
 def apply_sums(
@@ -367,6 +400,7 @@ def apply_sums(
         dx,
         h * w,
         c,
+        config.span(h * w),
         HAS_DY=dy is not None,
         **config.constants(c),
     )

@@ -128,11 +128,24 @@ def test_blocks_of_b0():
     assert at_32[-1] == (192, 320, 4, 3, 1, 6)
 
 
+@pytest.mark.parametrize(
+    ("n", "c", "size", "spans"),
+    [(128, 32, 112, 9), (32, 48, 190, 33), (1, 24, 7, 1), (1024, 144, 32, 1), (1, 24, 300, 157)],
+)
+def test_few_large_images_are_cut_into_spans(n, c, size, spans):
+    """Whole tiles, at least 8 of them, and no empty span."""
+    launch = image_launch(n, size * size, c)
+    span = launch.span(size * size)
+    assert launch.spans == spans
+    assert spans == 1 or (span % launch.block_m == 0 and span >= 8 * launch.block_m)
+    assert (spans - 1) * span < size * size <= spans * span
+
+
 @pytest.mark.parametrize(("n", "c", "size", "k"), [(512, 144, 32, 3), (128, 672, 14, 5), (2, 24, 7, 3)])
 def test_heuristic_launch_is_in_the_autotune_space(n, c, size, k):
     rows = n * size * size
     assert row_launch(rows, c) in row_launch_space(rows, c)
-    assert image_launch(size * size, c) in image_launch_space(size * size, c)
+    assert image_launch(n, size * size, c) in image_launch_space(n, size * size, c)
     assert product_launch(rows, c, 24) in product_launch_space(rows, c, 24)
     assert gate_launch(c // 24) in gate_launch_space(c // 24)
     assert forward_launch(n, c, size, size, k) in forward_space(n, c, size, size, k)

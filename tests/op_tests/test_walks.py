@@ -19,8 +19,10 @@ from effnet_kernels.tuning import PARTS, Inputs, Layer
 
 LAYER = Layer(3, 24, 5, 3, 1, 4)
 ROWS, IMAGES = RowLaunch(16, 32, 80, 1), ImageLaunch(8, 32, 1)  # several tiles for each program
-ONE_TILE = {ROWS: RowLaunch(128, 32, 128, 1), IMAGES: ImageLaunch(32, 32, 1)}
-SECOND = {"normalize": ROWS, "grad apply": ROWS, "excite": IMAGES, "apply sums": IMAGES}
+SPANS = ImageLaunch(4, 32, 1, 2)  # of 16 and 9 pixels
+ONE_TILE = {ROWS: RowLaunch(128, 32, 128, 1), IMAGES: ImageLaunch(32, 32, 1), SPANS: ImageLaunch(32, 32, 1)}
+SECOND = {"normalize": [ROWS], "grad apply": [ROWS], "excite": [IMAGES, SPANS], "apply sums": [IMAGES, SPANS]}
+WAYS = [(name, way) for name, ways in SECOND.items() for way in ways]
 
 
 def walk(name, way):
@@ -45,25 +47,37 @@ def walk(name, way):
     return tiles
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [("statistics", "normalize"), ("grad sums", "grad apply"), ("squeeze", "excite"), ("five sums", "apply sums")],
-)
-def test_the_second_pass_walks_back(first, second):
-    forth, back = (walk(name, SECOND[second]) for name in (first, second))
+FIRST = {"normalize": "statistics", "grad apply": "grad sums", "excite": "squeeze", "apply sums": "five sums"}
+
+
+@pytest.mark.parametrize(("second", "way"), WAYS)
+def test_the_second_pass_walks_back(second, way):
+    forth, back = (walk(name, way) for name in (FIRST[second], second))
     assert len(forth) > 4
-    assert forth == sorted(forth)
+    assert way is SPANS or forth == sorted(forth)  # all images' first spans come first
     assert back == forth[::-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("name", SECOND)
-def test_the_walk_does_not_change_a_bit(name, dtype):
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_the_walk_does_not_change_a_bit(name, way, dtype):
     """A program with one tile has no order."""
     part = PARTS[name]
     call = part.make(Inputs(LAYER, dtype, torch.device("cpu")))
     results = []
-    for way in (SECOND[name], ONE_TILE[SECOND[name]]):
-        with launches_used({(name, part.sizes(LAYER)): way}):
+    for each in (way, ONE_TILE[way]):
+        with launches_used({(name, part.sizes(LAYER)): each}):
             results.append(call())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["squeeze", "five sums"])
+def test_spans_add_up(name):
+    part = PARTS[name]
+    call = part.make(Inputs(LAYER, torch.float32, torch.device("cpu")))
+    results = []
+    for each in (SPANS, ONE_TILE[SPANS]):
+        with launches_used({(name, part.sizes(LAYER)): each}):
+            results.append(call())
+    assert results[0].shape == results[1].shape
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

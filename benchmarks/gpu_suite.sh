@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
-# Throughput, roofline, loaders, step profile, ranks and the op mbconv in one command, under 10 minutes on one GPU, into
-# one JSON with its provenance.
+# Throughput, roofline, loaders and step profile in one command, under 10 minutes on one GPU, into one JSON with its
+# provenance. Ranks (scaling.py) need several GPUs; the ops are in gpu_kernels.sh.
 #
 #   benchmarks/gpu_suite.sh [OUT.json]         default benchmarks/results/suite-DATE.json
 #
 # Environment: PYTHON (default python). It changes no setting of the machine. A benchmark that fails or takes too long is
 # reported, the others run, and the status is 1. The time to an accuracy, which takes minutes, is in gpu_train.sh. Without
-# a GPU the smallest form of each runs.
+# a GPU the smallest form of every benchmark runs.
 set -uo pipefail
 suite=suite
 # shellcheck source=benchmarks/parts.sh
 source "$(dirname "$0")/parts.sh"
 
 if on_gpu; then
-    # The limits add up to 540 s. Compiling takes most of throughput's time, up to a minute a model, and cannot be
-    # interrupted: after 150 s it starts no further one and reports the rest as left out.
-    part throughput 230 --peers --output-stride 8 --direction train --rounds 10 --seconds 150 \
-        --step graph --step compile --step eager
+    # Compiling takes most of the time: on one H100 a minute for our step, two or three for timm's. So the throughputs
+    # compile side by side, and take turns once all are ready. A compilation cannot be interrupted: after 200 s none starts.
+    common=(--peers --direction train --rounds 10 --seconds 200)
+    ahead throughput 390 "${common[@]}" --output-stride 8 --batch-size 512 --step graph --step compile --step eager
+    ahead throughput 390 "${common[@]}" --output-stride 8 --batch-size 256 --step graph
+    ahead throughput 390 "${common[@]}" --output-stride 8 --batch-size 1024 --step graph
+    ahead throughput 390 "${common[@]}" --image-size 224 --batch-size 128 --step graph
+    gather 330
     # The roofline and the loaders need the captured step's time; they measure it only where throughput did not.
     measured='import json, sys; rows = json.load(open(sys.argv[1]))["rows"]
 print(*next((row["ms"][1], row["img/s"][1]) for row in rows if row["step"] == "graph"))'
@@ -27,14 +31,9 @@ print(*next((row["ms"][1], row["img/s"][1]) for row in rows if row["step"] == "g
         roofline=(--step-ms "$step_ms")
         loader+=(--step-rate "$step_rate")
     fi
-    part throughput 95 --image-size 224 --batch-size 256 --direction train --rounds 10 --seconds 70 \
-        --step graph --step compile
-    part throughput 40 --peers --output-stride 8 --direction inference --no-compile --rounds 10 --seconds 20
     part roofline 40 "${roofline[@]}"
     part loader 45 --num-workers 16 "${loader[@]}"
-    part step_profile 35
-    part scaling 30 --rounds 20 --kind weak
-    part ops 25 --op mbconv --limit 4 --no-compile
+    part step_profile 60 --step graph
 else
     echo "no GPU: the smallest form of each benchmark; the figures say nothing about a GPU"
     small=(--batch-size 4 --output-stride 32)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -229,6 +230,23 @@ def endless(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 # -- time
+
+
+@contextlib.contextmanager
+def turn(path: Path | None) -> Iterator[None]:
+    """Hold the lock `path`, so that scripts that compile side by side are timed one after the other; None does nothing.
+
+    A byte in the file `path`.waiting tells who holds the lock first that this script is ready.
+    """
+    if path is None:
+        yield
+        return
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()  # for the others
+    with path.with_name(f"{path.name}.waiting").open("a") as file:
+        file.write(".")
+    with FileLock(path):
+        yield
 
 
 def quantiles(values: list[float]) -> Quantiles:

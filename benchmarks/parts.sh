@@ -40,6 +40,7 @@ fi
 
 failed=0
 parts=()
+declare -A ahead=() # processes in the background, and what they run
 
 # part NAME SECONDS ARGUMENTS...: run NAME.py within its time; its result is kept even if it is killed.
 part() {
@@ -65,6 +66,40 @@ timed() {
         failed=1
     fi
     join >/dev/null 2>&1 # now, so that whoever stops the suite loses one part at most
+}
+
+# ahead NAME SECONDS ARGUMENTS...: as `part`, but in the background: it compiles beside the others, and waits for its
+# turn before it times. `gather` waits for it.
+ahead() {
+    local name=$1 seconds=$2
+    local result=$work/$((${#parts[@]} + 1))-$name.json
+    shift 2
+    if [[ ${#ahead[@]} -eq 0 ]]; then
+        exec 9>"$work/turn"
+        flock 9
+    fi
+    parts+=("$result")
+    timeout -k 5 "$seconds" "$python" "$here/$name.py" --out "$result" --turn "$work/turn" "$@" >"$result.log" 2>&1 9>&- &
+    ahead[$!]="$name $*"
+}
+
+# gather SECONDS: once all parts in the background have compiled, or after SECONDS, let them take turns; wait for them.
+gather() {
+    local latest=$((SECONDS + $1)) process
+    while [[ $SECONDS -lt $latest && $(jobs -rp | wc -l) -gt $(cat "$work/turn.waiting" 2>/dev/null | wc -c) ]]; do
+        sleep 1
+    done
+    echo "== timing starts after $SECONDS s"
+    exec 9>&-
+    for process in "${!ahead[@]}"; do
+        if ! wait "$process"; then
+            echo "FAILED: ${ahead[$process]%% *}" >&2
+            failed=1
+        fi
+        echo "== ${ahead[$process]}"
+    done
+    cat "$work"/*.log
+    join >/dev/null 2>&1
 }
 
 join() {

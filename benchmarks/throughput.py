@@ -249,11 +249,12 @@ def measure(
         calls = make_calls(direction, args, case, selected)
         warm, left_out = warmed(calls, args, keep)
         after_round = functools.partial(keep, left_out=left_out)
-        measured = rows_of(direction, case, harness.alternating(warm, args.rounds, 0, args.inner, after_round))
-        if harness.DEVICE == "cuda":
-            for row, call in zip(measured, warm.values(), strict=True):
-                row["host ms"] = harness.quantiles([harness.host_ms(call) for _ in range(args.rounds)])
-                row["kernel ms"] = harness.kernel_ms(call)
+        with harness.turn(args.turn):
+            measured = rows_of(direction, case, harness.alternating(warm, args.rounds, 0, args.inner, after_round))
+            if harness.DEVICE == "cuda":
+                for row, call in zip(measured, warm.values(), strict=True):
+                    row["host ms"] = harness.quantiles([harness.host_ms(call) for _ in range(args.rounds)])
+                    row["kernel ms"] = harness.kernel_ms(call)
         rows.extend(measured)
         missing.extend(reasons(direction, left_out))
         save(rows, missing)
@@ -314,6 +315,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--inner", type=int, default=harness.INNER, help="calls timed together")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="then compile no further candidate")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--turn", type=Path, metavar="FILE", help="compile at once, time while holding this lock file")
     parser.add_argument("--memory-of", nargs=2, metavar=("LIBRARY", "STEP"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     case = harness.case_of(args)

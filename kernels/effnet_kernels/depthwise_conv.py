@@ -84,7 +84,8 @@ class ForwardLaunch:
 class BackwardLaunch:
     """Each program handles `tasks` tasks in sequence.
 
-    A task is `band` rows of x for `block_p` strips of `strip` columns and `block_c` channels.
+    A task is `band` rows of x for `block_p` strips of `strip` columns and `block_c` channels. With `ahead`, a turn
+    loads what the next one needs, which takes registers.
     """
 
     strip: int
@@ -93,6 +94,7 @@ class BackwardLaunch:
     band: int
     tasks: int
     num_warps: int
+    ahead: bool = False
 
 
 def _strip(columns: int, widest: int, multiple: int = 1) -> int:
@@ -159,10 +161,12 @@ def backward_launch(
     elements: int | None = None,
     widest: int = 4,
     num_warps: int | None = None,
+    ahead: bool | None = None,
 ) -> BackwardLaunch:
     """As `forward_launch`, with narrower strips: dw's k * k sums and k rows of x and of dx need more registers.
 
-    At k = 5 and stride 2, a thread of a wide map gets 1 channel, which leaves room for 16 warps instead of 8.
+    At k = 5 and stride 2, a thread of a wide map gets 1 channel, which leaves room for 16 warps instead of 8. Where
+    there is room for 8 only, they load ahead: else both warps of a scheduler wait for memory at a time.
     A program handles at least 256 pixels, so that writing its sums for dw costs little beside the maps.
     """
     elements = elements or (1 if k == 5 and stride == 2 and w > 8 else 2)
@@ -176,7 +180,8 @@ def backward_launch(
     band = _band(h, groups * blocks, k, resident) if groups * blocks < slots(resident) else h
     total = groups * cdiv(h, band)
     least = min(cdiv(256, block_p * strip * band), total)
-    return BackwardLaunch(strip, block_p, block_c, band, _tasks(total, blocks, least, resident), num_warps)
+    ahead = (k == 5 and elements == 2) if ahead is None else ahead
+    return BackwardLaunch(strip, block_p, block_c, band, _tasks(total, blocks, least, resident), num_warps, ahead)
 
 
 def forward_space(n: int, c: int, ho: int, wo: int, k: int) -> list[ForwardLaunch]:
@@ -187,7 +192,7 @@ def forward_space(n: int, c: int, ho: int, wo: int, k: int) -> list[ForwardLaunc
 
 def backward_space(n: int, c: int, h: int, w: int, k: int, stride: int) -> list[BackwardLaunch]:
     """Launches an autotuner may try in place of `backward_launch`'s choice."""
-    choices = itertools.product((1, 2), (4, 8), (2, 4, 8))
+    choices = itertools.product((1, 2), (4, 8), (2, 4, 8), (False, True) if k == 5 else (False,))
     return list(dict.fromkeys(backward_launch(n, c, h, w, k, stride, *choice) for choice in choices))
 
 
@@ -252,7 +257,8 @@ def _load_row(
     tiles = ()
     for i in tl.static_range(LENGTH):
         if LAST == 0 and (BEGIN + i < 0 or BEGIN + i >= SIZE):
-            tiles = tiles + (0.0,)  # a single strip: this column is always padding
+            # A single strip: this column is always padding. A tile, since a loop may carry it.
+            tiles = tiles + (tl.zeros(ok.shape, row_ptr.dtype.element_ty),)
         else:
             valid = _column_ok(ok, first, BEGIN + i, LAST, SIZE)
             tiles = tiles + (tl.load(row_ptr + (BEGIN + i) * C, mask=valid, other=0.0),)
@@ -461,6 +467,43 @@ def _add_row_of_g(
     return more_grads, more_dw
 
 
+@triton.jit
+def _load_turn(
+    x_at,
+    g_at,
+    ok,
+    wi,
+    ho,
+    limits,  # first row of x and end of the band, rows of padding at the top, rows of g
+    C: tl.constexpr,
+    W: tl.constexpr,
+    WO: tl.constexpr,
+    BEGIN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STRIP: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+):
+    """What the backward kernel loads for row `ho` of g: the STRIDE rows of x that enter, the row of g, and, with the
+    prologue, the rows of x that leave, for the slope of Swish: from cache, and cheaper than registers to keep them.
+    """
+    LAST: tl.constexpr = (W + STRIP - 1) // STRIP * STRIP - STRIP
+    begin, end, top, HO = limits
+    first_in, first_out = ho * STRIDE - top + K - STRIDE, ho * STRIDE - top
+    tiles = ()
+    for q in tl.static_range(STRIDE):
+        row_ok = ok & ((first_in + q >= begin) & (first_in + q < end))
+        tiles = tiles + _load_row(x_at + (first_in + q) * W * C, row_ok, wi, C, 0, STRIP, LAST, W)
+    g_ok = ok & ((ho >= 0) & (ho < HO))
+    tiles = tiles + _load_row(g_at + ho * WO * C, g_ok, wi // STRIDE, C, BEGIN, COLUMNS, LAST // STRIDE, WO)
+    if PROLOGUE:
+        for q in tl.static_range(STRIDE):
+            row_ok = ok & ((first_out + q >= begin) & (first_out + q < end))
+            tiles = tiles + _load_row(x_at + (first_out + q) * W * C, row_ok, wi, C, 0, STRIP, LAST, W)
+    return tiles
+
+
 @kernel
 def _backward_kernel(
     g_ptr,  # [N, HO, WO, C], gradient at y
@@ -486,6 +529,7 @@ def _backward_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    AHEAD: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -521,20 +565,24 @@ def _backward_kernel(
         grads = _zeros(KEPT, BLOCK_P, BLOCK_C)
         # The first row of g with which a row of the band enters; shifted by K so that the division rounds down.
         start = (begin + top - K + STRIDE + K * STRIDE) // STRIDE - K
+        limits = begin, end, top, HO
+        following = ()
+        if AHEAD:
+            following = _load_turn(
+                x_at, g_at, ok, wi, start, limits, C, W, WO, BEGIN, COLUMNS, STRIP, K, STRIDE, PROLOGUE
+            )
         for ho in range(start, (end - 1 + top) // STRIDE + 1):
-            # All loads of the turn come first: a load cannot move above a store that it may alias.
+            # All loads of a turn come first: a load cannot move above a store that it may alias.
             first_in, first_out = ho * STRIDE - top + K - STRIDE, ho * STRIDE - top
-            rows_in = ()
-            for q in tl.static_range(STRIDE):
-                row_ok = ok & ((first_in + q >= begin) & (first_in + q < end))
-                rows_in = rows_in + _load_row(x_at + (first_in + q) * W * C, row_ok, wi, C, 0, STRIP, LAST, W)
             g_ok = ok & ((ho >= 0) & (ho < HO))
-            g_row = _load_row(g_at + ho * WO * C, g_ok, wi // STRIDE, C, BEGIN, COLUMNS, LAST // STRIDE, WO)
-            rows_out = ()
-            if PROLOGUE:  # x again, for the slope of Swish: from cache, and cheaper than the registers to keep it
-                for q in tl.static_range(STRIDE):
-                    row_ok = ok & ((first_out + q >= begin) & (first_out + q < end))
-                    rows_out = rows_out + _load_row(x_at + (first_out + q) * W * C, row_ok, wi, C, 0, STRIP, LAST, W)
+            turn = _load_turn(
+                x_at, g_at, ok, wi, ho + AHEAD, limits, C, W, WO, BEGIN, COLUMNS, STRIP, K, STRIDE, PROLOGUE
+            )
+            if AHEAD:
+                turn, following = following, turn
+            rows_in = turn[: STRIDE * STRIP]
+            g_row = turn[STRIDE * STRIP : STRIDE * STRIP + COLUMNS]
+            rows_out = turn[STRIDE * STRIP + COLUMNS :]
             # Shift in STRIDE rows of x.
             for q in tl.static_range(STRIDE):
                 entering = _zeros(STRIP, BLOCK_P, BLOCK_C)
@@ -686,6 +734,7 @@ def backward(
         K=k,
         STRIDE=stride,
         PROLOGUE=norm is not None,
+        AHEAD=config.ahead,
         STRIP=config.strip,
         BLOCK_P=config.block_p,
         BLOCK_C=config.block_c,

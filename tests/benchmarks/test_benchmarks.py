@@ -156,8 +156,8 @@ def test_host_time_on_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(harness, "wall_ms", lambda call: 5.0)
     monkeypatch.setattr(throughput, "train_call", lambda who, mode, case: lambda: None)
     throughput.main(["--direction", "train", "--rounds", "3", *SMALL])
-    assert len(waits) == 3
-    assert re.search(r" issued in \d+\.\d\d ms", capsys.readouterr().out)
+    assert len(waits) == 3 + 1  # before each of the host's times, and after the profiled steps
+    assert re.search(r" issued in \d+\.\d\d ms, kernels \d+\.\d\d ms", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("killed_at", "rounds"), [(3, {"eager": 1}), (10, {"eager": 2, "compile": 2})])

@@ -18,6 +18,12 @@ if not (launch.INTERPRETED or torch.cuda.is_available()):
 
 
 @pytest.fixture(autouse=True)
+def same_numbers():
+    """Random inputs do not depend on the tests before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_allocations():
     """Fill torch.empty with NaN: a kernel that reads, or returns, memory it did not write then fails its test."""
     matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

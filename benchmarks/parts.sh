@@ -42,6 +42,19 @@ failed=0
 parts=()
 declare -A ahead=() # processes in the background, and what they run
 
+# stop: end what runs in the background, and keep the results so far.
+stop() {
+    if [[ ${#ahead[@]} -gt 0 ]]; then
+        kill "${!ahead[@]}" 2>/dev/null
+        wait
+        join >/dev/null 2>&1
+    fi
+    rm -rf "$work"
+}
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 # part NAME SECONDS ARGUMENTS...: run NAME.py within its time; its result is kept even if it is killed.
 part() {
     timed "$1" "$2" "$here/$1.py" --out RESULT "${@:3}"
@@ -93,13 +106,13 @@ gather() {
     exec 9>&-
     for process in "${!ahead[@]}"; do
         if ! wait "$process"; then
-            echo "FAILED: ${ahead[$process]%% *}" >&2
+            echo "FAILED: ${ahead[$process]}" >&2
             failed=1
         fi
-        echo "== ${ahead[$process]}"
+        unset "ahead[$process]"
+        join >/dev/null 2>&1
     done
-    cat "$work"/*.log
-    join >/dev/null 2>&1
+    cat "$work"/*.json.log
 }
 
 join() {

@@ -55,8 +55,13 @@ def origin(provenance: dict[str, Any], commits: Iterable[str | None] = ()) -> st
     parts.append(f"torch {provenance['torch'].split('+')[0]}")
     if dali := provenance["nvidia-dali-cuda120"] or provenance.get("nvidia-dali-cuda130"):
         parts.append(f"DALI {dali}")
-    names = dict.fromkeys((commit or "?")[:7] for commit in commits) or [(provenance["commit"] or "?")[:7]]
+    names = dict.fromkeys(map(_short, commits)) or [_short(provenance["commit"])]
     return ", ".join([*parts, " and ".join(names)])
+
+
+def _short(commit: str | None) -> str:
+    """7 digits of a commit, with a plus if files had changed since."""
+    return "?" if commit is None else commit[:7] + ("+" if commit.endswith("+") else "")
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -81,6 +86,7 @@ def runs(folder: Path) -> list[dict[str, Any]]:
         settings = yaml.safe_load((config if config.exists() else ROOT / recipe).read_text())
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         last = [line for line in lines if line["kind"] == "eval"][-1]
+        until = [line for line in lines if line["step"] <= last["step"]]  # a stopped run has trained further
         entries.append(
             {
                 "recipe": recipe,
@@ -88,7 +94,7 @@ def runs(folder: Path) -> list[dict[str, Any]]:
                 "settings": settings,
                 "epoch": last["epoch"],
                 **_accuracy(path.parent, last),
-                "seconds": seconds_of(lines, settings["batch_size"]),
+                "seconds": seconds_of(until, settings["batch_size"]),
                 "provenance": provenance,
             }
         )
@@ -131,18 +137,19 @@ def duration(seconds: float) -> str:
 
 
 def summary(folder: Path = RESULTS) -> str:
-    """The README's short table: recipe, accuracy, time, machine."""
+    """The README's short table: recipe, epochs, accuracy, time, machine."""
     rows = [
         [
             Path(run["recipe"]).stem,
             f"{run['settings'].get('model', 'efficientnet-b0')} on {run['settings']['dataset']}",
+            _epochs(run["epoch"], run["settings"]["num_epochs"]),
             f"{run['top1']:.2f} %",
             duration(run["seconds"]),
             machine(run["provenance"]),
         ]
         for run in runs(folder)
     ]
-    return table(["recipe", "what", "top-1", "time", "machine"], rows)
+    return table(["recipe", "what", "epochs", "top-1", "time", "machine"], rows)
 
 
 def training(folder: Path = RESULTS) -> str:

@@ -141,6 +141,8 @@ def loader_call(mode: str, case: Case, kind: str, workers: int) -> harness.Call:
 
 def candidates(args: argparse.Namespace, case: Case) -> list[Who]:
     """All candidates; ratios refer to the first, and those that compile longest come last."""
+    if args.candidate:
+        return [chosen(word, case) for word in args.candidate]
     modes = args.step or ["eager"]
     for mode in modes:
         harness.check_mode(mode)
@@ -150,6 +152,24 @@ def candidates(args: argparse.Namespace, case: Case) -> list[Who]:
     others = ["eager"] if args.no_compile else ["eager", "compile"]
     available = peers(case, args.require_peers)
     return ours + [(name, mode) for mode in others for name in available]
+
+
+def chosen(word: str, case: Case) -> Who:
+    """A candidate by its name, as `timm:compile`.
+
+    Raises:
+        ValueError: there is no such candidate.
+        ImportError: the library cannot be imported.
+    """
+    who, _, mode = word.partition(":")
+    if who == "effnet_fast":
+        harness.check_mode(mode)
+    elif who not in PEERS or mode not in ("eager", "compile"):
+        names = ", ".join(["effnet_fast", *PEERS])
+        raise ValueError(f"--candidate {word} must be LIBRARY:STEP, with one of {names} and eager, compile or graph")
+    else:
+        make_peer(who, case)
+    return who, mode
 
 
 def peak_memory(who: str, mode: str, case: Case, args: argparse.Namespace) -> dict[str, float]:
@@ -244,7 +264,8 @@ def measure(
     for direction in args.direction or ["train", "inference"]:
 
         def keep(samples: Samples, left_out: dict[Who, str], direction: str = direction) -> None:
-            save(rows + rows_of(direction, case, samples), missing + reasons(direction, left_out))
+            if not args.turn or max(map(len, samples.values()), default=0) > 1:  # others compile beside a first time
+                save(rows + rows_of(direction, case, samples), missing + reasons(direction, left_out))
 
         calls = make_calls(direction, args, case, selected)
         warm, left_out = warmed(calls, args, keep)
@@ -309,6 +330,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--peers", action="store_true", help="measure other libraries beside ours")
     parser.add_argument("--require-peers", action="store_true", help="as --peers, but a missing peer is an error")
     parser.add_argument("--no-compile", action="store_true", help="peers eager only")
+    parser.add_argument("--candidate", action="append", metavar="LIBRARY:STEP", help="only this; repeat for several")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each in a new process")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=5)
@@ -327,7 +349,8 @@ def main(argv: list[str]) -> None:
     print(f"{case}\n{harness.warning()}".rstrip())
 
     # Versions of the peers; None is not installed.
-    versions = {name: version(name) for name in PEERS} if args.peers or args.require_peers else {}
+    beside = args.peers or args.require_peers or args.candidate
+    versions = {name: version(name) for name in PEERS} if beside else {}
 
     def save(rows: list[dict], missing: list[dict], quiet: bool = True) -> None:
         about = {"loader": args.loader, "rounds": args.rounds, "peers": versions, "left_out": missing}

@@ -32,7 +32,7 @@ class ResidentLoader(Loader):
         images = np.require(resize(split.images, spec.image_size), requirements=["C", "W"])  # writable for from_numpy
         self._canvas = self._augmentation.canvas(torch.from_numpy(images).to(spec.device))
         self._thread = ThreadPoolExecutor(1, "effnet_fast-resident")
-        self._ahead: dict[int, Future[Plan]] = {}
+        self._plans: dict[int, Future[Plan]] = {}  # of this epoch and the next
 
     def epoch(self, epoch: int, start: int = 0, end: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         indices, drawn = self._planned(epoch)
@@ -51,9 +51,10 @@ class ResidentLoader(Loader):
         """The plan of an epoch; in training the thread goes on with the next one's, which a GPU would wait for."""
         if self.spec.augment is None:
             return self._plan(epoch)
-        plan = self._ahead.pop(epoch, None) or self._thread.submit(self._plan, epoch)
-        self._ahead = {epoch + 1: self._thread.submit(self._plan, epoch + 1)}
-        return plan.result()
+        known, self._plans = self._plans, {}
+        for each in (epoch, epoch + 1):
+            self._plans[each] = known.get(each) or self._thread.submit(self._plan, each)
+        return self._plans[epoch].result()
 
     def _plan(self, epoch: int) -> Plan:
         indices = self.shard.indices(epoch)

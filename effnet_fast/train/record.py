@@ -201,7 +201,7 @@ class Recorder:
         self._show(row)
 
     def summary(self) -> str:
-        """The training speed of this process, without evaluations, in one line."""
+        """The training speed of this process, without evaluations and the first step, which compiles, in one line."""
         if not self._images:
             return "too short to measure the speed"
         share = 100 * self._waited / self._seconds

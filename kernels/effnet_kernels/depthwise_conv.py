@@ -166,7 +166,7 @@ def backward_launch(
     """As `forward_launch`, with narrower strips: dw's k * k sums and k rows of x and of dx need more registers.
 
     At k = 5 and stride 2, a thread of a wide map gets 1 channel, which leaves room for 16 warps instead of 8. Where
-    there is room for 8 only, they load ahead: else both warps of a scheduler wait for memory at a time.
+    there is room for 8 warps only, a turn loads ahead: else both warps of a scheduler wait for memory at a time.
     A program handles at least 256 pixels, so that writing its sums for dw costs little beside the maps.
     """
     elements = elements or (1 if k == 5 and stride == 2 and w > 8 else 2)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,23 +90,26 @@ class ImageLaunch:
         return {"VEC": vector(c), "BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "num_warps": self.num_warps}
 
 
-def image_launch(n: int, hw: int, c: int, values: int = 16, most_warps: int = 4, widest: int = 256) -> ImageLaunch:
+def image_launch(
+    n: int, hw: int, c: int, values: int = 16, most_warps: int = 4, widest: int = 256, cut: bool = True
+) -> ImageLaunch:
     """`values` values per thread at a time, and at least 64 in all where the map has them: small maps use fewer warps.
 
     Blocks are wide, so that few threads share a channel and the sum over them at the end is short. Few large images are
-    cut into spans of at least 8 tiles, so that all multiprocessors have work.
+    `cut` into spans of at least 8 tiles, so that all multiprocessors have work, for one wave at most.
     """
     block_c = channel_block(c, widest, slack=1.08)
     warps = max(hw * block_c // (32 * 64), 1)
     num_warps = min(1 << warps.bit_length() - 1, most_warps)
     block_m = min(power_of_2(hw), max(num_warps * 32 * values // block_c, 1))
-    spans = min(cdiv(slots(8), n * cdiv(c, block_c)), max(cdiv(hw, block_m) // 8, 1))
+    waves = slots(8) // (n * cdiv(c, block_c)) if cut else 1
+    spans = max(min(waves, cdiv(hw, block_m) // 8), 1)
     return ImageLaunch(block_m, block_c, num_warps, cdiv(hw, cdiv(cdiv(hw, spans), block_m) * block_m))
 
 
 def image_launch_space(n: int, hw: int, c: int) -> list[ImageLaunch]:
     """Launches an autotuner may try in place of `image_launch`'s choice."""
-    choices = itertools.product((8, 16), (1, 2, 4, 8), (128, 256))
+    choices = itertools.product((8, 16), (1, 2, 4, 8), (128, 256), (True, False))
     return list(dict.fromkeys(image_launch(n, hw, c, *choice) for choice in choices))
 
 
@@ -291,7 +295,7 @@ def _apply_sums_kernel(
         base -= BLOCK_M * C
 
 
-def image_choice(kernel: str, **options: int) -> LaunchChoice:
+def image_choice(kernel: str, **options: Any) -> LaunchChoice:
     """The choice for a pass over images, by (images, channels, pixels); `options` are those of `image_launch`."""
     return LaunchChoice(
         kernel, lambda n, c, hw: image_launch(n, hw, c, **options), lambda n, c, hw: image_launch_space(n, hw, c)

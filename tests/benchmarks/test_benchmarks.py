@@ -160,6 +160,28 @@ def test_host_time_on_a_gpu(monkeypatch, capsys):
     assert re.search(r" issued in \d+\.\d\d ms, kernels \d+\.\d\d ms", capsys.readouterr().out)
 
 
+def test_named_candidates(tmp_path):
+    out = tmp_path / "t.json"
+    words = [
+        "--direction",
+        "train",
+        "--rounds",
+        "1",
+        "--warm-up",
+        "1",
+        "--turn",
+        str(tmp_path / "turn"),
+        "--out",
+        str(out),
+    ]
+    throughput.main([*words, "--candidate", "effnet_fast:eager", *SMALL])
+    assert [(row["library"], row["step"]) for row in read(out)["rows"]] == [("effnet_fast", "eager")]
+    assert (tmp_path / "turn.waiting").read_text() == "."
+    for wrong in ("timm", "keras:eager", "timm:graph"):
+        with pytest.raises(ValueError, match=f"--candidate {wrong} must be LIBRARY:STEP"):
+            throughput.main([*words, "--candidate", wrong, *SMALL])
+
+
 @pytest.mark.parametrize(("killed_at", "rounds"), [(3, {"eager": 1}), (10, {"eager": 2, "compile": 2})])
 def test_a_killed_throughput_keeps_its_rows(tmp_path, monkeypatch, killed_at, rounds):
     """Killed while the second candidate warms up, and in the third round."""

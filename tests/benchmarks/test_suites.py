@@ -46,8 +46,7 @@ case "$1" in
 -c) exit 0 ;;
 */report.py) exec {python} "$@" ;;
 esac
-printf '%q ' "$@" >>{log}
-echo >>{log}
+printf '%s\n' "$(printf '%q ' "$@")" >>{log} # at once: some run side by side
 [[ $1 == -m && $3 != tune ]] && exit 0
 [[ $1 == */loader.py ]] && exit 1
 while [[ $1 != --out* ]]; do shift; done
@@ -144,12 +143,33 @@ pathlib.Path(out).write_text('{{"benchmark": "stub", "provenance": {{}}}}')
     command = ["bash", suite_script, tmp_path / "out.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "FAILED: work\n"
+    assert done.stderr == "FAILED: work 2\n"
     words = (tmp_path / "log").read_text().split()
     assert sorted(words[:3]) == ["start1", "start2", "start3"]
     assert [word[:5] for word in words[3:]] == ["enter", "leave", "enter", "leave"]
     made = json.loads((tmp_path / "out.json").read_text())
     assert [len(made["parts"]), made["missing"]] == [2, ["2-work"]]
+
+
+def test_a_stopped_suite_keeps_its_results_and_leaves_no_process(tmp_path):
+    script = tmp_path / "work.py"
+    script.write_text(f"""
+import os, pathlib, sys, time
+pathlib.Path(sys.argv[2]).write_text('{{"benchmark": "stub", "provenance": {{}}}}')
+pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
+time.sleep(600)
+""")
+    suite_script = tmp_path / "suite.sh"
+    parts = f"suite=s; source {BENCHMARKS / 'parts.sh'}; here={tmp_path}; ahead work 600; here={BENCHMARKS}"
+    suite_script.write_text(f"{parts}\ngather 600\nfinish\n")
+    out, pid = tmp_path / "out.json", tmp_path / "pid"
+    process = subprocess.Popen(["bash", suite_script, out], env={**os.environ, "PYTHON": sys.executable})
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 143
+    assert len(json.loads(out.read_text())["parts"]) == 1
+    assert not Path(f"/proc/{pid.read_text()}").exists()
 
 
 def test_suite_reuses_the_captured_step_time(tmp_path, stand_in, monkeypatch):

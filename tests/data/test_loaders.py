@@ -218,13 +218,13 @@ def test_the_resident_loader_draws_the_next_epoch_during_this_one(monkeypatch: p
     monkeypatch.setattr(Augmentation, "draw", noted)
     loader = make("resident", SPEC)
     next(loader.epoch(0))
-    loader._ahead[1].result(timeout=60)
+    loader._plans[1].result(timeout=60)
     assert drawn == [(0, False), (1, False)]
     seen = [batch[1].tolist() for batch in loader.epoch(1, 2)]  # and a start within the epoch takes it too
     assert seen == order(SEED, 1, N)[:48].reshape(6, 8)[2:].tolist()
+    next(loader.epoch(1))
     loader.close()
-    assert [epoch for epoch, _ in drawn][:2] == [0, 1]
-    assert [epoch for epoch, _ in drawn].count(1) == 1
+    assert [epoch for epoch, _ in drawn] in ([0, 1], [0, 1, 2])  # the thread may not have come to the third
 
 
 @pytest.mark.parametrize("kind", KINDS)

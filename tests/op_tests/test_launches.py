@@ -130,7 +130,7 @@ def test_blocks_of_b0():
 
 @pytest.mark.parametrize(
     ("n", "c", "size", "spans"),
-    [(128, 32, 112, 9), (32, 48, 190, 33), (1, 24, 7, 1), (1024, 144, 32, 1), (1, 24, 300, 157)],
+    [(128, 32, 112, 8), (32, 48, 190, 33), (1, 24, 7, 1), (1024, 32, 32, 1), (1, 24, 300, 157)],
 )
 def test_few_large_images_are_cut_into_spans(n, c, size, spans):
     """Whole tiles, at least 8 of them, and no empty span."""

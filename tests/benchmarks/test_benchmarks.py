@@ -635,10 +635,13 @@ def test_summary_of_results(tmp_path, monkeypatch, capsys):
     quickstart = next(line for line in table if "quickstart" in line)
     assert [cell.strip() for cell in quickstart.split("|")[2:-1]] == [
         "efficientnet-b0 on synthetic",
+        "4",
         "93.35 %",
         "2 min 32 s",
         "2 cores of an Intel(R) Xeon(R) Processor",
     ]
+    stopped = next(line for line in table if "H100" in line)
+    assert [cell.strip() for cell in stopped.split("|")[3:6]] == ["80 of 110", "80.19 %", "4 min 49 s"]
     assert len(table) == 4 + len(list(report.RESULTS.glob("*/metrics.jsonl")))
     assert report.main(["--check"]) == 0
     readme.write_text("<!-- results -->\n")

@@ -40,7 +40,7 @@ choose)
     part choose_recipe 540 --recipe cifar100 "${settings[@]}" --epochs "$epochs" --same-epochs --seeds 1 \
         --variant "" \
         --variant "auto_augment=trivial" \
-        --variant "cutmix=0" \
+        --variant "cutmix=0 mixup_prob=1" \
         --variant "optimizer=adamw learning_rate=3e-3" \
         --variant "optimizer=sgd learning_rate=0.2 weight_decay=5e-4"
     ;;

@@ -428,6 +428,13 @@ def test_candidates_are_valid_recipes():
         assert candidate.against in {None, *candidates.CANDIDATES} - {name}
 
 
+def test_variants_of_the_training_suite_are_valid_recipes():
+    variants = re.findall(r'--variant "(.*)"', (BENCHMARKS / "gpu_train.sh").read_text())
+    assert len(variants) >= 5
+    for variant in variants:
+        assert time_to_accuracy.recipe("cifar100", variant.split()).dataset == "cifar100"
+
+
 def test_commit_outside_git(monkeypatch):
     monkeypatch.setattr(provenance, "_output", lambda *words: None)
     monkeypatch.setenv("EFFNET_FAST_COMMIT", "0123456")

@@ -16,7 +16,20 @@ fi
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TRITON_HOME:-${HOME:-/tmp}}/.triton/cache}
 out=${1:-$here/results/$suite-$(date +%Y%m%d-%H%M%S).json}
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+declare -A ahead=() # processes in the background, and what they run
+
+# stop: end what runs in the background, and keep the results so far.
+stop() {
+    if [[ ${#ahead[@]} -gt 0 ]]; then
+        kill "${!ahead[@]}" 2>/dev/null
+        wait
+        join >/dev/null 2>&1
+    fi
+    rm -rf "$work"
+}
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 if ! "$python" -c "import effnet_fast" 2>"$work/import.log"; then
     echo "error: $python cannot import effnet_fast: pip install '.[bench]' first, or set PYTHON ($(tail -n 1 "$work/import.log"))" >&2
@@ -40,20 +53,6 @@ fi
 
 failed=0
 parts=()
-declare -A ahead=() # processes in the background, and what they run
-
-# stop: end what runs in the background, and keep the results so far.
-stop() {
-    if [[ ${#ahead[@]} -gt 0 ]]; then
-        kill "${!ahead[@]}" 2>/dev/null
-        wait
-        join >/dev/null 2>&1
-    fi
-    rm -rf "$work"
-}
-trap stop EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
 
 # part NAME SECONDS ARGUMENTS...: run NAME.py within its time; its result is kept even if it is killed.
 part() {

@@ -177,12 +177,12 @@ class Recorder:
         self._end_lap()
         laps, self._laps = self._laps, []
         images, seconds, waited = self._sums(laps, world)
-        seconds = max(seconds, 1e-9)
-        steady = self._sums(laps[self._compiles :], world)
-        self._images += steady[0]
-        self._seconds += steady[1]
-        self._waited += steady[2]
+        compiling = self._sums(laps[: self._compiles], world)
+        self._images += images - compiling[0]
+        self._seconds += seconds - compiling[1]
+        self._waited += waited - compiling[2]
         self._compiles = self._compiles and not laps
+        seconds = max(seconds, 1e-9)
         row = {
             "kind": "train",
             "step": step,

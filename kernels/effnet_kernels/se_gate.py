@@ -18,7 +18,7 @@ the cache has its end there.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,9 +102,9 @@ def image_launch(
     warps = max(hw * block_c // (32 * 64), 1)
     num_warps = min(1 << warps.bit_length() - 1, most_warps)
     block_m = min(power_of_2(hw), max(num_warps * 32 * values // block_c, 1))
-    waves = slots(8) // (n * cdiv(c, block_c)) if cut else 1
-    spans = max(min(waves, cdiv(hw, block_m) // 8), 1)
-    return ImageLaunch(block_m, block_c, num_warps, cdiv(hw, cdiv(cdiv(hw, spans), block_m) * block_m))
+    fit = slots(8) // (n * cdiv(c, block_c)) if cut else 1
+    launch = ImageLaunch(block_m, block_c, num_warps, max(min(fit, cdiv(hw, block_m) // 8), 1))
+    return replace(launch, spans=cdiv(hw, launch.span(hw)))  # whole tiles may need fewer
 
 
 def image_launch_space(n: int, hw: int, c: int) -> list[ImageLaunch]:
@@ -115,24 +115,26 @@ def image_launch_space(n: int, hw: int, c: int) -> list[ImageLaunch]:
 
 @triton.jit
 def _image_walk(program, part, C, HW, span, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Channels, their mask, their 64-bit offsets in [N, C], the image's base in [N, HW, C], pixels, a 32-bit tile, and
-    the part's first pixel and its end.
+    """Channels, their mask, their 64-bit offsets in [N, C], the base of the part's first tile in [N, HW, C], pixels, a
+    32-bit tile, and the part's first pixel and its end.
     """
     blocks = tl.cdiv(C, BLOCK_C)
     n = (program // blocks).to(tl.int64)
     c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     pixel = tl.arange(0, BLOCK_M)
     tile = pixel[:, None] * C + c[None, :]
-    return c, c < C, n * C + c, n * HW * C, pixel, tile, part * span, tl.minimum((part + 1) * span, HW)
+    begin = part * span
+    return c, c < C, n * C + c, (n * HW + begin) * C, pixel, tile, begin, tl.minimum(begin + span, HW)
 
 
 @triton.jit
 def _image_walk_back(C, HW, span, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """As `_image_walk`, with the programs in reverse; `last` is the first pixel of the part's last tile."""
+    """As `_image_walk`, with the programs in reverse, the base of the last tile, and its first pixel."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     c, c_ok, nc, base, pixel, tile, begin, end = _image_walk(program, part, C, HW, span, BLOCK_M, BLOCK_C)
-    return c, c_ok, nc, base, pixel, tile, begin, end, last_tile(begin, end, BLOCK_M)
+    last = last_tile(begin, end, BLOCK_M)
+    return c, c_ok, nc, base + (last - begin).to(tl.int64) * C, pixel, tile, begin, end, last
 
 
 @kernel
@@ -155,7 +157,6 @@ def _squeeze_kernel(
     c, c_ok, nc, base, pixel, tile, begin, end = _image_walk(tl.program_id(0), part, C, HW, span, BLOCK_M, BLOCK_C)
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     gain = gamma * rstd
-    base += begin.to(tl.int64) * C
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for m in range(begin, end, BLOCK_M):
         ok = ((m + pixel) < end)[:, None] & c_ok[None, :]
@@ -185,7 +186,6 @@ def _excite_kernel(
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     gain = gamma * rstd
     gate = load(gate_ptr + nc, c_ok)[None, :]
-    base += last.to(tl.int64) * C
     for m in range(last, begin - 1, -BLOCK_M):
         ok = ((m + pixel) < end)[:, None] & c_ok[None, :]
         z = (load(x_ptr + base + tile, ok) - mean) * gain + beta
@@ -219,7 +219,6 @@ def _five_sums_kernel(
     mean, rstd, gamma, beta = load_norm(stats_ptr, gamma_ptr, beta_ptr, c, c_ok, C)
     if GATED:
         gate = load(gate_ptr + nc, c_ok)[None, :]
-    base += begin.to(tl.int64) * C
     sums_ptr += part.to(tl.int64) * NC * (5 if HAS_DY else 2)
     slope_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     slope_xhat_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -279,7 +278,6 @@ def _apply_sums_kernel(
     from_pool = (load(dpool_ptr + nc, c_ok) / HW)[None, :]
     if HAS_DY:
         gate = load(gate_ptr + nc, c_ok)[None, :]
-    base += last.to(tl.int64) * C
     for m in range(last, begin - 1, -BLOCK_M):
         ok = ((m + pixel) < end)[:, None] & c_ok[None, :]
         xhat = (load(x_ptr + base + tile, ok) - mean) * rstd

@@ -162,18 +162,8 @@ def test_host_time_on_a_gpu(monkeypatch, capsys):
 
 def test_named_candidates(tmp_path):
     out = tmp_path / "t.json"
-    words = [
-        "--direction",
-        "train",
-        "--rounds",
-        "1",
-        "--warm-up",
-        "1",
-        "--turn",
-        str(tmp_path / "turn"),
-        "--out",
-        str(out),
-    ]
+    options = f"--direction train --rounds 1 --warm-up 1 --turn {tmp_path / 'turn'} --out {out}"
+    words = options.split()
     throughput.main([*words, "--candidate", "effnet_fast:eager", *SMALL])
     assert [(row["library"], row["step"]) for row in read(out)["rows"]] == [("effnet_fast", "eager")]
     assert (tmp_path / "turn.waiting").read_text() == "."

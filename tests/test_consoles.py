@@ -7,6 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 
 from effnet_fast.consoles import line_console, progress_bar
+from notebooks import run_cells
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 CELLS = [
     """
@@ -51,32 +54,25 @@ def test_a_terminal_gets_a_bar_above_which_lines_are_printed():
 
 
 def execute(cells, folder):
-    """Run cells; returns the texts and the number of widgets that each printed."""
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    """Run cells in a kernel; returns the text and the number of widgets that each printed."""
     pytest.importorskip("ipywidgets")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    resources = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
-    texts = [[output["text"] for output in cell.outputs if output.output_type == "stream"] for cell in notebook.cells]
-    widgets = [
-        sum("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cell.outputs)
-        for cell in notebook.cells
-    ]
-    return texts, widgets
+    printed = run_cells(cells, folder)
+    texts = ["".join(output.get("text", "") for output in outputs) for outputs in printed]
+    return texts, [sum(WIDGET in output.get("data", {}) for output in outputs) for outputs in printed]
 
 
 def test_a_notebook_gets_a_widget(tmp_path):
     """Beside lines in the cell's plain output; a log file gets its lines."""
     texts, widgets = execute(CELLS, tmp_path)
     assert widgets == [0, 1, 0, 1]
-    assert texts == [[], ["a line\n"], [], []]
+    assert texts == ["", "a line\n", "", ""]
     assert (tmp_path / "log.txt").read_text() == "None\na line of the log\n"
 
 
 def test_a_notebook_without_ipywidgets_gets_lines(tmp_path):
     hidden = "import sys; sys.modules['ipywidgets'] = None"
     texts, widgets = execute([hidden, CELLS[0], "print(progress_bar(line_console(), BarColumn()))"], tmp_path)
-    assert (texts, widgets) == ([[], [], ["None\n"]], [0, 0, 0])
+    assert (texts, widgets) == (["", "", "None\n"], [0, 0, 0])
 
 
 @pytest.mark.slow  # trains in a kernel
@@ -96,9 +92,9 @@ except ValueError as error:
 """
     (first, second), widgets = execute([train, mistake], tmp_path)
     assert widgets == [1, 0]
-    assert "epoch 2  test loss" in "".join(first)
-    assert "step 1/4" not in "".join(first), "the bar shows the steps"
-    assert "did you mean efficientnet-b" in "".join(second)
+    assert "epoch 2  test loss" in first
+    assert "step 1/4" not in first, "the bar shows the steps"
+    assert "did you mean efficientnet-b" in second
 
 
 def test_names_are_printed_as_they_are():

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from command_line import run
+from notebooks import run_cells
 
 nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "launchers" / "cam_colab.ipynb"
@@ -31,10 +31,9 @@ def read():
 
 
 def execute(notebook, folder):
-    """Run all cells in `folder` and return their outputs."""
-    resources = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    """Run all code cells in `folder` and return their outputs."""
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for outputs in run_cells(cells, folder) for output in outputs]
     assert not [output for output in outputs if "error: " in output.get("text", "")]
     return outputs
 

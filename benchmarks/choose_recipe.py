@@ -209,14 +209,20 @@ def chosen(args: argparse.Namespace) -> dict[str, Candidate]:
         first = args.variant[0] or AS_IT_IS
         names = {variant or AS_IT_IS: variant for variant in args.variant}
         return {name: Candidate(changes, None if name == first else first) for name, changes in names.items()}
-    return {name: candidate for name, candidate in CANDIDATES.items() if not args.only or name in args.only}
+    return {name: CANDIDATES[name] for name in args.only or CANDIDATES}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = harness.parser(__doc__)
     parser.add_argument("--recipe", default="cifar100-cpu", help="name in effnet_fast/recipes, or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change all candidates")
-    parser.add_argument("--only", nargs="+", choices=CANDIDATES, metavar="NAME", help=", ".join(CANDIDATES))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CANDIDATES,
+        metavar="NAME",
+        help="of " + ", ".join(CANDIDATES) + "; the first one's time is the others'",
+    )
     parser.add_argument(
         "--variant",
         action="append",

@@ -342,6 +342,13 @@ def compared(out, *words):
     return {row["candidate"]: row for row in made["rows"]}
 
 
+def test_candidates_are_compared_in_the_order_of_the_command():
+    """The first one's time is the others', so a comparison can be continued with a candidate from before it."""
+    args = choose_recipe.parse(["--only", "muon", "adamw"])
+    assert list(choose_recipe.chosen(args)) == ["muon", "adamw"]
+    assert list(choose_recipe.chosen(choose_recipe.parse([]))) == list(candidates.CANDIDATES)
+
+
 def test_variants_are_compared_by_validation_images(tmp_path, capsys):
     variants = ["--variant", "", "--variant", "learning_rate=1e-4 mixup=1", "--variant", "optimizer=apex-sgd"]
     words = [*variants, "--same-epochs", "--seeds"]

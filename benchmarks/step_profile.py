@@ -58,7 +58,18 @@ CATEGORIES = (
     # A C++ op's self time is what surrounds its matrix products, mostly BatchNorm; these are aten::mm.
     (
         "normalisation",
-        ("effnet_cpu::", "batch_norm", "_moments", "_merge", "_apply", "_grad", "bn_fw", "bn_bw", "batchnorm"),
+        (
+            "effnet_cpu::",
+            "batch_norm",
+            "_moments",
+            "_merge",
+            "_add_kernel",
+            "_apply",
+            "_grad",
+            "bn_fw",
+            "bn_bw",
+            "batchnorm",
+        ),
     ),
     ("loader", ("loader", "Memcpy HtoD")),
     ("convolution", ("conv", "gemm", "cutlass", "cudnn", "splitKreduce", "nvjet", "xmma", "aten::mm", "aten::addmm")),

@@ -30,6 +30,7 @@ from effnet_kernels.launch import (
     triton,
     use_kernels,
 )
+from effnet_kernels.partial_sums import add_partials
 from effnet_kernels.silu import sigmoid, silu_slope
 from effnet_kernels.statistics import (
     Affine,
@@ -277,7 +278,7 @@ def grad_sums(dy: Tensor, x: Tensor, stats: Tensor, bn: Affine, scale: Tensor | 
         SCALE=scale is not None,
         **config.constants(c),
     )
-    return sums.sum(0)
+    return add_partials(sums)
 
 
 def grad_apply(

@@ -52,7 +52,7 @@ class ConvNorm(NamedTuple):
     norm: BatchNorm
 
     def tensors(self) -> list[Tensor]:
-        return [self.weight, self.norm.weight.contiguous(), self.norm.bias.contiguous()]
+        return [p.contiguous() for p in (self.weight, self.norm.weight, self.norm.bias)]
 
 
 def supports(kernels: Kernels, x: Tensor, weight: Tensor) -> bool:
@@ -136,11 +136,10 @@ def _depthwise_backward(
         dz, dw, sums = ops.gated_depthwise_backward(
             dgated, d, *norm2, gate, dpool, sums2, e, taps, stride, padding, *norm1
         )
-    else:
-        dd = apply_sums(dgated, d, norm2[0], norm2[1:], gate, dpool, sums2)
-        prologue = None if norm1[0] is None else (norm1[0], norm1[1:])
-        dz, dw, sums = depthwise.backward(dd, e, taps, stride, padding, prologue)
-    return dz, depthwise.weight_gradient(dw, weight), sums
+        return dz, depthwise.weight_gradient(dw, weight), sums
+    dd = apply_sums(dgated, d, norm2[0], norm2[1:], gate, dpool, sums2)
+    prologue = None if norm1[0] is None else (norm1[0], norm1[1:])
+    return depthwise.backward(dd, e, weight, taps, stride, padding, prologue)
 
 
 def _expand_backward(

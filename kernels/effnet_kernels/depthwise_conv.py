@@ -49,6 +49,7 @@ from effnet_kernels.launch import (
     triton,
     use_kernels,
 )
+from effnet_kernels.partial_sums import add_weight_partials
 from effnet_kernels.silu import sigmoid, silu_slope
 from effnet_kernels.statistics import Affine, chan_merge, load_norm, store_moments
 
@@ -513,8 +514,7 @@ def _backward_kernel(
     gamma_ptr,  # [C] if PROLOGUE
     beta_ptr,  # [C] if PROLOGUE
     dx_ptr,  # [N, H, W, C], dz if PROLOGUE
-    dw_ptr,  # [programs, K*K, C]
-    sums_ptr,  # [programs, 2, C], sums of dz and dz * xhat if PROLOGUE
+    sums_ptr,  # [programs, K*K, C] of dw; if PROLOGUE [programs, K*K + 2, C], then the sums of dz and dz * xhat
     N,
     H,
     HO,
@@ -610,13 +610,12 @@ def _backward_kernel(
             acts = acts[STRIDE * STRIP :]
             grads = grads[STRIDE * STRIP :]
     # Sums over the program's pixels.
+    sums_ptr += tl.program_id(1) * (K * K + 2 * PROLOGUE) * C
     for tap in tl.static_range(K * K):
-        tap_ptr = dw_ptr + (tl.program_id(1) * (K * K) + tap) * C
-        tl.store(tap_ptr + c, tl.sum(dw[tap], axis=0), mask=c_ok)
+        tl.store(sums_ptr + tap * C + c, tl.sum(dw[tap], axis=0), mask=c_ok)
     if PROLOGUE:
-        sums_ptr += tl.program_id(1) * 2 * C
-        tl.store(sums_ptr + c, tl.sum(sum_dz, axis=0), mask=c_ok)
-        tl.store(sums_ptr + C + c, tl.sum(sum_dz_centered * rstd, axis=0), mask=c_ok)
+        tl.store(sums_ptr + K * K * C + c, tl.sum(sum_dz, axis=0), mask=c_ok)
+        tl.store(sums_ptr + (K * K + 1) * C + c, tl.sum(sum_dz_centered * rstd, axis=0), mask=c_ok)
 
 
 def output_size(size: int, k: int, stride: int, before: int, after: int) -> int:
@@ -630,8 +629,13 @@ def empty_channels_last(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
 
 
 def taps_first(weight: Tensor) -> Tensor:
-    """[C, 1, k, k] as [k*k, C] float32: the channels of a tap are contiguous."""
-    return weight.detach().flatten(1).t().to(torch.float32).contiguous()
+    """A copy of [C, 1, k, k] as [k*k, C] float32: the channels of a tap are contiguous."""
+    return weight.detach().flatten(1).t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def weight_gradient(dw: Tensor, weight: Tensor) -> Tensor:
+    """dw [k*k, C] float32 in the weight's shape and dtype."""
+    return torch.empty_like(weight).copy_(dw.t().view(weight.shape))
 
 
 def forward(
@@ -639,7 +643,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y, and the moments [programs, 3, C] of its tiles if `moments`.
 
-    `norm`: statistics [4, C] and affine parameters of x's BatchNorm, for the prologue.
+    `taps`: of `taps_first`. `norm`: statistics [4, C] and affine parameters of x's BatchNorm, for the prologue.
     """
     if ops := cpp_ops(x):
         stats, affine = norm or (None, (None, None))
@@ -689,24 +693,33 @@ def forward(
 
 
 def backward(
-    g: Tensor, x: Tensor, taps: Tensor, stride: int, padding: Padding, norm: tuple[Tensor, Affine] | None
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    taps: Tensor,
+    stride: int,
+    padding: Padding,
+    norm: tuple[Tensor, Affine] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dx and dw [k*k, C]; with `norm`, dz instead of dx, and the sums [2, C] of dz and dz * xhat over this rank."""
+    """dx and dw; with `norm`, dz instead of dx, and the sums [2, C] of dz and dz * xhat over this rank.
+
+    dw has the shape and dtype of `weight` [C, 1, k, k], contiguous; other arguments as in `forward`.
+    """
     if ops := cpp_ops(x):
         stats, affine = norm or (None, (None, None))
         dx, dw, sums = ops.depthwise_backward(g, x, taps, stride, padding, stats, *affine)
-        return dx, dw, None if norm is None else sums
+        return dx, weight_gradient(dw, weight), None if norm is None else sums
     left, _, top, _ = padding
     n, c, h, w = x.shape
     ho, wo = g.shape[2:]
-    k = math.isqrt(taps.shape[0])
+    k = weight.shape[-1]
     assert c * h * w < 2**31, "offsets within an image are 32-bit"
     config = backward_choice(n, c, h, w, k, stride)
     bands = cdiv(h, config.band)
     programs = cdiv(cdiv(n * cdiv(w, config.strip), config.block_p) * bands, config.tasks)
     dx = torch.empty_like(x)
-    dw = torch.empty(programs, k * k, c, device=x.device, dtype=torch.float32)
-    sums = None if norm is None else dw.new_empty(programs, 2, c)
+    rows = k * k if norm is None else k * k + 2
+    partials = torch.empty(programs, rows, c, device=x.device, dtype=torch.float32)
     stats, affine = norm or (taps, (taps, taps))
     launch(
         "depthwise_conv",
@@ -718,8 +731,7 @@ def backward(
         stats,
         *affine,
         dx,
-        dw,
-        taps if sums is None else sums,
+        partials,
         n,
         h,
         ho,
@@ -740,7 +752,8 @@ def backward(
         BLOCK_C=config.block_c,
         num_warps=config.num_warps,
     )
-    return dx, dw.sum(0), None if sums is None else sums.sum(0)
+    dw, sums = add_weight_partials(partials, weight)
+    return dx, dw, None if norm is None else sums
 
 
 @custom_op("depthwise_conv")
@@ -762,18 +775,12 @@ def _depthwise_conv_backward(
     g: Tensor, x: Tensor, weight: Tensor, stride: int, padding: list[int]
 ) -> tuple[Tensor, Tensor]:
     left, right, top, bottom = padding
-    dx, dw, _ = backward(g, x, taps_first(weight), stride, (left, right, top, bottom), None)
-    return dx, weight_gradient(dw, weight)
+    return backward(g, x, weight, taps_first(weight), stride, (left, right, top, bottom), None)[:2]
 
 
 @_depthwise_conv_backward.register_fake
 def _(g, x, weight, stride, padding):
     return torch.empty_like(x), torch.empty_like(weight)
-
-
-def weight_gradient(dw: Tensor, weight: Tensor) -> Tensor:
-    """dw [k*k, C] float32 in the weight's shape and dtype."""
-    return torch.empty_like(weight).copy_(dw.t().view(weight.shape))
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -801,4 +808,4 @@ def depthwise_conv(
     """
     if not (serves(weight.shape[-1], stride) and use_kernels(kernels, x)):
         return depthwise_conv_reference(x, weight, stride, padding)
-    return _depthwise_conv(channels_last(x), weight, stride, list(padding))
+    return _depthwise_conv(channels_last(x), weight.contiguous(), stride, list(padding))

@@ -7,9 +7,10 @@ Backward  From the gradient at the gate, `_spans_kernel` multiplies by W2 and `_
           `_parameters_backward_kernel` sums dW1, dW2, db1, db2 and BatchNorm's dgamma and dbeta over splits of the
           images, and `_add_splits_kernel` adds the splits in order.
 
-The matrices are small, so latency dominates. Each product over the channels is split into spans of channels, each a
-program; the next launch adds the spans' sums in order. Products are float32 as three TF32 products (tf32x3), which
-keeps float32's accuracy.
+The matrices are small, so latency dominates. Each product over many channels is split into spans of channels, each a
+program; the next launch adds the spans' sums in order. Over few channels, each program of that launch computes the
+product itself, which takes less time than a launch. Products are float32 as three TF32 products (tf32x3), which keeps
+float32's accuracy.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ class SqueezeExcite(NamedTuple):
 MAX_SPANS = 16  # spans of the channels, and splits of the images, that the next launch adds up
 MAX_SPLITS = 16
 GROUP_VALUES = 64
+DIRECT_CHANNELS = 256  # at most, for a product that needs no launch of its own
 
 
 @dataclass(frozen=True)
 class GateLaunch:
     """A program's tile: `block_n` images (at least 16, for `tl.dot`), `block_c` channels, `block_r` hidden values.
 
-    A product over the channels is split into spans of `turns` blocks of channels, longer ones if they are too many.
+    A product over the channels is split into spans of `turns` blocks of channels, longer ones if they are too many. If
+    `direct`, the kernel that needs it computes all of it instead.
     """
 
     block_n: int
@@ -51,6 +54,7 @@ class GateLaunch:
     block_r: int
     num_warps: int
     turns: int = 4
+    direct: bool = False
 
     def span(self, c: int) -> int:
         """Channels per span of a sum over `c` channels."""
@@ -68,14 +72,17 @@ class GateLaunch:
         return {"VEC": vector(c), "num_warps": self.num_warps, **blocks}
 
 
-def gate_launch(r: int) -> GateLaunch:
+def gate_launch(c: int, r: int) -> GateLaunch:
     """All R hidden values in one tile, with fewer channels where R is large, so that the tiles fit in registers.
 
     Spans of 64 channels: a program waits for memory once or twice, and `_sum_of_spans` once for all spans.
     """
     block_r = max(power_of_2(r), 16)
     block_c = 64 if block_r <= 32 else 32
-    return GateLaunch(16, block_c, block_r, num_warps=4 if block_r <= 64 else 8, turns=64 // block_c)
+    num_warps = 4 if block_r <= 64 else 8
+    if c <= DIRECT_CHANNELS:
+        return GateLaunch(16, block_c, block_r, num_warps, direct=True)
+    return GateLaunch(16, block_c, block_r, num_warps, turns=64 // block_c)
 
 
 def parameters_launch(r: int) -> GateLaunch:
@@ -95,13 +102,14 @@ def images_per_split(n: int, blocks: int, block_n: int) -> int:
 def gate_launch_space(r: int) -> list[GateLaunch]:
     """Launches an autotuner may try in place of `gate_launch`'s choice."""
     block_r = max(power_of_2(r), 16)
-    blocks = [(n, c, w) for n in (16, 32) for c in (32, 64) for w in (4, 8) if c * block_r <= 8192]
-    return [GateLaunch(n, c, block_r, w, turns) for n, c, w in blocks for turns in (1, 2, 4, 8)]
+    blocks = [(n, c, block_r, w) for n in (16, 32) for c in (32, 64) for w in (4, 8) if c * block_r <= 8192]
+    spans = [GateLaunch(*block, turns) for block in blocks for turns in (1, 2, 4, 8)]
+    return spans + [GateLaunch(*block, direct=True) for block in blocks]
 
 
 def gate_choice(kernel: str) -> LaunchChoice:
     """The choice for a gate's two products, by (images, channels, hidden values)."""
-    return LaunchChoice(kernel, lambda n, c, r: gate_launch(r), lambda n, c, r: gate_launch_space(r))
+    return LaunchChoice(kernel, lambda n, c, r: gate_launch(c, r), lambda n, c, r: gate_launch_space(r))
 
 
 forward_choice = gate_choice("gate")
@@ -133,27 +141,29 @@ def _sum_of_spans(
     return total
 
 
-@kernel
-def _spans_kernel(
+@triton.jit
+def _product(
     x_ptr,  # [N, C]: pool; the gradient at the gate if BACKWARD
     gate_ptr,  # [N, C], if BACKWARD
     w_ptr,  # [R, C]; [C, R] if BACKWARD
-    sums_ptr,  # [spans, N, R]: of the hidden values; of the gradient at their Swish if BACKWARD
+    n,
+    r,
+    start,
+    end,
     N,
     C,
     R,
-    span,
     BACKWARD: tl.constexpr,
-    VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    C = C // VEC * VEC
-    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
+    """The product over the channels from `start` to before `end`, [BLOCK_N, BLOCK_R].
+
+    That is the hidden values without bias; the gradient at their Swish if BACKWARD.
+    """
     sums = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    start = tl.program_id(1) * span
-    for first in range(start, tl.minimum(start + span, C), BLOCK_C):
+    for first in range(start, end, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         nc = n[:, None] * C + c[None, :]
         nc_ok = (n < N)[:, None] & (c < C)[None, :]
@@ -166,12 +176,37 @@ def _spans_kernel(
         else:
             w = load(w_ptr + r[None, :] * C + c[:, None], cr_ok)
         sums = tl.dot(x, w, sums, input_precision="tf32x3")
+    return sums
+
+
+@kernel
+def _spans_kernel(
+    x_ptr,  # as in `_product`
+    gate_ptr,
+    w_ptr,
+    sums_ptr,  # [spans, N, R]
+    N,
+    C,
+    R,
+    span,
+    BACKWARD: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    C = C // VEC * VEC
+    n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
+    start = tl.program_id(1) * span
+    end = tl.minimum(start + span, C)
+    sums = _product(x_ptr, gate_ptr, w_ptr, n, r, start, end, N, C, R, BACKWARD, BLOCK_N, BLOCK_C, BLOCK_R)
     tl.store(sums_ptr + tl.program_id(1) * N * R + nr, sums, mask=nr_ok)
 
 
 @kernel
 def _gate_kernel(
-    sums_ptr,  # [spans, N, R]
+    sums_ptr,  # [spans, N, R]; pool [N, C] if DIRECT
+    w1_ptr,  # [R, C], if DIRECT
     b1_ptr,  # [R]
     w2_ptr,  # [C, R]
     b2_ptr,  # [C]
@@ -181,6 +216,7 @@ def _gate_kernel(
     C,
     R,
     spans,
+    DIRECT: tl.constexpr,
     GROUP: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -189,7 +225,10 @@ def _gate_kernel(
 ):
     C = C // VEC * VEC
     n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
-    hidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, GROUP)
+    if DIRECT:
+        hidden = _product(sums_ptr, sums_ptr, w1_ptr, n, r, 0, C, N, C, R, False, BLOCK_N, BLOCK_C, BLOCK_R)
+    else:
+        hidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, GROUP)
     hidden += load(b1_ptr + r, r < R)[None, :]
     # All programs of these images compute the same hidden values; the first one stores them.
     tl.store(hidden_ptr + nr, hidden, mask=nr_ok & (tl.program_id(1) == 0))
@@ -203,7 +242,9 @@ def _gate_kernel(
 
 @kernel
 def _dpool_kernel(
-    sums_ptr,  # [spans, N, R]
+    sums_ptr,  # [spans, N, R]; the gradient at the gate [N, C] if DIRECT
+    gate_ptr,  # [N, C], if DIRECT
+    w2_ptr,  # [C, R], if DIRECT
     hidden_ptr,  # [N, R]
     w1_ptr,  # [R, C]
     dhidden_ptr,  # [N, R]
@@ -212,6 +253,7 @@ def _dpool_kernel(
     C,
     R,
     spans,
+    DIRECT: tl.constexpr,
     GROUP: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -220,8 +262,12 @@ def _dpool_kernel(
 ):
     C = C // VEC * VEC
     n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
+    if DIRECT:
+        dact = _product(sums_ptr, gate_ptr, w2_ptr, n, r, 0, C, N, C, R, True, BLOCK_N, BLOCK_C, BLOCK_R)
+    else:
+        dact = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, GROUP)
     hidden = load(hidden_ptr + nr, nr_ok)
-    dhidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, GROUP) * silu_slope(hidden, sigmoid(hidden))
+    dhidden = dact * silu_slope(hidden, sigmoid(hidden))
     tl.store(dhidden_ptr + nr, dhidden, mask=nr_ok & (tl.program_id(1) == 0))
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     rc_ok = (r < R)[:, None] & (c < C)[None, :]
@@ -329,11 +375,15 @@ def _add_splits_kernel(
     tl.store(db1_ptr + i - db1_at, total.to(db1_ptr.dtype.element_ty), mask=(i >= db1_at) & (i < size))
 
 
-def _span_sums(x: Tensor, gate: Tensor | None, w: Tensor, r: int) -> Tensor:
-    """Sums [spans, N, R] over spans of the channels of x [N, C] times `w`; with `gate`, of the backward pass."""
+def _span_sums(x: Tensor, gate: Tensor | None, w: Tensor, r: int, config: GateLaunch) -> Tensor:
+    """Sums [spans, N, R] over spans of the channels of x [N, C] times `w`; with `gate`, of the backward pass.
+
+    If the launch is direct, x itself: the kernel that receives the result computes the product.
+    """
     n, c = x.shape[-2:]
     assert 5 * n * c < 2**31, "offsets in [5, N, C] are 32-bit"
-    config = (forward_choice if gate is None else backward_choice)(n, c, r)
+    if config.direct:
+        return x
     span = config.span(c)
     sums = x.new_empty(cdiv(c, span), n, r)
     launch(
@@ -360,14 +410,15 @@ def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
         return ops.gate_forward(pool, *se)
     n, c = pool.shape
     r = se.reduce_weight.shape[0]
-    sums = _span_sums(pool, None, se.reduce_weight, r)
-    hidden, gate = pool.new_empty(n, r), torch.empty_like(pool)
     config = forward_choice(n, c, r)
+    sums = _span_sums(pool, None, se.reduce_weight, r, config)
+    hidden, gate = pool.new_empty(n, r), torch.empty_like(pool)
     launch(
         "se_gate",
         _gate_kernel,
         (cdiv(n, config.block_n), cdiv(c, config.block_c)),
         sums,
+        se.reduce_weight,
         se.reduce_bias,
         se.expand_weight,
         se.expand_bias,
@@ -377,6 +428,7 @@ def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
         c,
         r,
         len(sums),
+        DIRECT=config.direct,
         GROUP=config.group,
         **config.constants(c),
     )
@@ -401,14 +453,16 @@ def _dpool(sums: Tensor, gate: Tensor, hidden: Tensor, se: SqueezeExcite) -> tup
     """Gradients at pool [N, C] and at hidden [N, R]."""
     n, c = gate.shape
     r = hidden.shape[1]
-    spans = _span_sums(sums, gate, se.expand_weight, r)
-    dhidden, dpool = torch.empty_like(hidden), torch.empty_like(gate)
     config = backward_choice(n, c, r)
+    spans = _span_sums(sums, gate, se.expand_weight, r, config)
+    dhidden, dpool = torch.empty_like(hidden), torch.empty_like(gate)
     launch(
         "se_gate",
         _dpool_kernel,
         (cdiv(n, config.block_n), cdiv(c, config.block_c)),
         spans,
+        gate,
+        se.expand_weight,
         hidden,
         se.reduce_weight,
         dhidden,
@@ -417,6 +471,7 @@ def _dpool(sums: Tensor, gate: Tensor, hidden: Tensor, se: SqueezeExcite) -> tup
         c,
         r,
         len(spans),
+        DIRECT=config.direct,
         GROUP=config.group,
         **config.constants(c),
     )

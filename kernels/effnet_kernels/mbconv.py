@@ -86,7 +86,7 @@ def _mbconv(
     padding: list[int],
     eps: float,
     sync: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     left, right, top, bottom = padding
     stats1 = x.new_empty(0, dtype=torch.float32) if weight1 is None else batch_statistics(x, eps, sync)
     norm1, taps = _norm(stats1, weight1, bias1), depthwise.taps_first(weight)
@@ -94,7 +94,7 @@ def _mbconv(
     assert moments is not None
     stats2 = merge_moments(moments, eps, sync)
     y, pool, gate, hidden = se_forward(d, stats2, (weight2, bias2), SqueezeExcite(w1, b1, w2, b2))
-    return y, d, stats1, stats2, pool, gate, hidden
+    return y, d, taps, stats1, stats2, pool, gate, hidden
 
 
 @_mbconv.register_fake
@@ -104,7 +104,7 @@ def _(x, weight1, bias1, weight, weight2, bias2, w1, b1, w2, b2, stride, padding
     k = weight.shape[-1]
     ho = depthwise.output_size(h, k, stride, top, bottom)
     wo = depthwise.output_size(w, k, stride, left, right)
-    shapes = ((0,) if weight1 is None else (4, c), (4, c), (n, c), (n, c), (n, w1.shape[0]))
+    shapes = ((k * k, c), (0,) if weight1 is None else (4, c), (4, c), (n, c), (n, c), (n, w1.shape[0]))
     maps = (depthwise.empty_channels_last(x, n, c, ho, wo) for _ in range(2))
     return *maps, *(x.new_empty(s, dtype=torch.float32) for s in shapes)
 
@@ -126,27 +126,28 @@ def _mbconv_backward(
     sync: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     left, right, top, bottom = padding
-    stats1, stats2, pool, gate, hidden = saved
+    taps, stats1, stats2, pool, gate, hidden = saved
     bn2 = (weight2, bias2)
-    norm1, taps = _norm(stats1, weight1, bias1), depthwise.taps_first(weight)
+    norm1 = _norm(stats1, weight1, bias1)
     if ops := cpp_ops(x):  # computes dd without writing it
         sums = five_sums(dy, d, stats2, bn2)
         dpool, sums2, se_grads = gate_backward(sums, gate, pool, hidden, SqueezeExcite(*se), d.shape[2] * d.shape[3])
         gradient = (dy, d, stats2, *bn2, gate, dpool, sum_over_ranks(sums2, sync))
         first = (None, None, None) if norm1 is None else (stats1, weight1, bias1)
         dx, dw, sums1 = ops.gated_depthwise_backward(*gradient, x, taps, stride, padding, *first)
+        dw = depthwise.weight_gradient(dw, weight)
     else:
         dd, sums2, se_grads = se_backward(dy, d, stats2, bn2, SqueezeExcite(*se), (pool, gate, hidden), sync)
-        dx, dw, sums1 = depthwise.backward(dd, x, taps, stride, (left, right, top, bottom), norm1)
+        dx, dw, sums1 = depthwise.backward(dd, x, weight, taps, stride, (left, right, top, bottom), norm1)
     if norm1 is not None and sums1 is not None:
         dx = grad_apply(dx, x, stats1, norm1[1], None, sum_over_ranks(sums1, sync), activation=False)
-    sums1 = dw.new_empty(0) if sums1 is None else sums1
-    return dx, sums1, depthwise.weight_gradient(dw, weight), sums2, *se_grads
+    sums1 = stats1.new_empty(0) if sums1 is None else sums1
+    return dx, sums1, dw, sums2, *se_grads
 
 
 @_mbconv_backward.register_fake
 def _(dy, x, d, weight1, bias1, weight, weight2, bias2, se, saved, stride, padding, sync):
-    stats1, stats2 = saved[:2]
+    stats1, stats2 = saved[1:3]
     like = (x, stats1[:2], weight, stats2[:2], *se)
     return tuple(torch.empty_like(t) for t in like)
 
@@ -250,7 +251,7 @@ def mbconv(
     if not served or (not training and differentiable):
         return mbconv_reference(x, bn1, weight, stride, padding, bn2, se, training=training)
     assert bn1 is None or (bn1.eps, bn1.sync) == (bn2.eps, bn2.sync)
-    x, bn2 = channels_last(x), bn2.contiguous()
+    x, weight, bn2 = channels_last(x), weight.contiguous(), bn2.contiguous()
     se = SqueezeExcite(*(p.contiguous() for p in se))
     weight1, bias1 = [p.contiguous() for p in norms] or (None, None)
     if not training:
@@ -274,7 +275,7 @@ def mbconv(
     k, (left, right, top, bottom) = weight.shape[-1], padding
     out = depthwise.output_size(h, k, stride, top, bottom) * depthwise.output_size(w, k, stride, left, right)
     require_values((n, weight.shape[0], out), bn2.sync)
-    y, _, stats1, stats2, *_ = _mbconv(
+    y, _, _, stats1, stats2, *_ = _mbconv(
         x, weight1, bias1, weight, bn2.weight, bn2.bias, *se, stride, list(padding), bn2.eps, bn2.sync
     )
     if bn1 is not None:

@@ -108,6 +108,9 @@ class Inputs:
     def taps(self) -> Tensor:
         return self.vector(self.layer.kernel**2, self.layer.c)
 
+    def weight(self) -> Tensor:
+        return self.vector(self.layer.c, 1, self.layer.kernel, self.layer.kernel)
+
     def padding(self) -> depthwise_conv.Padding:
         side = self.layer.kernel // 2
         return side, side, side, side
@@ -159,7 +162,8 @@ def _depthwise_forward(i: Inputs) -> Call:
 
 
 def _depthwise_backward(i: Inputs) -> Call:
-    return _bind(depthwise_conv.backward, i.d(), i.x(), i.taps(), i.layer.stride, i.padding(), i.norm())
+    arguments = i.d(), i.x(), i.weight(), i.taps(), i.layer.stride, i.padding(), i.norm()
+    return _bind(depthwise_conv.backward, *arguments)
 
 
 def _grad_apply(i: Inputs) -> Call:
@@ -192,7 +196,7 @@ def _product(i: Inputs) -> Call:
 def _mbconv(i: Inputs) -> Call:
     layer, se, second = i.layer, i.gate(), i.batch_norm()
     first = i.batch_norm() if layer.prologue else None
-    x, weight = i.x(), i.vector(layer.c, 1, layer.kernel, layer.kernel)
+    x, weight = i.x(), i.weight()
     leaves = [x, weight, *se, *second[:2], *(() if first is None else first[:2])]
     arguments = (x, first, weight, layer.stride, i.padding(), second, se)
     return _training_step("mbconv", layer, mbconv.mbconv, arguments, leaves, i.d())

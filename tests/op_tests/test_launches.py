@@ -147,6 +147,6 @@ def test_heuristic_launch_is_in_the_autotune_space(n, c, size, k):
     assert row_launch(rows, c) in row_launch_space(rows, c)
     assert image_launch(n, size * size, c) in image_launch_space(n, size * size, c)
     assert product_launch(rows, c, 24) in product_launch_space(rows, c, 24)
-    assert gate_launch(c // 24) in gate_launch_space(c // 24)
+    assert gate_launch(c, c // 24) in gate_launch_space(c // 24)
     assert forward_launch(n, c, size, size, k) in forward_space(n, c, size, size, k)
     assert backward_launch(n, c, size, size, k, 1) in backward_space(n, c, size, size, k, 1)

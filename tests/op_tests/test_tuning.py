@@ -146,7 +146,7 @@ def test_a_head_reads_its_map_alone(name, reads):
 
 def test_a_launch_outside_the_space_is_none():
     sizes = PARTS["gate"].sizes(Layer(2, 24, 4, 3, 1, 4))
-    fields = {"block_n": 16, "block_c": 64, "block_r": 16, "num_warps": 4, "turns": 1}
+    fields = {"block_n": 16, "block_c": 64, "block_r": 16, "num_warps": 4, "turns": 1, "direct": False}
     assert launch_of("gate", sizes, fields) is not None
     for kernel, at, wanted in (
         ("gate", sizes, fields | {"turns": 3}),
@@ -160,7 +160,11 @@ def test_a_launch_outside_the_space_is_none():
 
 @pytest.mark.parametrize(
     ("name", "kernels"),
-    [("depthwise backward", ["_backward_kernel"]), ("statistics", ["_moments_kernel", "_merge_kernel"])],
+    [
+        ("depthwise backward", ["_backward_kernel", "_add_kernel"]),
+        ("statistics", ["_moments_kernel", "_merge_kernel"]),
+        ("grad sums", ["_grad_sums_kernel", "_add_kernel"]),
+    ],
 )
 def test_compiled_ahead_kernels_are_reused(tmp_path, name, kernels):
     """A call with another batch size and real tensors compiles nothing."""

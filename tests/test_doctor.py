@@ -68,20 +68,22 @@ def test_wrong_values_are_broken(monkeypatch):
     assert "--kernels torch" in detail
 
 
-@pytest.mark.parametrize("layers", [False, True])
-def test_nan_is_broken(monkeypatch, layers):
-    """Also in a result after the first: max() would pass over it."""
+@pytest.mark.parametrize(("layers", "spoilt"), [(False, [True]), (True, [True]), (True, [False, False, True])])
+def test_nan_is_broken(monkeypatch, layers, spoilt):
+    """Also in a result after the first: max() would pass over it.
+
+    `spoilt`: which of the float32 results of blocks, or of the layers; theirs are compared with float64, then with
+    PyTorch's operators.
+    """
     results = self_check._results
 
     def one_nan(module, x):
         found = results(module, x)
-        spoilt = isinstance(module, self_check._Layers) is layers and x.dtype == torch.float32
-        return [*found[:-1], found[-1] * (torch.nan if spoilt and counts.pop() else 1)]
+        asked = isinstance(module, self_check._Layers) is layers and x.dtype == torch.float32
+        return [*found[:-1], found[-1] * (torch.nan if asked and spoilt.pop(0) else 1)]
 
-    counts = [False, True]  # of two modules that are compared, the reference comes last
     monkeypatch.setattr(self_check, "_results", one_nan)
     monkeypatch.setattr(self_check, "BLOCKS", [(8, 8, 3, 1, 1)])
-    counts[:] = [False, True] if layers else [True]
     status, detail = self_check._check_blocks(CPU, "torch", "advice")
     assert (status, "nan" in detail) == ("broken", True)
 
@@ -96,7 +98,8 @@ def test_products_are_checked_on_a_gpu(monkeypatch):
     kernels = []
     monkeypatch.setattr(self_check, "block_error", lambda device, asked, *block: kernels.append(asked) or 0.1)
     monkeypatch.setattr(self_check, "block_launches", lambda *_: [])
-    monkeypatch.setattr(self_check, "layers_error", lambda *_: 0.0)
+    for name in ("ends_error", "layers_error"):
+        monkeypatch.setattr(self_check, name, lambda *_: 0.0)
     assert self_check.check_products(CPU)[0] == "absent"
     status, detail = self_check.check_products(GPU)
     assert status == "broken"
@@ -123,12 +126,13 @@ def test_the_launches_of_the_blocks_are_known_before(monkeypatch, kernels):
     with launches_go_to(note):
         for block in self_check.BLOCKS:
             self_check.block_error(CPU, kernels, *block)
+        self_check.ends_error(CPU, kernels)
         self_check.layers_error(CPU, kernels)
     assert {(launch.name, launch.options) for launch in found} == set(started)
     asked = []
     monkeypatch.setattr(self_check, "block_launches", lambda device, kernels: found)
-    monkeypatch.setattr(self_check, "block_error", lambda *_: 0.0)
-    monkeypatch.setattr(self_check, "layers_error", lambda *_: 0.0)
+    for name in ("block_error", "ends_error", "layers_error"):
+        monkeypatch.setattr(self_check, name, lambda *_: 0.0)
     monkeypatch.setattr(cold_start, "compile_missing", lambda launches, record, say: asked.append(launches))
     assert self_check._check_blocks(GPU, kernels, "")[0] == "ok"
     assert asked == [found]
@@ -168,8 +172,17 @@ def test_failing_check_exits_1(monkeypatch, capsys):
     ("driver", "cuda", "status", "text"),
     [
         (None, None, "absent", "no NVIDIA driver"),
-        ("535.1", None, "broken", "CPU build: install a CUDA build"),
-        ("535.1", "13.0", "broken", "driver 535.1 is too old for torch's CUDA 13.0"),
+        ("535.1", None, "broken", "CPU build: install torch's cu126 wheels"),
+        ("580.2", None, "broken", "CPU build: install torch's cu130 wheels"),
+        ("470.1", None, "broken", "CPU build: install driver 525 or newer, then torch's cu126 wheels"),
+        (
+            "535.1",
+            "13.0",
+            "broken",
+            "driver 535.1 is too old for torch's CUDA 13.0, so torch sees no GPU: install driver ",
+        ),
+        ("535.1", "13.0", "broken", "driver 580 or newer, or torch's cu126 wheels"),
+        ("470.1", "12.6", "broken", "install driver 525 or newer"),
         ("580.2", "13.0", "broken", "check CUDA_VISIBLE_DEVICES"),
     ],
 )

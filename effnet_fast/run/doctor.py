@@ -18,6 +18,19 @@ from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_ste
 from effnet_fast.run.self_check import CHECKS
 from effnet_fast.run.verdicts import clear_cache, verdict
 
+# Why `auto` means what it does.
+KERNELS_REASON = {
+    "triton": "the check of the kernels found no fault",
+    "cpp": "the GPU's kernels are Triton's, the CPU's are in C++",
+    "torch": "there are no other kernels that work here",
+}
+PRECISION_REASON = {"bf16": "GPUs compute it faster", "no": "float32 on a CPU; bf16 is faster only with AMX"}
+STEP_REASON = {
+    "graph": "the check of the graph found no fault",
+    "compile": "a step cannot be captured here",
+    "eager": "the C++ kernels leave little to compile",
+}
+
 
 def doctor(config: DoctorConfig) -> int:
     """Run `effnet-fast doctor`; returns 1 if something is broken, else 0."""
@@ -49,11 +62,13 @@ def choose_automatically(device: torch.device) -> dict[str, str]:
     config = TrainConfig()
     compiled, graph = resolve_step(config, World(0, 1, device), output_stride=8, images=50_000 * config.num_epochs)
     loader, reason = resolve_loader("auto", load_synthetic(8, 8).train, device)
-    kernels = resolve_kernels("auto", device)
+    kernels = kernels_in_use(resolve_kernels("auto", device), device)
+    step = "graph" if graph else "compile" if compiled else "eager"
+    precision = resolve_precision("auto", device)
     return {
         "device": device.type,
-        "kernels": kernels_in_use(kernels, device),
-        "mixed_precision": resolve_precision("auto", device),
-        "step": "graph" if graph else "compile" if compiled else "eager",
+        "kernels": f"{kernels} ({KERNELS_REASON[kernels]})",
+        "mixed_precision": f"{precision} ({PRECISION_REASON[precision]})",
+        "step": f"{step} ({STEP_REASON[step]})",
         "loader": f"{loader} ({reason})",
     }

@@ -41,10 +41,12 @@ Answer = tuple[Status, str]
 DALI_BUILDS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 # Oldest NVIDIA driver for each major version of CUDA (NVIDIA, CUDA compatibility, minor version compatibility).
-OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+OLDEST_DRIVER = {12: 525, 13: 580}
+WHEELS = {13: "cu130", 12: "cu126"}  # torch's, by major version of CUDA, newest first
 
-# Inputs, outputs, kernel, stride, expansion: both kernel sizes and strides, with and without expansion and residual.
-BLOCKS = ((16, 16, 3, 1, 6), (16, 24, 5, 2, 6), (24, 24, 5, 1, 6), (8, 12, 3, 2, 1))
+# Inputs, outputs, kernel, stride, expansion: both kernel sizes and strides, with and without expansion and residual. A
+# gate of more than 256 channels has a kernel more.
+BLOCKS = ((16, 16, 3, 1, 6), (16, 24, 5, 2, 6), (24, 24, 5, 1, 6), (8, 12, 3, 2, 1), (48, 48, 3, 1, 6))
 TOLERANCE = 1e-4  # relative RMS of a block's output and gradients in float32 against float64
 # Relative RMS of layers against PyTorch's operators in the same precision; measured on a CPU: 0.05 and 6e-5.
 LAYERS_TOLERANCE = {"bf16": 0.2, "no": 1e-3}
@@ -91,17 +93,25 @@ def check_gpu(device: torch.device) -> Answer:
         )
     if driver is None:
         return "absent", "no NVIDIA driver; everything runs on the CPU"
+    wheels = _wheels_for(driver)
     if cuda is None:
-        return "broken", f"driver {driver} is installed, but this torch is a CPU build: install a CUDA build of torch"
+        advice = (
+            f"torch's {wheels} wheels" if wheels else f"driver {OLDEST_DRIVER[12]} or newer, then torch's cu126 wheels"
+        )
+        return "broken", f"driver {driver} is installed, but this torch is a CPU build: install {advice}"
     needed = OLDEST_DRIVER.get(int(cuda.partition(".")[0]), 0)
     if int(driver.partition(".")[0]) < needed:
-        return "broken", (
-            f"driver {driver} is too old for torch's CUDA {cuda}, so torch sees no GPU: install driver {needed} or "
-            "newer, or a torch built for an older CUDA (its cu126 wheels, say)"
-        )
+        advice = f"driver {needed} or newer" + (f", or torch's {wheels} wheels" if wheels else "")
+        return "broken", f"driver {driver} is too old for torch's CUDA {cuda}, so torch sees no GPU: install {advice}"
     if torch.cuda.is_available():
         return "ok", f"driver {driver}, CUDA {cuda}; not used (--device cpu)"
     return "broken", f"driver {driver} is installed, but torch sees no GPU: check CUDA_VISIBLE_DEVICES and nvidia-smi"
+
+
+def _wheels_for(driver: str) -> str | None:
+    """The newest kind of torch's wheels that a driver can run."""
+    major = int(driver.partition(".")[0])
+    return next((kind for cuda, kind in WHEELS.items() if major >= OLDEST_DRIVER[cuda]), None)
 
 
 def check_torch(device: torch.device) -> Answer:
@@ -177,20 +187,24 @@ def _check_blocks(device: torch.device, kernels: Kernels, advice: str) -> Answer
         from effnet_fast.run import cold_start  # whose cache this module's results share
 
         cold_start.compile_found(lambda: block_launches(device, kernels), device, say=True)
-    worst = torch.tensor([block_error(device, kernels, *block) for block in BLOCKS]).max().item()  # NaN if any is
+    errors = [block_error(device, kernels, *block) for block in BLOCKS]
+    worst = torch.tensor([*errors, ends_error(device, kernels)]).max().item()  # NaN if any is
     if not worst <= TOLERANCE:
-        return "broken", f"a block's relative error against float64 is {worst:.1e}: {advice}"
+        return "broken", f"the relative error of a block, stem or head against float64 is {worst:.1e}: {advice}"
     error, precision = layers_error(device, kernels), resolve_precision("auto", device)
     if not error <= LAYERS_TOLERANCE[precision]:
         return (
             "broken",
             f"layers with --mixed_precision {precision} differ from PyTorch's operators by {error:.1e}: {advice}",
         )
-    return "ok", f"{len(BLOCKS)} MBConv blocks equal float64 within {worst:.1e} (relative RMS, output and gradients)"
+    return "ok", (
+        f"{len(BLOCKS)} MBConv blocks, a stem and a head equal float64 within {worst:.1e} "
+        "(relative RMS, output and gradients)"
+    )
 
 
 def block_launches(device: torch.device, kernels: Kernels) -> list[ahead.Launch]:
-    """The kernels that `block_error` and `layers_error` start, to be compiled side by side.
+    """The kernels that the comparisons start, to be compiled side by side.
 
     One after the other, they take a minute.
     """
@@ -201,6 +215,7 @@ def block_launches(device: torch.device, kernels: Kernels) -> list[ahead.Launch]
                 block = MBConv(inputs, *shape, style=Style(kernels=kernels))
                 x = torch.randn(3, inputs, 9, 7).to(memory_format=torch.channels_last).requires_grad_()
                 block(x).sum().backward()
+            _results(_Layers(kernels, block=False), _layers_images(device))
             _layers_results(_Layers(kernels), _layers_images(device), device)
 
     return ahead.recorded(step)
@@ -210,13 +225,25 @@ def block_error(
     device: torch.device, kernels: Kernels, inputs: int, outputs: int, kernel: int, stride: int, expand: int
 ) -> float:
     """Largest relative RMS error of an MBConv block's output and gradients in float32, against torch in float64."""
+    return _exact_error(
+        lambda kernels: MBConv(inputs, outputs, kernel, stride, expand, style=Style(kernels=kernels)),
+        kernels,
+        lambda: torch.randn(3, inputs, 9, 7, device=device).to(memory_format=torch.channels_last),
+    )
+
+
+def ends_error(device: torch.device, kernels: Kernels) -> float:
+    """The same of the stem and head of `_Layers`. The draws of stochastic depth in its block depend on the dtype."""
+    return _exact_error(lambda kernels: _Layers(kernels, block=False), kernels, lambda: _layers_images(device))
+
+
+def _exact_error(make: Callable[[Kernels], nn.Module], kernels: Kernels, images: Callable[[], Tensor]) -> float:
     torch.manual_seed(0)
-    block = MBConv(inputs, outputs, kernel, stride, expand, style=Style(kernels=kernels)).to(device)
-    exact = MBConv(inputs, outputs, kernel, stride, expand, style=Style(kernels="torch")).to(device, torch.float64)
-    exact.load_state_dict(block.state_dict())
-    x = torch.randn(3, inputs, 9, 7, device=device).to(memory_format=torch.channels_last)
+    module, exact, x = make(kernels), make("torch"), images()
+    exact.load_state_dict(module.state_dict())
+    module, exact = module.to(x.device), exact.to(x.device, torch.float64)
     with _without_tf32():
-        return _largest_error(_results(block, x), _results(exact, x.double()))
+        return _largest_error(_results(module, x), _results(exact, x.double()))
 
 
 def _largest_error(ours: list[Tensor], exact: list[Tensor]) -> float:
@@ -228,11 +255,11 @@ def _largest_error(ours: list[Tensor], exact: list[Tensor]) -> float:
 class _Layers(nn.Module):
     """A stem, a block with stochastic depth and a head, which BLOCKS leave out: [N, 3, H, W] -> [N, 32]."""
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, *, block: bool = True) -> None:
         super().__init__()
         style = Style(kernels=kernels)
         self.stem = ConvNormAct(3, 16, 3, 2, style=style)
-        self.block = MBConv(16, 16, 3, 1, 6, style=style, drop_path=0.5)
+        self.block = MBConv(16, 16, 3, 1, 6, style=style, drop_path=0.5) if block else nn.Identity()
         self.head = ConvNormAct(16, 32, 1, style=style)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,11 +41,10 @@ _PLAIN = f"{_BARE} batch_size=64 optimizer=sgd learning_rate=0.05 weight_decay=5
 _ZERO = f"{_BARE} zero_init_residual=true batch_size=128 weight_decay=0.05"
 _ADAMW = f"{_ZERO} optimizer=adamw learning_rate=3e-3"
 _MUON = f"{_ZERO} optimizer=muon learning_rate=5e-3"
-_RESIZED = f"{_MUON} resize_schedule=20:0.2,24:0.5,32"
 
 
-def _resized_with(change: str) -> Candidate:
-    return Candidate(f"{_RESIZED} {change}", against="muon-resize")
+def _muon_with(change: str) -> Candidate:
+    return Candidate(f"{_MUON} {change}", against="muon")
 
 
 CANDIDATES = {
@@ -54,14 +53,16 @@ CANDIDATES = {
     "zero-init": Candidate(f"{_PLAIN} zero_init_residual=true", against="plain"),
     "adamw": Candidate(_ADAMW, against="zero-init"),
     "muon": Candidate(_MUON, against="adamw"),
-    "muon-resize": Candidate(_RESIZED, against="muon"),
-    "alternating-flip": _resized_with("alternating_flip=true"),
-    "trivial-augment": _resized_with("auto_augment=trivial"),
-    "identity-depthwise": _resized_with("depthwise_init=identity"),
-    "mixup-cutmix": _resized_with("mixup=0.2 cutmix=1 mixup_prob=0.5"),
-    "smoothing-0": _resized_with("label_smoothing=0"),
-    "smoothing-0.05": _resized_with("label_smoothing=0.05"),
-    "smoothing-0.2": _resized_with("label_smoothing=0.2"),
+    "muon-resize": _muon_with("resize_schedule=20:0.2,24:0.5,32"),
+    "alternating-flip": _muon_with("alternating_flip=true"),
+    "trivial-augment": _muon_with("auto_augment=trivial"),
+    "rand-augment": _muon_with("auto_augment=rand"),
+    "identity-depthwise": _muon_with("depthwise_init=identity"),
+    "mixup-cutmix": _muon_with("mixup=0.2 cutmix=1 mixup_prob=0.5"),
+    "smoothing-0": _muon_with("label_smoothing=0"),
+    "smoothing-0.05": _muon_with("label_smoothing=0.05"),
+    "smoothing-0.2": _muon_with("label_smoothing=0.2"),
+    "smoothing-0.4": _muon_with("label_smoothing=0.4"),
 }
 
 

@@ -45,7 +45,7 @@ def absent(name):
     except ModuleNotFoundError:  # of the parent package
         return True
 
-names = "jsonargparse anyascii captum optuna nvidia.dali timm torchvision efficientnet_pytorch pytest_reportlog"
+names = "jsonargparse anyascii captum fvcore optuna nvidia.dali timm torchvision efficientnet_pytorch pytest_reportlog"
 print(*filter(absent, names.split()), sep=", ")')
 if [[ -n $absent ]]; then
     echo "not installed: $absent; parts that need them are reported and skipped"

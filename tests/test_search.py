@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 
-import optuna
 import pytest
 import torch
 import yaml
@@ -26,6 +25,8 @@ from effnet_fast.run import search as searching
 from effnet_fast.search import family, measure, setup, worker
 from effnet_fast.search.trials import Pruned
 from examples import run_examples
+
+optuna = pytest.importorskip("optuna")
 
 # Two candidates: alpha 1.2 and 1.25 round to one model.
 TINY = (

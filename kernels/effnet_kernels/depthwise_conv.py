@@ -373,9 +373,11 @@ def _forward_kernel(
     COLUMNS: tl.constexpr = (STRIP - 1) * STRIDE + K  # columns of x that a strip of y needs
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok = c < C
-    begin = tl.program_id(1) % bands * band
+    # From the last images to the first: the pass before, for x's statistics, ended there.
+    program = tl.num_programs(1) - 1 - tl.program_id(1)
+    begin = program % bands * band
     end = tl.minimum(begin + band, HO)
-    p = tl.program_id(1) // bands * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = program // bands * BLOCK_P + tl.arange(0, BLOCK_P)
     p_ok = p < N * STRIPS
     ok = p_ok[:, None] & c_ok[None, :]
     wo = p % STRIPS * STRIP
@@ -424,7 +426,7 @@ def _forward_kernel(
     if MOMENTS:
         count = tl.where(ok, columns * (end - begin).to(tl.float32), 0.0)
         count, mean, m2 = chan_merge(count, y_mean, tl.where(ok, y_m2, 0.0))
-        store_moments(moments_ptr + tl.program_id(1) * 3 * C, count, mean, m2, c, c_ok, C)
+        store_moments(moments_ptr + program * 3 * C, count, mean, m2, c, c_ok, C)
 
 
 @triton.jit

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from fvcore.nn.jit_analysis import JitModelAnalysis
-from fvcore.nn.jit_handles import conv_flop_jit, get_shape, linear_flop_jit
 from torch import nn
 
 from effnet_fast.model import batch_norms, create_model
 from effnet_fast.model.complexity import BF16, FP32, Complexity, complexity, costs_table, model_costs
+
+pytest.importorskip("fvcore")
+
+from fvcore.nn.jit_analysis import JitModelAnalysis
+from fvcore.nn.jit_handles import conv_flop_jit, get_shape, linear_flop_jit
 
 GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden_complexity.json").read_text())
 

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from effnet_fast.model import scaling
-from effnet_kernels import batch_norm, block, bn_silu_squeeze, launch, mbconv, silu
+from effnet_kernels import batch_norm, block, bn_silu_squeeze, gate_mlp, launch, mbconv, silu
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -74,6 +74,14 @@ def whole_block_step(n: int, shape: tuple[int, ...], dtype: torch.dtype) -> None
     residual = stride == 1 and inputs == outputs
     y, *saved = block._block._init_fn(x, *layers, scale, residual, stride, pad, 1e-3, False)
     block._block_backward._init_fn(y, x, *layers, saved, scale, residual, stride, pad, False)
+
+
+def wide_gate_step(n: int) -> None:
+    """Launch the kernels of a gate of 480 channels, in both directions: its products are split into spans."""
+    c, r = 480, 20
+    se = gate_mlp.SqueezeExcite(meta(r, c, 1, 1), meta(r), meta(c, r, 1, 1), meta(c))
+    gate, hidden = gate_mlp.gate_forward(meta(n, c), se)
+    gate_mlp.gate_backward(meta(5, n, c), gate, meta(n, c), hidden, se, 64)
 
 
 def ends_step(n: int, model: int, size: int, dtype: torch.dtype) -> None:
@@ -189,11 +197,12 @@ def resources(kernel, args, constants, arch: int) -> dict:
 def main(arch: int, dtype: torch.dtype, models: list[int]) -> None:
     """Print the resources of each distinct launch of the models, at their own image sizes and at 32 px.
 
-    Without models: of two blocks of B0 at 32 px.
+    Without models: of two blocks of B0 at 32 px, and of the kernels around a wide gate.
     """
     if not models:
         steps = [(step, shape) for shape in blocks(0, 32, 8)[2:5:2] for step in (block_step, whole_block_step)]
         launches = [call for step, shape in steps for call in record(step, 512, shape, dtype)]
+        launches += record(wide_gate_step, 512)
     else:
         launches = record(ends_step, 128, 0, 224, dtype)
     for model in models:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
 from effnet_kernels import batch_norm, launch, mbconv
+from effnet_kernels.block import _block
 
 SECTOR = 32
 BATCH = 512  # small batches run on fewer processors, so that a program does as much work as at this batch size
@@ -144,21 +145,21 @@ class BlockTraffic:
         return e_passes * self.e + d_passes * self.d + self.narrow
 
 
+def _random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.randn(shape).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
 def block_traffic(batch: int, block: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> BlockTraffic:
     """Run mbconv and the projection's BatchNorm, forward and backward, on a block from `op_launches.blocks`."""
     inputs, outputs, size, k, stride, expansion = block
     assert expansion > 1
     c, r, pad = inputs * expansion, max(1, inputs // 4), [k // 2] * 4
-
-    def tensor(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
-        x = torch.randn(shape).to(kind)
-        return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
-
-    x, w = tensor(batch, c, size, size, kind=dtype), tensor(c, 1, k, k)
-    first, second, third = ((tensor(m), tensor(m)) for m in (c, c, outputs))
-    se = [tensor(r, c, 1, 1), tensor(r), tensor(c, r, 1, 1), tensor(c)]
+    x, w = _random(batch, c, size, size, dtype=dtype), _random(c, 1, k, k)
+    first, second, third = ((_random(m), _random(m)) for m in (c, c, outputs))
+    se = [_random(r, c, 1, 1), _random(r), _random(c, r, 1, 1), _random(c)]
     pixels = -(-size // stride)
-    dy, p, dp, skip = (tensor(batch, m, pixels, pixels, kind=dtype) for m in (c, outputs, outputs, outputs))
+    dy, p, dp, skip = (_random(batch, m, pixels, pixels, dtype=dtype) for m in (c, outputs, outputs, outputs))
     scale = torch.ones(batch)
     residual = skip if stride == 1 and inputs == outputs else None
     with recorded(batch) as traffic:
@@ -177,6 +178,26 @@ def block_traffic(batch: int, block: tuple[int, ...], dtype: torch.dtype = torch
     return BlockTraffic(e, d, narrow, traffic, library)
 
 
+def forward_bytes(batch: int, shape: tuple[int, ...], *, products: bool) -> int:
+    """Bytes of a block's forward pass in bf16, whose 1x1 convolutions are the library's or Triton's `products`."""
+    inputs, outputs, size, k, stride, expansion = shape
+    c, r, pad, dtype = inputs * expansion, max(1, inputs // 4), [k // 2] * 4, torch.bfloat16
+    pixels, residual = -(-size // stride), stride == 1 and inputs == outputs
+    x, e = (_random(batch, m, size, size, dtype=dtype) for m in (inputs, c))
+    y, p = (_random(batch, m, pixels, pixels, dtype=dtype) for m in (c, outputs))
+    expand = [_random(c, inputs, 1, 1), _random(c), _random(c)]
+    conv = [_random(c, 1, k, k), _random(c), _random(c)]
+    se = [_random(r, c, 1, 1), _random(r), _random(c, r, 1, 1), _random(c)]
+    project, scale = [_random(outputs, c, 1, 1), _random(outputs), _random(outputs)], torch.ones(batch)
+    with recorded(batch) as traffic:
+        if products:
+            _block._init_fn(x, expand, conv, se, project, scale, residual, stride, pad, 1e-3, False)
+            return traffic.total
+        mbconv._mbconv._init_fn(e, *expand[1:], conv[0], *conv[1:], *se, stride, pad, 1e-3, False)
+        batch_norm._batch_norm._init_fn(p, *project[1:], x if residual else None, scale, False, 1e-3, False)
+    return traffic.total + sum(t.numel() * t.element_size() for t in (x, e, y, p))
+
+
 def report(batch: int, block: tuple[int, ...]) -> str:
     """A Markdown table: MB of each kernel, and of the whole block beside three plans."""
     t = block_traffic(batch, block)
@@ -193,6 +214,8 @@ def report(batch: int, block: tuple[int, ...]) -> str:
     for name, passes in plans.items():
         plan = t.plan(*passes)
         lines.append(f"| {name}, {passes[0]} E + {passes[1]} D | {plan / 1e6:.3f} | as run: {t.measured / plan:.2f} |")
+    without, with_products = (forward_bytes(batch, block, products=products) / 1e6 for products in (False, True))
+    lines.append(f"| forward pass; with Triton's products | {without:.3f}; {with_products:.3f} | |")
     return "\n".join(lines)
 
 

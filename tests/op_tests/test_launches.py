@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from op_launches import blocks, late_loads, longest_loop, values_a_turn
+import torch
+from op_launches import block_step, blocks, late_loads, longest_loop, record, values_a_turn
 
 from effnet_kernels.depthwise_conv import backward_launch, backward_space, forward_launch, forward_space
 from effnet_kernels.gate_mlp import gate_launch, gate_launch_space
@@ -139,6 +141,22 @@ def test_few_large_images_are_cut_into_spans(n, c, size, spans):
     assert launch.spans == spans
     assert spans == 1 or (span % launch.block_m == 0 and span >= 8 * launch.block_m)
     assert (spans - 1) * span < size * size <= spans * span
+
+
+SMALL = {"_merge": 3, "_add": 2, "_gate": 1, "_dpool": 1, "_parameters_backward": 1, "_add_splits": 1}
+
+
+@pytest.mark.parametrize(("shape", "more"), [((24, 24, 32, 3, 1, 6), {}), ((80, 80, 8, 3, 1, 6), {"_spans": 2})])
+def test_small_launches_of_a_block(shape, more):
+    """Beside its passes over maps: each takes two to four microseconds, whatever the batch."""
+    launches = record(block_step, 512, shape, torch.bfloat16)
+    small = Counter(kernel.__name__.removesuffix("_kernel") for kernel, _, args, _ in launches if not has_map(args))
+    assert small == SMALL | more
+    assert len(launches) - small.total() == 12, "passes over maps"
+
+
+def has_map(args):
+    return any(isinstance(a, torch.Tensor) and a.dim() == 4 and a.dtype == torch.bfloat16 for a in args)
 
 
 @pytest.mark.parametrize(("n", "c", "size", "k"), [(512, 144, 32, 3), (128, 672, 14, 5), (2, 24, 7, 3)])

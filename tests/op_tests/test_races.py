@@ -13,7 +13,7 @@ import triton.language as tl
 from op_cases import OPS, QUICK_CASES, Case, compare
 from op_races import shuffled_programs
 
-CASES = [Case(2, 24, 9, 7, 3, 1), Case(3, 40, 8, 8, 5, 2)]
+CASES = [Case(2, 24, 9, 7, 3, 1), Case(3, 40, 8, 8, 5, 2), Case(2, 264, 5, 4, 3, 1)]  # a wide gate has a kernel more
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

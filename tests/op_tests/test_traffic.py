@@ -9,7 +9,7 @@ if not launch.INTERPRETED:
     pytest.skip("loads and stores are counted in Triton's interpreter", allow_module_level=True)
 
 from op_launches import blocks
-from op_traffic import block_traffic, recorded, report
+from op_traffic import block_traffic, forward_bytes, recorded, report
 
 from effnet_kernels.statistics import batch_statistics
 
@@ -34,6 +34,17 @@ def test_bytes_of_a_block(batch, block):
     assert traffic.measured <= 1.15 * traffic.plan(11, 12)
     # A lower limit, in case the count misses a pass: no plan needs fewer passes than 9 E + 11 D.
     assert traffic.measured >= traffic.plan(9, 11)
+
+
+@pytest.mark.parametrize(
+    ("batch", "shape"), [(8, (16, 24, 16, 3, 1, 6)), (16, (16, 24, 16, 5, 2, 6))], ids=["k3", "k5"]
+)
+def test_products_save_passes_in_the_forward_pass(batch, shape):
+    """One over the map before the depthwise convolution, for its statistics, and two over the map after it."""
+    inputs, _, size, _, stride, expansion = shape
+    e = batch * inputs * expansion * size**2 * 2  # bytes
+    without, with_products = (forward_bytes(batch, shape, products=products) for products in (False, True))
+    assert without - with_products == pytest.approx(e + 2 * e / stride**2, rel=0.1)
 
 
 def test_a_program_counts_a_sector_once():

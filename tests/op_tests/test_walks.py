@@ -13,6 +13,7 @@ if not launch.INTERPRETED:
 
 from triton.runtime.interpreter import InterpreterBuilder
 
+from effnet_kernels.depthwise_conv import ForwardLaunch
 from effnet_kernels.launch import RowLaunch, launches_go_to, launches_used
 from effnet_kernels.se_gate import ImageLaunch
 from effnet_kernels.tuning import PARTS, Inputs, Layer
@@ -35,7 +36,7 @@ def walk(name, way):
 
         def noted(self, pointers, mask, *rest):
             addresses = np.asarray(pointers.data)[np.asarray(mask.data, dtype=bool)].astype(np.int64)
-            if x is not None and 0 <= addresses.min() - x.data_ptr() < x.numel() * x.element_size():
+            if x is not None and addresses.size and 0 <= addresses.min() - x.data_ptr() < x.numel() * x.element_size():
                 tiles.append(int(addresses.min()) - x.data_ptr())
             return load(self, pointers, mask, *rest)
 
@@ -56,6 +57,15 @@ def test_the_second_pass_walks_back(second, way):
     assert len(forth) > 4
     assert way is SPANS or forth == sorted(forth)  # all images' first spans come first
     assert back == forth[::-1]
+
+
+def test_the_depthwise_convolution_starts_with_the_last_image():
+    """Where the statistics' pass ended."""
+    image = LAYER.c * LAYER.size**2 * 4  # bytes
+    one_image_a_program = ForwardLaunch(strip=LAYER.size, block_p=1, block_c=32, band=LAYER.size, num_warps=1)
+    images = [tile // image for tile in walk("depthwise forward", one_image_a_program)]
+    assert set(images) == set(range(LAYER.n))
+    assert images == sorted(images, reverse=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

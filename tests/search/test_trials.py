@@ -7,12 +7,15 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 import pytest
-from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
-from sqlalchemy import text
 
 from effnet_fast.search.storage import explain_errors, stale_trial_ids
 from effnet_fast.search.trials import Pruned, Task, Trials
+
+pytest.importorskip("optuna")
+
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from sqlalchemy import text
 
 TASKS = [Task(f"c{i}", 1 + i / 10, 1.1, 1.15, seed) for i in range(4) for seed in range(2)]
 STORAGES = ["journal", "sqlite:///{folder}/search.db"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def _points(rows: Sequence[Row], cost: str) -> tuple[list[float], list[float]]:
 
 def _error_bars(axes: Axes, rows: Sequence[Row], cost: str, **style: Any) -> None:
     spreads = [row["top1_std"] or 0 for row in rows]
-    axes.errorbar(*_points(rows, cost), yerr=spreads, fmt="o", capsize=3, elinewidth=0.9, markersize=8, **style)
+    axes.errorbar(*_points(rows, cost), yerr=spreads, fmt="o", capsize=3, elinewidth=0.9, **{"markersize": 8} | style)
 
 
 def _start_at_zero_without_spread(axes: Axes, rows: Sequence[Row]) -> None:
@@ -155,13 +156,16 @@ def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
     baseline = [row for row in known if row["model"] == "baseline"]
     ways = list(dict.fromkeys(row["model"] for row in known if row["model"] != "baseline" and row["depth"]))
     colors = [color for color in COLORS if color != BASELINE_COLOR]
-    for number, way in enumerate(ways):
+    for number, way in enumerate(ways):  # the baseline draws its own spread
         line = sorted((row for row in known if row["model"] == way), key=lambda row: row["macs"])
         points = [*baseline, *line]
         style: Style = {"color": colors[number], "linestyle": LINES[number % len(LINES)]}
         axes.errorbar(
             *_points(points, "macs"),
-            yerr=[row["top1_std"] or 0 for row in points],
+            yerr=[
+                *(math.nan for _ in baseline),
+                *(row["top1_std"] or 0 for row in line),
+            ],
             marker=MARKERS[number + 1],
             markersize=8,
             capsize=3,
@@ -171,9 +175,10 @@ def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
     references = (row for row in known if row["depth"] is None)
     for marker, row in zip(itertools.cycle(REFERENCE_MARKERS), references):
         axes.plot(*_points([row], "macs"), marker, color="0.35", markersize=9, label=row["model"])
-    axes.plot(*_points(baseline, "macs"), "o", color=BASELINE_COLOR, markersize=11, zorder=4, label="baseline (B0)")
+    _error_bars(axes, baseline, "macs", color=BASELINE_COLOR, markersize=11, zorder=4, label="baseline (B0)")
     _start_at_zero_without_spread(axes, known)
-    axes.set(xlabel="multiply-accumulates per image", ylabel=f"{split} top-1 (%)", title="Ways to scale B0")
+    spread = ", mean and standard deviation" if any(row["top1_std"] for row in known) else ""
+    axes.set(xlabel="multiply-accumulates per image", ylabel=f"{split} top-1 (%){spread}", title="Ways to scale B0")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -72,12 +72,11 @@ def test_lines_are_distinguishable_without_color():
     assert len(styles) == 4
 
 
-def test_baseline_has_a_color_of_its_own():
-    lines = scaling_curves(MODELS, "test").axes[0].get_lines()
-    colors = {line.get_color() for line in lines if len(line.get_xdata()) == 2 and line.get_linestyle() != "None"}
-    (baseline,) = [line.get_color() for line in lines if line.get_label() == "baseline (B0)"]
-    assert len(colors) == 4
-    assert baseline not in colors
+def test_baseline_has_a_color_and_a_bar_of_its_own():
+    axes = scaling_curves(with_spread(MODELS), "test").axes[0]
+    assert len({bars.lines[0].get_color() for bars in axes.containers}) == 5
+    drawn = [sum(len(bar) > 0 for bar in bars.lines[2][0].get_segments()) for bars in axes.containers]
+    assert drawn == [1] * 5
 
 
 def with_spread(rows):

@@ -47,6 +47,7 @@ def test_table(capsys):
     broken = [line for line in lines if line.startswith("broken ")]
     assert status == bool(broken)
     assert any(line.startswith("--step auto: ") for line in lines)
+    assert "--mixed_precision auto: no (the default on CPUs)" in lines
 
 
 def test_json_is_alone_on_stdout(capsys):
@@ -54,6 +55,8 @@ def test_json_is_alone_on_stdout(capsys):
     report = json.loads(capsys.readouterr().out)
     assert {check["name"] for check in report["checks"]} == set(self_check.CHECKS)
     assert report["auto"].keys() == {"device", "kernels", "mixed_precision", "step", "loader"}
+    assert report["auto"].keys() == report["reasons"].keys()
+    assert report["auto"]["mixed_precision"] == "no"
 
 
 def test_blocks_agree_with_float64():
@@ -75,12 +78,12 @@ def test_nan_is_broken(monkeypatch, layers, spoilt):
     `spoilt`: which of the float32 results of blocks, or of the layers; theirs are compared with float64, then with
     PyTorch's operators.
     """
-    results = self_check._results
+    results, left = self_check._results, list(spoilt)
 
     def one_nan(module, x):
         found = results(module, x)
         asked = isinstance(module, self_check._Layers) is layers and x.dtype == torch.float32
-        return [*found[:-1], found[-1] * (torch.nan if asked and spoilt.pop(0) else 1)]
+        return [*found[:-1], found[-1] * (torch.nan if asked and left.pop(0) else 1)]
 
     monkeypatch.setattr(self_check, "_results", one_nan)
     monkeypatch.setattr(self_check, "BLOCKS", [(8, 8, 3, 1, 1)])
@@ -307,6 +310,34 @@ def test_step_auto_asks_no_check_where_a_graph_is_impossible(monkeypatch):
     for config, world in ((TrainConfig(), World(0, 2, GPU)), (TrainConfig(optimizer="apex-sgd"), World(0, 1, GPU))):
         assert resolve_step(config, world, 8, 1000) == (True, False)
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("environment", "kernels", "step"),
+    [
+        ("auto", "the ops for the CPU", "the C++ ops leave little to compile"),
+        ("torch", "EFFNET_KERNELS=torch", "the run is long enough to repay compiling"),
+    ],
+)
+def test_reasons_on_a_cpu(monkeypatch, environment, kernels, step):
+    monkeypatch.setattr(launch, "_ENVIRONMENT", environment)
+    choices = doctor_module.choose_automatically(CPU)
+    assert (choices["kernels"][1], choices["step"][1]) == (kernels, step)
+
+
+@pytest.mark.parametrize("answer", ["ok", "broken"])
+def test_reasons_on_a_gpu(monkeypatch, answer):
+    counted(monkeypatch, "graph", answer, "what was found")
+    counted(monkeypatch, "kernels", answer, "what was found")
+    monkeypatch.setattr(doctor_module, "resolve_loader", lambda *_: ("resident", "a reason"))
+    monkeypatch.setattr(doctor_module, "kernels_in_use", lambda kernels, _: "triton" if kernels == "auto" else kernels)
+    choices = doctor_module.choose_automatically(GPU)
+    fine = answer == "ok"
+    assert choices["kernels"][0] == ("triton" if fine else "torch")
+    assert choices["kernels"][1].endswith("no fault" if fine else "failed their check")
+    assert choices["step"] == (
+        ("graph", "its check found no fault") if fine else ("compile", "a captured step failed its check")
+    )
 
 
 @pytest.mark.parametrize(("answer", "kernels"), [("ok", "auto"), ("broken", "torch")])

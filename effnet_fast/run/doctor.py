@@ -17,19 +17,7 @@ from effnet_fast.precision import resolve_precision
 from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_step
 from effnet_fast.run.self_check import CHECKS
 from effnet_fast.run.verdicts import clear_cache, verdict
-
-# Why `auto` means what it does.
-KERNELS_REASON = {
-    "triton": "the check of the kernels found no fault",
-    "cpp": "the GPU's kernels are Triton's, the CPU's are in C++",
-    "torch": "there are no other kernels that work here",
-}
-PRECISION_REASON = {"bf16": "GPUs compute it faster", "no": "float32 on a CPU; bf16 is faster only with AMX"}
-STEP_REASON = {
-    "graph": "the check of the graph found no fault",
-    "compile": "a step cannot be captured here",
-    "eager": "the C++ kernels leave little to compile",
-}
+from effnet_kernels.launch import chosen
 
 
 def doctor(config: DoctorConfig) -> int:
@@ -48,27 +36,44 @@ def doctor(config: DoctorConfig) -> int:
     broken = [check.name for check in checks if check.status == "broken"]
     if config.json:
         rows = [dataclasses.asdict(check) for check in checks]
-        print(json.dumps({"environment": provenance.environment(), "checks": rows, "auto": choices}, indent=2))
+        auto, reasons = ({flag: choice[i] for flag, choice in choices.items()} for i in range(2))
+        report = {"environment": provenance.environment(), "checks": rows, "auto": auto, "reasons": reasons}
+        print(json.dumps(report, indent=2))
     else:
         print()
-        for flag, choice in choices.items():
-            print(f"--{flag} auto: {choice}")
+        for flag, (choice, reason) in choices.items():
+            print(f"--{flag} auto: {choice} ({reason})")
         print(f"broken: {', '.join(broken)}" if broken else "no check failed")
     return 1 if broken else 0
 
 
-def choose_automatically(device: torch.device) -> dict[str, str]:
-    """What each `auto` means on this device for B0 on CIFAR-100, with the reason."""
+def choose_automatically(device: torch.device) -> dict[str, tuple[str, str]]:
+    """What each `auto` means on this device for B0 on CIFAR-100, and the reason."""
     config = TrainConfig()
     compiled, graph = resolve_step(config, World(0, 1, device), output_stride=8, images=50_000 * config.num_epochs)
-    loader, reason = resolve_loader("auto", load_synthetic(8, 8).train, device)
-    kernels = kernels_in_use(resolve_kernels("auto", device), device)
     step = "graph" if graph else "compile" if compiled else "eager"
-    precision = resolve_precision("auto", device)
+    kernels = kernels_in_use(resolve_kernels("auto", device), device)
+    on_gpu = device.type == "cuda"
     return {
-        "device": device.type,
-        "kernels": f"{kernels} ({KERNELS_REASON[kernels]})",
-        "mixed_precision": f"{precision} ({PRECISION_REASON[precision]})",
-        "step": f"{step} ({STEP_REASON[step]})",
-        "loader": f"{loader} ({reason})",
+        "device": (device.type, "torch sees a GPU" if on_gpu else "torch sees no GPU, or --device cpu"),
+        "kernels": (kernels, _kernels_reason(kernels, on_gpu)),
+        "mixed_precision": (resolve_precision("auto", device), f"the default on {'GPUs' if on_gpu else 'CPUs'}"),
+        "step": (step, _step_reason(step, kernels, on_gpu)),
+        "loader": resolve_loader("auto", load_synthetic(8, 8).train, device),
     }
+
+
+def _kernels_reason(kernels: str, on_gpu: bool) -> str:
+    if chosen("auto") != "auto":
+        return f"EFFNET_KERNELS={chosen('auto')}"
+    if kernels == "torch":
+        return "the Triton kernels are missing or failed their check" if on_gpu else "the C++ ops cannot be built"
+    return "their check found no fault" if on_gpu else "the ops for the CPU"
+
+
+def _step_reason(step: str, kernels: str, on_gpu: bool) -> str:
+    if on_gpu:
+        return "its check found no fault" if step == "graph" else "a captured step failed its check"
+    if kernels == "cpp":
+        return "the C++ ops leave little to compile"
+    return f"the run is {'long enough' if step == 'compile' else 'too short'} to repay compiling"

@@ -44,8 +44,8 @@ DALI_BUILDS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 OLDEST_DRIVER = {12: 525, 13: 580}
 WHEELS = {13: "cu130", 12: "cu126"}  # torch's, by major version of CUDA, newest first
 
-# Inputs, outputs, kernel, stride, expansion: both kernel sizes and strides, with and without expansion and residual. A
-# gate of more than 256 channels has a kernel more.
+# Inputs, outputs, kernel, stride, expansion: both kernel sizes and strides, with and without expansion and residual.
+# The last one has a gate of more than 256 channels, which needs one more kernel.
 BLOCKS = ((16, 16, 3, 1, 6), (16, 24, 5, 2, 6), (24, 24, 5, 1, 6), (8, 12, 3, 2, 1), (48, 48, 3, 1, 6))
 TOLERANCE = 1e-4  # relative RMS of a block's output and gradients in float32 against float64
 # Relative RMS of layers against PyTorch's operators in the same precision; measured on a CPU: 0.05 and 6e-5.
@@ -226,7 +226,7 @@ def block_error(
 ) -> float:
     """Largest relative RMS error of an MBConv block's output and gradients in float32, against torch in float64."""
     return _exact_error(
-        lambda kernels: MBConv(inputs, outputs, kernel, stride, expand, style=Style(kernels=kernels)),
+        lambda which: MBConv(inputs, outputs, kernel, stride, expand, style=Style(kernels=which)),
         kernels,
         lambda: torch.randn(3, inputs, 9, 7, device=device).to(memory_format=torch.channels_last),
     )
@@ -234,7 +234,7 @@ def block_error(
 
 def ends_error(device: torch.device, kernels: Kernels) -> float:
     """The same of the stem and head of `_Layers`. The draws of stochastic depth in its block depend on the dtype."""
-    return _exact_error(lambda kernels: _Layers(kernels, block=False), kernels, lambda: _layers_images(device))
+    return _exact_error(lambda which: _Layers(which, block=False), kernels, lambda: _layers_images(device))
 
 
 def _exact_error(make: Callable[[Kernels], nn.Module], kernels: Kernels, images: Callable[[], Tensor]) -> float:

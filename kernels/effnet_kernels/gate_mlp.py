@@ -2,14 +2,14 @@
 
     hidden = W1 pool + b1,  gate = sigmoid(W2 silu(hidden) + b2)
 
-Forward   `_spans_kernel` multiplies by W1, `_gate_kernel` by W2.
-Backward  From the gradient at the gate, `_spans_kernel` multiplies by W2 and `_dpool_kernel` by W1. Then
+Forward   `_spans_kernel` multiplies by W1, `_gate_kernel` by W2, or by both.
+Backward  From the gradient at the gate, `_spans_kernel` multiplies by W2 and `_dpool_kernel` by W1, or by both. Then
           `_parameters_backward_kernel` sums dW1, dW2, db1, db2 and BatchNorm's dgamma and dbeta over splits of the
           images, and `_add_splits_kernel` adds the splits in order.
 
 The matrices are small, so latency dominates. Each product over many channels is split into spans of channels, each a
 program; the next launch adds the spans' sums in order. Over few channels, each program of that launch computes the
-product itself, which takes less time than a launch. Products are float32 as three TF32 products (tf32x3), which keeps
+product itself, to save a launch (not timed yet). Products are float32 as three TF32 products (tf32x3), which keeps
 float32's accuracy.
 """
 
@@ -205,7 +205,7 @@ def _spans_kernel(
 
 @kernel
 def _gate_kernel(
-    sums_ptr,  # [spans, N, R]; pool [N, C] if DIRECT
+    input_ptr,  # the spans' sums [spans, N, R]; pool [N, C] if DIRECT
     w1_ptr,  # [R, C], if DIRECT
     b1_ptr,  # [R]
     w2_ptr,  # [C, R]
@@ -226,9 +226,9 @@ def _gate_kernel(
     C = C // VEC * VEC
     n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
     if DIRECT:
-        hidden = _product(sums_ptr, sums_ptr, w1_ptr, n, r, 0, C, N, C, R, False, BLOCK_N, BLOCK_C, BLOCK_R)
+        hidden = _product(input_ptr, input_ptr, w1_ptr, n, r, 0, C, N, C, R, False, BLOCK_N, BLOCK_C, BLOCK_R)
     else:
-        hidden = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, GROUP)
+        hidden = _sum_of_spans(input_ptr, spans, N * R, nr, nr_ok, GROUP)
     hidden += load(b1_ptr + r, r < R)[None, :]
     # All programs of these images compute the same hidden values; the first one stores them.
     tl.store(hidden_ptr + nr, hidden, mask=nr_ok & (tl.program_id(1) == 0))
@@ -242,7 +242,7 @@ def _gate_kernel(
 
 @kernel
 def _dpool_kernel(
-    sums_ptr,  # [spans, N, R]; the gradient at the gate [N, C] if DIRECT
+    input_ptr,  # the spans' sums [spans, N, R]; the gradient at the gate [N, C] if DIRECT
     gate_ptr,  # [N, C], if DIRECT
     w2_ptr,  # [C, R], if DIRECT
     hidden_ptr,  # [N, R]
@@ -263,9 +263,9 @@ def _dpool_kernel(
     C = C // VEC * VEC
     n, r, nr, nr_ok = _tile(N, R, BLOCK_N, BLOCK_R)
     if DIRECT:
-        dact = _product(sums_ptr, gate_ptr, w2_ptr, n, r, 0, C, N, C, R, True, BLOCK_N, BLOCK_C, BLOCK_R)
+        dact = _product(input_ptr, gate_ptr, w2_ptr, n, r, 0, C, N, C, R, True, BLOCK_N, BLOCK_C, BLOCK_R)
     else:
-        dact = _sum_of_spans(sums_ptr, spans, N * R, nr, nr_ok, GROUP)
+        dact = _sum_of_spans(input_ptr, spans, N * R, nr, nr_ok, GROUP)
     hidden = load(hidden_ptr + nr, nr_ok)
     dhidden = dact * silu_slope(hidden, sigmoid(hidden))
     tl.store(dhidden_ptr + nr, dhidden, mask=nr_ok & (tl.program_id(1) == 0))
@@ -375,10 +375,10 @@ def _add_splits_kernel(
     tl.store(db1_ptr + i - db1_at, total.to(db1_ptr.dtype.element_ty), mask=(i >= db1_at) & (i < size))
 
 
-def _span_sums(x: Tensor, gate: Tensor | None, w: Tensor, r: int, config: GateLaunch) -> Tensor:
-    """Sums [spans, N, R] over spans of the channels of x [N, C] times `w`; with `gate`, of the backward pass.
+def _second_input(x: Tensor, gate: Tensor | None, w: Tensor, r: int, config: GateLaunch) -> Tensor:
+    """What the kernel of the second product reads: x [N, C] if the launch is direct.
 
-    If the launch is direct, x itself: the kernel that receives the result computes the product.
+    Else sums [spans, N, R] over spans of the channels of x times `w`; with `gate`, of the backward pass.
     """
     n, c = x.shape[-2:]
     assert 5 * n * c < 2**31, "offsets in [5, N, C] are 32-bit"
@@ -411,13 +411,13 @@ def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
     n, c = pool.shape
     r = se.reduce_weight.shape[0]
     config = forward_choice(n, c, r)
-    sums = _span_sums(pool, None, se.reduce_weight, r, config)
+    first = _second_input(pool, None, se.reduce_weight, r, config)
     hidden, gate = pool.new_empty(n, r), torch.empty_like(pool)
     launch(
         "se_gate",
         _gate_kernel,
         (cdiv(n, config.block_n), cdiv(c, config.block_c)),
-        sums,
+        first,
         se.reduce_weight,
         se.reduce_bias,
         se.expand_weight,
@@ -427,7 +427,7 @@ def gate_forward(pool: Tensor, se: SqueezeExcite) -> tuple[Tensor, Tensor]:
         n,
         c,
         r,
-        len(sums),
+        len(first),
         DIRECT=config.direct,
         GROUP=config.group,
         **config.constants(c),
@@ -454,13 +454,13 @@ def _dpool(sums: Tensor, gate: Tensor, hidden: Tensor, se: SqueezeExcite) -> tup
     n, c = gate.shape
     r = hidden.shape[1]
     config = backward_choice(n, c, r)
-    spans = _span_sums(sums, gate, se.expand_weight, r, config)
+    first = _second_input(sums, gate, se.expand_weight, r, config)
     dhidden, dpool = torch.empty_like(hidden), torch.empty_like(gate)
     launch(
         "se_gate",
         _dpool_kernel,
         (cdiv(n, config.block_n), cdiv(c, config.block_c)),
-        spans,
+        first,
         gate,
         se.expand_weight,
         hidden,
@@ -470,7 +470,7 @@ def _dpool(sums: Tensor, gate: Tensor, hidden: Tensor, se: SqueezeExcite) -> tup
         n,
         c,
         r,
-        len(spans),
+        len(first),
         DIRECT=config.direct,
         GROUP=config.group,
         **config.constants(c),

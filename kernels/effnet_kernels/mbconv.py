@@ -11,7 +11,7 @@ Backward  D: dy and d read for the five sums, read again and dd written, dd read
           E: x read and dz written by the convolution's backward; dz and x read and dx written.
 
 With the 1x1 convolutions around it (E: written, dx read twice; D: y read twice, dy written) that is 10 E + 13 D; eager
-PyTorch makes about 23 E + 29 D. Saved: x, d, and [N, C] or [C] vectors.
+PyTorch makes about 23 E + 29 D. Saved: x, d, the taps, and [N, C] or [C] vectors.
 """
 
 from __future__ import annotations

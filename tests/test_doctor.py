@@ -11,7 +11,7 @@ from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
 from effnet_fast.model.blocks import MBConv
 from effnet_fast.report import fonts
-from effnet_fast.run import cold_start, self_check, verdicts
+from effnet_fast.run import cold_start, machine, self_check, verdicts
 from effnet_fast.run import doctor as doctor_module
 from effnet_fast.run.doctor import doctor
 from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_step
@@ -213,8 +213,8 @@ def test_two_builds_of_dali_are_broken(monkeypatch):
 
 
 def test_small_shared_memory(monkeypatch):
-    monkeypatch.setattr(self_check.shutil, "disk_usage", lambda path: Usage(0, 0, 64 * 2**20))
-    status, detail = self_check.check_shared_memory(CPU)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(0, 0, 64 * 2**20))
+    status, detail = machine.check_shared_memory(CPU)
     assert status == "broken"
     assert "--shm-size" in detail
     assert "--num_workers 0" in detail
@@ -223,16 +223,16 @@ def test_small_shared_memory(monkeypatch):
 def test_fonts(monkeypatch):
     monkeypatch.setattr("effnet_fast.report.fonts._family_with", lambda character: None)
     fonts._drawable_character.cache_clear()
-    assert self_check.check_fonts(CPU)[0] == "absent"
+    assert machine.check_fonts(CPU)[0] == "absent"
     fonts._drawable_character.cache_clear()
     monkeypatch.setattr("effnet_fast.report.fonts._family_with", lambda character: "a font")
-    assert self_check.check_fonts(CPU)[0] == "ok"
+    assert machine.check_fonts(CPU)[0] == "ok"
     fonts._drawable_character.cache_clear()
 
 
 def test_full_disk(monkeypatch):
-    monkeypatch.setattr(self_check.shutil, "disk_usage", lambda path: Usage(0, 0, 2**20))
-    assert self_check.check_disk(CPU)[0] == "broken"
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(0, 0, 2**20))
+    assert machine.check_disk(CPU)[0] == "broken"
 
 
 def test_three_steps_are_deterministic():

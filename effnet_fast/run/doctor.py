@@ -12,12 +12,11 @@ from effnet_fast import distributed, provenance
 from effnet_fast.config import DoctorConfig, TrainConfig
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
-from effnet_fast.model.blocks import kernels_in_use
+from effnet_fast.model.blocks import chosen, kernels_in_use
 from effnet_fast.precision import resolve_precision
 from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_step
 from effnet_fast.run.self_check import CHECKS
 from effnet_fast.run.verdicts import clear_cache, verdict
-from effnet_kernels.launch import chosen
 
 
 def doctor(config: DoctorConfig) -> int:

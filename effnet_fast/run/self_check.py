@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -30,12 +24,10 @@ from effnet_fast.distributed import World
 from effnet_fast.faults import is_out_of_memory
 from effnet_fast.model.blocks import ConvNormAct, Kernels, MBConv, Style, ahead
 from effnet_fast.precision import autocast, resolve_precision
+from effnet_fast.run.machine import Answer, Status, check_disk, check_fonts, check_shared_memory, check_speed
 from effnet_fast.train.evaluate import evaluating
 from effnet_fast.train.optim import make_optimizer
 from effnet_fast.train.step import Step, StepOptions
-
-Status = Literal["ok", "absent", "broken"]
-Answer = tuple[Status, str]
 
 # Builds of DALI; each needs the driver of its CUDA version.
 DALI_BUILDS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
@@ -50,9 +42,6 @@ BLOCKS = ((16, 16, 3, 1, 6), (16, 24, 5, 2, 6), (24, 24, 5, 1, 6), (8, 12, 3, 2,
 TOLERANCE = 1e-4  # relative RMS of a block's output and gradients in float32 against float64
 # Relative RMS of layers against PyTorch's operators in the same precision; measured on a CPU: 0.05 and 6e-5.
 LAYERS_TOLERANCE = {"bf16": 0.2, "no": 1e-3}
-
-SHARED_MEMORY = Path("/dev/shm")
-LEAST_SHARED_MEMORY = 256 * 2**20  # bytes; a container's default is 64 MiB
 
 
 @dataclass(frozen=True)
@@ -352,56 +341,6 @@ def check_ranks(device: torch.device) -> Answer:
         finally:
             dist.destroy_process_group()
     return ("ok" if value.sum().item() == 3 else "broken"), f"{backend}: one rank joins and reduces"
-
-
-def check_speed(device: torch.device) -> Answer:
-    """Measure copy bandwidth and the cost of issuing one operator, for information only."""
-    size = 2**28 if device.type == "cuda" else 2**25
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = _median_seconds(lambda: target.copy_(source), device, 7)
-    small = torch.zeros(1, device=device)
-    launch = _median_seconds(lambda: [small.add_(1) for _ in range(1000)], device, 5) / 1000
-    return "ok", f"copies {2 * size / copy / 1e9:,.0f} GB/s (read and write), {1e6 * launch:.1f} us an operator"
-
-
-def _median_seconds(work: Callable[[], object], device: torch.device, runs: int) -> float:
-    seconds = []
-    for _ in range(runs + 1):  # the first warms up
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
-def check_disk(device: torch.device) -> Answer:
-    free = shutil.disk_usage(os.getcwd()).free
-    if free < 2**30:
-        return "broken", f"{free / 2**20:,.0f} MiB free in this folder: free some; a checkpoint takes 50 MiB or more"
-    return "ok", f"{free / 2**30:,.0f} GiB free in this folder"
-
-
-def check_shared_memory(device: torch.device) -> Answer:
-    if not SHARED_MEMORY.is_dir():
-        return "absent", f"no {SHARED_MEMORY} on this system"
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if free < LEAST_SHARED_MEMORY:
-        return "broken", (
-            f"{free / 2**20:,.0f} MiB free in {SHARED_MEMORY}, too little for --loader torch: start the container with "
-            "--shm-size 1g, or use --num_workers 0"
-        )
-    return "ok", f"{free / 2**20:,.0f} MiB free in {SHARED_MEMORY}"
-
-
-def check_fonts(device: torch.device) -> Answer:
-    from effnet_fast.report.fonts import drawable
-
-    sample = "中한あ"
-    if drawable(sample) != sample:
-        return "absent", "no font for Chinese, Korean or Japanese: pictures show such names transliterated"
-    return "ok", "fonts for Chinese, Korean and Japanese names"
 
 
 CHECKS: dict[str, Callable[[torch.device], Answer]] = {

@@ -162,10 +162,7 @@ def scaling_curves(rows: Sequence[Row], split: str) -> Figure:
         style: Style = {"color": colors[number], "linestyle": LINES[number % len(LINES)]}
         axes.errorbar(
             *_points(points, "macs"),
-            yerr=[
-                *(math.nan for _ in baseline),
-                *(row["top1_std"] or 0 for row in line),
-            ],
+            yerr=[*(math.nan for _ in baseline), *(row["top1_std"] or 0 for row in line)],
             marker=MARKERS[number + 1],
             markersize=8,
             capsize=3,

@@ -7,6 +7,7 @@ LLM Training (arXiv 2502.16982), whose scale of the update lets both parts share
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for the largest slope at zero
 ITERATIONS = 5
 EPS = 1e-7
+MIN_ROWS = 64  # smaller matrices are padded as if they had as many rows
 
 
 class Muon(torch.optim.AdamW):
     """Muon for parameter groups with `muon` true, AdamW for the others.
 
-    A weight W [rows, columns] with gradient g becomes, with matrices of one shape as one batch:
+    A weight W [rows, columns] with gradient g becomes:
     B = lerp(B, g, 1 - momentum); U = orthogonalize(lerp(g, B, momentum));
     W = W - lr * (weight_decay * W + 0.2 * sqrt(max(rows, columns)) * U).
 
@@ -53,8 +55,8 @@ class Muon(torch.optim.AdamW):
         groups = self.param_groups
         for group in groups:
             if group["muon"]:
-                for params in _by_shape(group["params"]):
-                    self._update(params, group["lr"], group["weight_decay"])
+                params = [p for p in group["params"] if p.grad is not None]
+                self._update(params, group["lr"], group["weight_decay"])
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
             super().step()
@@ -62,20 +64,24 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
 
     def _update(self, params: list[Tensor], lr: Tensor, weight_decay: float) -> None:
-        """Update matrices of one shape; all arithmetic stays on the device."""
+        """Update all matrices, each step of it for all of them together; all arithmetic stays on the device."""
+        if not params:
+            return
         keep = 1 - self.found_inf  # 0 skips the step
-        grads = torch.stack([p.grad.flatten(1) for p in params if p.grad is not None]) / self.grad_scale
+        weights = [p.flatten(1) for p in params]
+        buffers = [self.state[p]["momentum_buffer"].flatten(1) for p in params]
+        flat = torch.cat([p.grad.flatten() for p in params]) / self.grad_scale  # type: ignore[union-attr]
         # A bad gradient is cleared rather than multiplied by 0, which would leave NaN.
-        grads = torch.where(keep > 0, grads, 0.0)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        momentum = torch.stack([buffer.flatten(1) for buffer in buffers])
-        momentum.lerp_(grads, keep * (1 - self.momentum))
-        rows, columns = grads.shape[1:]
-        update = orthogonalize(torch.lerp(grads, momentum, self.momentum), self.dtype).to(grads.dtype)
-        weights = torch.stack([p.flatten(1) for p in params])
-        weights = weights * (1 - keep * lr * weight_decay) - keep * lr * 0.2 * math.sqrt(max(rows, columns)) * update
-        torch._foreach_copy_(buffers, [m.view_as(buffer) for m, buffer in zip(momentum, buffers, strict=True)])
-        torch._foreach_copy_(params, [w.view_as(p) for w, p in zip(weights, params, strict=True)])
+        flat = torch.where(keep > 0, flat, 0.0)
+        grads = [g.view_as(w) for g, w in zip(flat.split([w.numel() for w in weights]), weights, strict=True)]
+        share = keep * (1 - self.momentum)
+        torch._foreach_mul_(buffers, 1 - share)
+        torch._foreach_add_(buffers, torch._foreach_mul(grads, share))
+        updates = orthogonalize_all(torch._foreach_lerp(grads, buffers, self.momentum), self.dtype, pad=flat.is_cuda)
+        torch._foreach_mul_(updates, [0.2 * math.sqrt(max(w.shape)) for w in weights])
+        torch._foreach_mul_(updates, keep * lr)
+        torch._foreach_mul_(weights, 1 - keep * lr * weight_decay)
+        torch._foreach_sub_(weights, updates)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -83,6 +89,37 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.11 lacks it
     has_amx = device.type == "cpu" and capabilities().get("amx_bf16", False)
     return torch.bfloat16 if device.type == "cuda" or has_amx else torch.float32
+
+
+def orthogonalize_all(matrices: Sequence[Tensor], dtype: torch.dtype, pad: bool) -> list[Tensor]:
+    """Orthogonalize matrices of any shapes: returns new ones of the same shapes and dtypes.
+
+    Args:
+        matrices: each [rows, columns].
+        dtype: dtype of the computation.
+        pad: make matrices of similar shapes one batch, with rows and columns of zeros, which the iteration keeps. It
+            saves launches, of which a GPU's time consists here. Otherwise those of one shape are a batch.
+    """
+    wide = [m if m.shape[0] <= m.shape[1] else m.mT for m in matrices]
+    batches: dict[object, list[int]] = {}
+    for i, matrix in enumerate(wide):
+        rows = max(matrix.shape[0] - 1, MIN_ROWS - 1).bit_length()
+        batches.setdefault(rows if pad else matrix.shape, []).append(i)
+    results = [torch.empty_like(m) for m in matrices]
+    for members in batches.values():
+        size = [max(wide[i].shape[dim] for i in members) for dim in (0, 1)]
+        batch = matrices[0].new_zeros(len(members), *size, dtype=dtype)
+        for x, i in zip(batch, members, strict=True):
+            _corner(x, wide[i]).copy_(wide[i])
+        for x, i in zip(orthogonalize(batch, dtype), members, strict=True):
+            x = _corner(x, wide[i])
+            results[i].copy_(x if wide[i] is matrices[i] else x.mT)
+    return results
+
+
+def _corner(padded: Tensor, matrix: Tensor) -> Tensor:
+    """The part of a padded matrix that holds a matrix."""
+    return padded[: matrix.shape[0], : matrix.shape[1]]
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,12 +190,3 @@ def split_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _is_matrix(p: Tensor) -> bool:
     return p.ndim == 4 and p.shape[1] > 1 and tuple(p.shape[2:]) == (1, 1)
-
-
-def _by_shape(params: list[Tensor]) -> list[list[Tensor]]:
-    """Parameters with a gradient, in lists of one shape."""
-    shapes: dict[torch.Size, list[Tensor]] = {}
-    for p in params:
-        if p.grad is not None:
-            shapes.setdefault(p.shape, []).append(p)
-    return list(shapes.values())

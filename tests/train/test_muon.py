@@ -5,8 +5,15 @@ import torch
 from torch import nn
 
 from effnet_fast import create_model
-from effnet_fast.train import optim
-from effnet_fast.train.muon import COEFFICIENTS, ITERATIONS, Muon, fastest_dtype, orthogonalize
+from effnet_fast.train import muon, optim
+from effnet_fast.train.muon import (
+    COEFFICIENTS,
+    ITERATIONS,
+    Muon,
+    fastest_dtype,
+    orthogonalize,
+    orthogonalize_all,
+)
 
 SHAPES = [(24, 8, 1, 1), (8, 24, 1, 1), (24, 8, 1, 1), (16, 16, 1, 1)]
 
@@ -67,6 +74,30 @@ def test_orthogonalize_equals_the_definition(rows, columns):
     assert (error < 1e-3).all()
 
 
+@pytest.mark.parametrize("pad", [True, False])
+def test_orthogonalize_all_equals_each_alone(pad):
+    """Wide, tall and square matrices, of which the first five are one batch with `pad`."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(4, 96), (96, 4), (6, 144), (40, 40), (64, 20), (65, 130), (130, 100)]
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    together = orthogonalize_all(matrices, torch.float32, pad)
+    for matrix, found in zip(matrices, together, strict=True):
+        torch.testing.assert_close(found, orthogonalize(matrix[None], torch.float32)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_padding_makes_few_batches(monkeypatch):
+    """B0's 64 matrices have 33 shapes: 4 batches on a GPU, 21 on a CPU."""
+    sizes = []
+    monkeypatch.setattr(muon, "_iterate", lambda x: sizes.append(x.shape) or x)
+    model = create_model("efficientnet-b0", 100, 32)
+    matrices = [p.detach().flatten(1) for p in model.parameters() if muon._is_matrix(p)]
+    for pad, batches in ((True, 4), (False, 21)):
+        sizes.clear()
+        orthogonalize_all(matrices, torch.bfloat16, pad)
+        assert len(sizes) == batches
+        assert sum(size[0] for size in sizes) == len(matrices)
+
+
 @pytest.mark.parametrize("has_amx", [True, False])
 def test_dtype_without_a_choice(monkeypatch, has_amx):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx}, raising=False)
@@ -78,7 +109,7 @@ def test_update_reads_no_value():
     """Tensors of the meta device have no values, so a host read would raise; a CUDA graph can capture the update."""
     group = {"params": weights(), "weight_decay": 0.1, "muon": True, "lr": torch.tensor(0.1)}
     optimizer = Muon([group], lr=torch.tensor(0.1))
-    params = [nn.Parameter(torch.empty(SHAPES[0], device="meta")) for _ in range(2)]
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
     for p in params:
         p.grad = torch.empty_like(p)
         optimizer.state[p] = {"momentum_buffer": torch.empty_like(p)}

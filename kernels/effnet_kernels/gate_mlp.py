@@ -9,8 +9,8 @@ Backward  From the gradient at the gate, `_spans_kernel` multiplies by W2 and `_
 
 The matrices are small, so latency dominates. Each product over many channels is split into spans of channels, each a
 program; the next launch adds the spans' sums in order. Over few channels, each program of that launch computes the
-product itself, to save a launch (not timed yet). Products are float32 as three TF32 products (tf32x3), which keeps
-float32's accuracy.
+product itself: a launch less, and the same time on an H100. Products are float32 as three TF32 products (tf32x3), which
+keeps float32's accuracy.
 """
 
 from __future__ import annotations

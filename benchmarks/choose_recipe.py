@@ -27,7 +27,7 @@ from typing import Any
 
 import harness
 from candidates import CANDIDATES, Candidate, building
-from time_to_accuracy import recipe
+from time_to_accuracy import recipe, shared
 
 from effnet_fast import distributed
 from effnet_fast.config import TrainConfig
@@ -244,14 +244,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     candidates = chosen(args)
-    shared = [*args.set, f"num_epochs={args.epochs}", f"val_fraction={args.val_fraction}", "resume=no"]
+    changes = [*args.set, f"num_epochs={args.epochs}", f"val_fraction={args.val_fraction}", "resume=no"]
     first = next(iter(candidates))
-    settings = {"recipe": args.recipe, "changes": shared, "same epochs": args.same_epochs, "first": first}
+    settings = {"recipe": args.recipe, "changes": changes, "same epochs": args.same_epochs, "first": first}
     with TemporaryDirectory() as folder:
         entries = {
-            name: Entry(candidate, recipe(args.recipe, [*candidate.changes.split(), *shared, f"save_dir={folder}"]))
+            name: Entry(candidate, recipe(args.recipe, [*candidate.changes.split(), *changes, f"save_dir={folder}"]))
             for name, candidate in candidates.items()
         }
+        settings["config"] = shared(entries[first].config)
         rows = read_rows(args.out, settings, {name: new_row(name, entry.candidate) for name, entry in entries.items()})
         runs = [(seed, name) for seed in range(args.seeds) for name in entries if seed >= len(rows[name]["scores"])]
         start = time.perf_counter()

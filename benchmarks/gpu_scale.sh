@@ -21,7 +21,9 @@ if ! on_gpu; then
     settings=(--num_epochs 1 --limit_train 64 --limit_eval 20 --batch_size 32 --output_stride 32 --target_flops 2.984e7)
 fi
 
-timeout --signal TERM "${SECONDS_AT_MOST:-480}" \
-    "$python" -m effnet_fast study "${settings[@]}" "${data[@]}" --save_dir "$save_dir" --run_name scale
+status=0 # a study that is stopped has maps of the models that it trained
+timeout -k 20 "${SECONDS_AT_MOST:-480}" \
+    "$python" -m effnet_fast study "${settings[@]}" "${data[@]}" --save_dir "$save_dir" --run_name scale || status=$?
 "$python" -m effnet_fast data "${data[@]}" --export "$images" --export_images 16
 "$python" -m effnet_fast cam --checkpoints "$save_dir/scale" --images_path "$images" --output_path "$save_dir/scale-maps"
+exit "$status"

@@ -3,12 +3,13 @@
 #
 #   benchmarks/gpu_train.sh choose [OUT.json]  variants of the recipe, compared on validation images alone
 #   benchmarks/gpu_train.sh final              the recipe to its end; SAVE_DIR/cifar100 has curves, rows, provenance
-#   benchmarks/gpu_train.sh times [OUT.json]   seconds to 75 and 80 % top-1, three seeds; evaluated every two epochs
+#   benchmarks/gpu_train.sh times [OUT.json]   seconds to 75 and 80 % top-1, three seeds; the runs, to their ends, in
+#                                              SAVE_DIR/times; evaluated every three epochs
 #
 # OUT.json is by default benchmarks/results/train-DATE.json. Environment: PYTHON (default python), DATA_DIR (a folder
 # with CIFAR-100, default data), SAVE_DIR (default results), STEP (default graph; use compile if capturing fails), EPOCHS
-# of `choose` (default 30) and `times` (default 60: a short schedule meets a target sooner). After SECONDS_AT_MOST of
-# training (default 400, since kernels compile before it) `final` evaluates, saves and ends; the same command resumes.
+# of `choose` (default 30) and `times` (default the recipe's). After SECONDS_AT_MOST of training (default 400, since kernels
+# compile before it) `final` evaluates, saves and ends; the same command resumes, as do the others with the same OUT.json.
 # Without a GPU each trains on a few synthetic images.
 set -uo pipefail
 what=${1:-}
@@ -22,7 +23,7 @@ step=${STEP:-graph}
 settings=(--set "data_dir=${DATA_DIR:-data}" --set "step=$step")
 flags=(--data_dir "${DATA_DIR:-data}" --step "$step" --time_budget "${SECONDS_AT_MOST:-400}")
 epochs=${EPOCHS:-30}
-target=(--target 75 80 --seeds 3 --set "num_epochs=${EPOCHS:-60}" --set eval_every_epochs=2)
+target=(--target 75 80 --seeds 3 ${EPOCHS:+--set "num_epochs=$EPOCHS"} --set eval_every_epochs=3)
 if ! on_gpu; then
     echo "no GPU: a few synthetic images; the figures say nothing"
     small=(dataset=synthetic limit_train=64 limit_eval=20 batch_size=32 output_stride=32 num_workers=1)
@@ -35,9 +36,14 @@ if ! on_gpu; then
     target=(--target 0 --seeds 1 --set num_epochs=1)
 fi
 
+# run NAME ARGUMENTS...: run NAME.py; the same command with the same OUT.json continues.
+run() {
+    exec timeout -k 5 540 "$python" "$here/$1.py" --out "$out" "${@:2}"
+}
+
 case $what in
 choose)
-    part choose_recipe 540 --recipe cifar100 "${settings[@]}" --epochs "$epochs" --same-epochs --seeds 1 \
+    run choose_recipe --recipe cifar100 "${settings[@]}" --epochs "$epochs" --same-epochs --seeds 1 \
         --variant "" \
         --variant "auto_augment=trivial" \
         --variant "cutmix=0 mixup_prob=1" \
@@ -49,11 +55,10 @@ final)
         --save_dir "$save_dir" --run_name cifar100
     ;;
 times)
-    part time_to_accuracy 540 --recipe cifar100 "${settings[@]}" "${target[@]}"
+    run time_to_accuracy --recipe cifar100 "${settings[@]}" "${target[@]}" --keep "$save_dir/times"
     ;;
 *)
     echo "error: the first argument must be choose, final or times, not '$what'" >&2
     exit 2
     ;;
 esac
-finish

@@ -125,11 +125,12 @@ def make_model(case: Case) -> nn.Module:
 
 
 def make_batch(case: Case) -> tuple[Tensor, Tensor]:
-    """Random images [N, 3, S, S], channels last, and labels [N], on the device."""
+    """Random images [N, 3, S, S] of a loader's dtype, channels last, and labels [N], on the device."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(case.batch_size, 3, case.image_size, case.image_size, generator=generator)
     labels = torch.randint(case.num_classes, (case.batch_size,), generator=generator)
-    return images.to(DEVICE, memory_format=torch.channels_last), labels.to(DEVICE)
+    dtype = loader_dtype(case.precision, torch.device(DEVICE))
+    return images.to(DEVICE, dtype, memory_format=torch.channels_last), labels.to(DEVICE)
 
 
 def check_mode(mode: str) -> tuple[bool, bool]:

@@ -15,13 +15,18 @@ fi
 # One folder of compiled kernels for all parts: Inductor would name its own one.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TRITON_HOME:-${HOME:-/tmp}}/.triton/cache}
 out=${1:-$here/results/$suite-$(date +%Y%m%d-%H%M%S).json}
-work=$(mktemp -d)
+[[ $out == /* ]] || out=$PWD/$out
+work=$out.parts # beside the result, where they outlive a suite that is killed
+rm -rf "$work"
+running=            # the process of the part in the foreground
 declare -A ahead=() # processes in the background, and what they run
+parts=()
 
-# stop: end what runs in the background, and keep the results so far.
+# stop: end what runs, and keep the results so far.
 stop() {
-    if [[ ${#ahead[@]} -gt 0 ]]; then
-        kill "${!ahead[@]}" 2>/dev/null
+    local processes=("${!ahead[@]}" ${running:+"$running"})
+    if [[ ${#processes[@]} -gt 0 ]]; then
+        kill "${processes[@]}" 2>/dev/null
         wait
         join >/dev/null 2>&1
     fi
@@ -31,8 +36,8 @@ trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-if ! "$python" -c "import effnet_fast" 2>"$work/import.log"; then
-    echo "error: $python cannot import effnet_fast: pip install '.[bench]' first, or set PYTHON ($(tail -n 1 "$work/import.log"))" >&2
+if ! why=$("$python" -c "import effnet_fast" 2>&1); then
+    echo "error: $python cannot import effnet_fast: pip install '.[bench]' first, or set PYTHON ($(tail -n 1 <<<"$why"))" >&2
     exit 2
 fi
 
@@ -52,7 +57,6 @@ if [[ -n $absent ]]; then
 fi
 
 failed=0
-parts=()
 
 # part NAME SECONDS ARGUMENTS...: run NAME.py within its time; its result is kept even if it is killed.
 part() {
@@ -70,13 +74,17 @@ timed() {
     local result=$work/$((${#parts[@]} + 1))-$name.json
     shift 2
     echo "== $name $*"
+    mkdir -p "$work"
     parts+=("$result")
-    if timeout -k 5 "$seconds" "$python" "${@/#RESULT/$result}"; then
+    timeout -k 5 "$seconds" "$python" "${@/#RESULT/$result}" & # a trap waits for what runs in the foreground
+    running=$!
+    if wait "$running"; then
         echo "== $name took $((SECONDS - start)) s"
     else
         echo "FAILED: $name after $((SECONDS - start)) s" >&2
         failed=1
     fi
+    running=
     join >/dev/null 2>&1 # now, so that whoever stops the suite loses one part at most
 }
 
@@ -87,6 +95,7 @@ ahead() {
     local result=$work/$((${#parts[@]} + 1))-$name.json
     shift 2
     if [[ ${#ahead[@]} -eq 0 ]]; then
+        mkdir -p "$work"
         exec 9>"$work/turn"
         flock 9
     fi

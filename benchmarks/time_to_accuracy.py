@@ -1,21 +1,24 @@
 """Seconds until a run first reaches a top-1 on its test images: `python benchmarks/time_to_accuracy.py --target 75 80`.
 
 Runs `effnet-fast train` with a recipe (`--recipe`, and `--set FIELD=VALUE`) once for each seed, and stops each run when
-an evaluation reaches the highest target. Before the clock starts, a step and an evaluation compile everything and are
-undone; their seconds are reported separately. The clock covers training, loading and saving, with and without
-evaluations. A target that a seed misses has no mean. The result is written after each seed; the same command with the
-same `--out` continues, on the same kind of machine, with the seeds that are missing. `--candidate timm` trains one of
-candidates.py instead: the recipe with its changes, or with timm's model.
+an evaluation reaches the highest target; with `--keep FOLDER` it trains to its end, and its folder is kept. Before the
+clock starts, a step and an evaluation compile what is left to compile and are undone; their seconds are reported
+separately. (On a GPU, the Triton kernels have compiled before them.) The clock covers training, loading and saving,
+with and without evaluations. A target that a seed misses has no mean. The result is written after each seed; the same
+command with the same `--out` continues, on the same kind of machine, with the seeds that are missing. `--candidate
+timm` trains one of candidates.py instead: the recipe with its changes, or with timm's model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import harness
@@ -104,6 +107,12 @@ def continues(made: dict, settings: dict) -> bool:
     return same_machine and made["threads"] == torch.get_num_threads() and settings.items() <= made["settings"].items()
 
 
+def shared(config: TrainConfig) -> dict[str, Any]:
+    """The settings that all seeds share. They are kept, so that a recipe that has changed since is not continued."""
+    own = {"seed", "save_dir", "data_dir"}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in own}
+
+
 def recipe(name: str, changes: list[str]) -> TrainConfig:
     """A packaged recipe or a YAML file, with FIELD=VALUE changes.
 
@@ -151,6 +160,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change the recipe")
     parser.add_argument("--target", type=float, nargs="+", required=True, help="top-1 in percent, one or several")
     parser.add_argument("--candidate", choices=CANDIDATES, help="train this candidate of candidates.py")
+    parser.add_argument("--keep", metavar="FOLDER", help="train each run to its end, and keep it in this folder")
     parser.add_argument("--seeds", type=int, default=3, help="number of runs, with seeds 0, 1, ...")
     args = parser.parse_args(argv)
     if args.seeds < 1:
@@ -160,14 +170,15 @@ def main(argv: list[str]) -> None:
     targets = sorted(args.target)
     named = " and ".join(f"{target:g} %" for target in targets)
     settings = {"recipe": args.recipe, "changes": args.set, "candidate": args.candidate, "targets": targets}
+    settings["config"] = shared(config)
     rows = harness.earlier_rows(args.out, "measurement on this machine", lambda made: continues(made, settings))
     words = [args.recipe, *([f"as {args.candidate}"] if args.candidate else []), *args.set]
     print(f"recipe {' '.join(words)}, target {named}\n{harness.warning()}".rstrip())
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(len(rows), args.seeds):
             torch.compiler.reset()
-            run = dataclasses.replace(config, seed=seed, save_dir=folder, resume="no")
-            rows.append(one_run(run, targets[-1], candidate))
+            run = dataclasses.replace(config, seed=seed, save_dir=args.keep or folder, resume="no")
+            rows.append(one_run(run, math.inf if args.keep else targets[-1], candidate))
             print_run(rows[-1], targets)
             goals = {"summary": [summary(rows, target) for target in targets]}
             harness.write(args.out, harness.result("time_to_accuracy", settings | goals, rows))

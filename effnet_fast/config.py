@@ -113,7 +113,8 @@ class TrainConfig(_Config):
     model: str = "efficientnet-b0"
     """Architecture: efficientnet-b0 to efficientnet-b7, resnet50, resnet152 or densenet201."""
     dataset: DatasetName = "cifar100"
-    """Data set; `folder` reads DATA_DIR/{train,test}/CLASS/IMAGE, `synthetic` generates images in memory."""
+    """Data set; `folder` reads DATA_DIR/SPLIT/CLASS/IMAGE, where SPLIT is train and one of test, val or valid;
+    `synthetic` generates images in memory."""
     data_dir: str = operational("data")
     """Folder of the data set; CIFAR is downloaded into it if missing."""
     save_dir: str = operational("results")

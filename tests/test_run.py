@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,10 @@ from PIL import Image
 
 from command_line import mistake, run
 from effnet_fast import checkpoint, create_model, provenance
+from effnet_fast.config import TrainConfig
+from effnet_fast.distributed import World
+from effnet_fast.run import build
+from effnet_fast.run.plan import make_plan
 from effnet_fast.run.resolve import compiling_pays, worker_count
 from effnet_fast.train.step import Step
 
@@ -296,6 +301,19 @@ def test_folder_with_a_broken_image(tmp_path, capsys):
 def test_workers_are_capped_to_the_cores():
     assert 1 <= worker_count(10_000) <= os.cpu_count()
     assert [worker_count(0), worker_count(1)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("device", "loader", "evaluated"),
+    [("cuda", "resident", 32), ("cuda", "torch", 8), ("cuda", "dali", 8), ("cpu", "resident", 8)],
+)
+def test_evaluations_on_a_gpu_have_larger_batches(tmp_path, device, loader, evaluated):
+    """Only from the resident loader; training has the batches of the flag."""
+    config = TrainConfig(dataset="synthetic", limit_train=16, batch_size=8, save_dir=str(tmp_path), device="cpu")
+    plan = make_plan(config, World(0, 1, torch.device("cpu")), None)
+    plan = replace(plan, loader=loader, world=World(0, 1, torch.device(device)))
+    assert build._loader_spec(plan, None).batch_size == evaluated
+    assert build._loader_spec(plan, plan.augment).batch_size == 8
 
 
 @pytest.mark.slow

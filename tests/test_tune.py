@@ -1,6 +1,7 @@
 """The verb tune: its search, cache and choice with a stand-in clock, and what train makes of them."""
 
 import json
+import signal
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,14 +30,14 @@ TOTAL = sum(len(question.launches) for question in ASKED)
 
 
 class Clock:
-    """The last launch of a space is fastest, the heuristic's the slowest; raises KeyboardInterrupt at call `stop`."""
+    """The last launch of a space is fastest, the heuristic's the slowest; calls `end` at call `stop`."""
 
-    def __init__(self, stop=-1):
-        self.calls, self.stop = [], stop
+    def __init__(self, stop=-1, end=None):
+        self.calls, self.stop, self.end = [], stop, end
 
     def __call__(self, question, launch):
         if len(self.calls) == self.stop:
-            raise KeyboardInterrupt
+            self.end()
         self.calls.append((question.key, launch))
         return 1 / (1 + question.launches.index(launch))
 
@@ -93,10 +94,15 @@ def test_every_launch_is_timed_once(timings):
     assert winners(timings.read()) == {question.key: question.launches[-1] for question in ASKED}
 
 
-def test_ctrl_c_keeps_the_times(stand_in, timings, tmp_path, capsys):
-    stand_in(Clock(stop=4))
-    run("tune --mixed_precision bf16", expected=130)
-    assert len(timings.read()) == 4
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("end", "status"), [(ctrl_c, 130), (lambda: signal.raise_signal(signal.SIGTERM), 143)])
+def test_a_signal_keeps_the_times(stand_in, timings, tmp_path, capsys, end, status):
+    stand_in(Clock(4, end))
+    run(f"tune --mixed_precision bf16 --output {tmp_path}/times.json", expected=status)
+    assert len(timings.read()) == len(json.loads((tmp_path / "times.json").read_text())["rows"]) == 4
     assert f"{TOTAL - 4} are left: the same command goes on" in capsys.readouterr().out
     clock = stand_in(Clock())
     run(f"tune --mixed_precision bf16 --output {tmp_path}/times.json")

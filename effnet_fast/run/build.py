@@ -28,6 +28,8 @@ from effnet_fast.train.optim import make_optimizer
 from effnet_fast.train.schedule import Schedule, make_schedule
 from effnet_fast.train.step import Step, StepOptions
 
+EVAL_BATCHES = 4  # batches of training in one of evaluation, where the host limits it
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -214,8 +216,11 @@ def _schedule(plan: Plan) -> Schedule:
 
 def _loader_spec(plan: Plan, augment: Augment | None) -> LoaderSpec:
     config, world = plan.config, plan.world
+    # On a GPU the host limits an evaluation, since it launches the kernels one by one: fewer, larger batches. Only of
+    # the resident loader, whose images are small and on the device already.
+    is_host_limited = augment is None and plan.loader == "resident" and world.device.type == "cuda"
     return LoaderSpec(
-        batch_size=config.batch_size // world.size,
+        batch_size=config.batch_size // world.size * (EVAL_BATCHES if is_host_limited else 1),
         image_size=plan.image_size,
         mean=plan.dataset.mean,
         std=plan.dataset.std,

@@ -74,7 +74,7 @@ def questions(config: TuneConfig) -> list[Question]:
 
 
 def tune(config: TuneConfig) -> int:
-    """Run `effnet-fast tune`; returns 130 after Ctrl-C, else 0. Every time measured is kept at once.
+    """Run `effnet-fast tune`; returns 128 + the signal that stopped it, else 0. Every time measured is kept at once.
 
     Raises:
         ValueError: there is no GPU, its memory is full, the model does not exist, or EFFNET_KERNELS is set.
@@ -86,14 +86,29 @@ def tune(config: TuneConfig) -> int:
     precision = resolve_precision(str(config.mixed_precision), device)
     asked, timings = questions(config), Timings(device, precision)
     open_questions = unanswered(asked, timings.read())
-    status = 0
     try:
-        with make_clock(config, open_questions, storage_type(precision), device) as clock:
-            search(open_questions, timings, clock, time.monotonic, config.seconds)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    conclude(config, asked, timings)
-    return status
+        with _terminable(), make_clock(config, open_questions, storage_type(precision), device) as clock:
+            try:
+                search(open_questions, timings, clock, time.monotonic, config.seconds)
+            finally:  # also after a failure, and before compilations that still run have ended
+                conclude(config, asked, timings)
+    except KeyboardInterrupt as stopped:
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+    return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """In this context, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def gpu() -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -470,8 +471,8 @@ def test_crowd(tmp_path, monkeypatch):
     assert row["together / 1 thread p20 p50 p80"] == "1.00 1.00 1.00"
 
 
-def test_time_to_accuracy(tmp_path, capsys):
-    out = tmp_path / "a.json"
+def test_time_to_accuracy(tmp_path, capsys, monkeypatch):
+    out, recipe = tmp_path / "a.json", time_to_accuracy.recipe
     changes = {
         "limit_train": 64,
         "limit_eval": 20,
@@ -489,6 +490,15 @@ def test_time_to_accuracy(tmp_path, capsys):
     assert moment["s"] > moment["s without evaluation"] > 0
     with pytest.raises(ValueError, match="not a measurement on this machine with these settings: choose another --out"):
         time_to_accuracy.main([*words, "--target", "101", "0"])
+    monkeypatch.setattr(time_to_accuracy, "recipe", lambda *_: dataclasses.replace(recipe(*_), warmup_epochs=0.5))
+    with pytest.raises(ValueError, match="not a measurement on this machine with these settings"):
+        time_to_accuracy.main([*words, "--target", "0"])  # the recipe has changed
+    monkeypatch.setattr(time_to_accuracy, "recipe", recipe)
+    out.unlink()
+    time_to_accuracy.main([*words, "--target", "0", "--keep", str(tmp_path / "kept")])
+    assert len(read(out)["rows"][0]["history"]) == 2  # to its end
+    (metrics,) = (tmp_path / "kept").glob("*/metrics.jsonl")
+    assert (metrics.parent / "last.pt").exists()
     out.unlink()
     time_to_accuracy.main([*words, "--target", "101", "0"])
     made = read(out)
@@ -630,13 +640,15 @@ def test_summary_of_results(tmp_path, monkeypatch, capsys):
         "2 min 32 s",
         "2 cores of an Intel(R) Xeon(R) Processor",
     ]
-    stopped = next(line for line in table if "H100" in line)
-    assert [cell.strip() for cell in stopped.split("|")[3:6]] == ["80 of 110", "80.19 %", "4 min 49 s"]
     assert len(table) == 4 + len(list(report.RESULTS.glob("*/metrics.jsonl")))
     assert report.main(["--check"]) == 0
     readme.write_text("<!-- results -->\n")
     with pytest.raises(ValueError, match="needs its `<!-- end -->`"):
         report.main([])
+
+
+def test_epochs_of_a_stopped_run():
+    assert [report._epochs(66.0, 66), report._epochs(80.0, 110)] == ["66", "80 of 110"]
 
 
 def test_seconds_of_a_run():

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -152,7 +153,10 @@ pathlib.Path(out).write_text('{{"benchmark": "stub", "provenance": {{}}}}')
     assert [len(made["parts"]), made["missing"]] == [2, ["2-work"]]
 
 
-def test_a_stopped_suite_keeps_its_results_and_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("how", ["ahead work 600", "part work 600"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_suite_keeps_its_results_and_leaves_no_process(tmp_path, how, number):
+    """A suite that is killed cannot end its parts, but their results lie beside its own."""
     script = tmp_path / "work.py"
     script.write_text(f"""
 import os, pathlib, sys, time
@@ -161,16 +165,24 @@ pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
 time.sleep(600)
 """)
     suite_script = tmp_path / "suite.sh"
-    parts = f"suite=s; source {BENCHMARKS / 'parts.sh'}; here={tmp_path}; ahead work 600; here={BENCHMARKS}"
+    (tmp_path / "report.py").symlink_to(BENCHMARKS / "report.py")  # which joins the results
+    parts = f"suite=s; source {BENCHMARKS / 'parts.sh'}; here={tmp_path}; {how}; here={BENCHMARKS}"
     suite_script.write_text(f"{parts}\ngather 600\nfinish\n")
     out, pid = tmp_path / "out.json", tmp_path / "pid"
     process = subprocess.Popen(["bash", suite_script, out], env={**os.environ, "PYTHON": sys.executable})
     while not (pid.exists() and pid.read_text()):
         time.sleep(0.1)
-    process.terminate()
-    assert process.wait() == 143
+    process.send_signal(number)
+    if number == signal.SIGKILL:
+        assert process.wait() == -number
+        os.kill(int(pid.read_text()), number)
+        (kept,) = (tmp_path / "out.json.parts").glob("*.json")
+        assert json.loads(kept.read_text())["benchmark"] == "stub"
+        return
+    assert process.wait() == 128 + number
     assert len(json.loads(out.read_text())["parts"]) == 1
     assert not Path(f"/proc/{pid.read_text()}").exists()
+    assert not (tmp_path / "out.json.parts").exists()
 
 
 def test_suite_reuses_the_captured_step_time(tmp_path, stand_in, monkeypatch):
@@ -492,7 +504,7 @@ def test_gpu_train_on_the_cpu(tmp_path):
         out = tmp_path / f"{what}.json"
         done = suite("gpu_train.sh", what, out)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert json.loads(out.read_text())["parts"][0]["rows"]
+        assert json.loads(out.read_text())["rows"]
     done = suite("gpu_train.sh", "final", SAVE_DIR=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "cifar100" / "environment.json").read_text())["commit"]

@@ -4,7 +4,7 @@
 #   benchmarks/gpu_train.sh choose [OUT.json]  variants of the recipe, compared on validation images alone
 #   benchmarks/gpu_train.sh final              the recipe to its end; SAVE_DIR/cifar100 has curves, rows, provenance
 #   benchmarks/gpu_train.sh times [OUT.json]   seconds to 75 and 80 % top-1, three seeds; the runs, to their ends, in
-#                                              SAVE_DIR/times; evaluated every three epochs
+#                                              SAVE_DIR/times/OUT; evaluated every three epochs
 #
 # OUT.json is by default benchmarks/results/train-DATE.json. Environment: PYTHON (default python), DATA_DIR (a folder
 # with CIFAR-100, default data), SAVE_DIR (default results), STEP (default graph; use compile if capturing fails), EPOCHS

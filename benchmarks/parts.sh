@@ -16,21 +16,23 @@ fi
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TRITON_HOME:-${HOME:-/tmp}}/.triton/cache}
 out=${1:-$here/results/$suite-$(date +%Y%m%d-%H%M%S).json}
 [[ $out == /* ]] || out=$PWD/$out
-work=$out.parts # beside the result, where they outlive a suite that is killed
-rm -rf "$work"
-running=            # the process of the part in the foreground
+work=               # the parts' results, in a folder beside $out, where they outlive a suite that is killed
 declare -A ahead=() # processes in the background, and what they run
 parts=()
 
 # stop: end what runs, and keep the results so far.
 stop() {
-    local processes=("${!ahead[@]}" ${running:+"$running"})
+    local processes
+    trap '' INT TERM HUP
+    mapfile -t processes < <(jobs -rp)
     if [[ ${#processes[@]} -gt 0 ]]; then
         kill "${processes[@]}" 2>/dev/null
         wait
-        join >/dev/null 2>&1
     fi
-    rm -rf "$work"
+    if [[ -n $work ]]; then
+        join >/dev/null 2>&1
+        rm -rf "$work"
+    fi
 }
 trap stop EXIT
 trap 'exit 130' INT
@@ -58,6 +60,14 @@ fi
 
 failed=0
 
+# prepare: make the folder of the parts' results, once.
+prepare() {
+    if [[ -z $work ]] && ! work=$(mkdir -p "$(dirname "$out")" && mktemp -d "$out.parts.XXXXXX"); then
+        echo "error: cannot write $out: name another file" >&2
+        exit 2
+    fi
+}
+
 # part NAME SECONDS ARGUMENTS...: run NAME.py within its time; its result is kept even if it is killed.
 part() {
     timed "$1" "$2" "$here/$1.py" --out RESULT "${@:3}"
@@ -70,32 +80,30 @@ verb() {
 
 # timed NAME SECONDS ARGUMENTS...: run Python with these arguments, RESULT replaced by the file of the result.
 timed() {
+    prepare
     local name=$1 seconds=$2 start=$SECONDS
     local result=$work/$((${#parts[@]} + 1))-$name.json
     shift 2
     echo "== $name $*"
-    mkdir -p "$work"
     parts+=("$result")
-    timeout -k 5 "$seconds" "$python" "${@/#RESULT/$result}" & # a trap waits for what runs in the foreground
-    running=$!
-    if wait "$running"; then
+    timeout -k 5 "$seconds" "$python" "${@/#RESULT/"$result"}" & # a trap would wait for the foreground
+    if wait $!; then
         echo "== $name took $((SECONDS - start)) s"
     else
         echo "FAILED: $name after $((SECONDS - start)) s" >&2
         failed=1
     fi
-    running=
     join >/dev/null 2>&1 # now, so that whoever stops the suite loses one part at most
 }
 
 # ahead NAME SECONDS ARGUMENTS...: as `part`, but in the background: it compiles beside the others, and waits for its
 # turn before it times. `gather` waits for it.
 ahead() {
+    prepare
     local name=$1 seconds=$2
     local result=$work/$((${#parts[@]} + 1))-$name.json
     shift 2
     if [[ ${#ahead[@]} -eq 0 ]]; then
-        mkdir -p "$work"
         exec 9>"$work/turn"
         flock 9
     fi

@@ -81,7 +81,8 @@ def runs(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*/metrics.jsonl")):
         provenance = json.loads((path.parent / "environment.json").read_text())
         arguments = shlex.split(provenance["command"])
-        recipe = arguments[arguments.index("--config") + 1]
+        named = (arguments[arguments.index(flag) + 1] for flag in ("--config", "--recipe") if flag in arguments)
+        recipe = next(named, path.parent.name)
         config = path.parent / "config.yaml"
         settings = yaml.safe_load((config if config.exists() else ROOT / recipe).read_text())
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -103,6 +104,8 @@ def runs(folder: Path) -> list[dict[str, Any]]:
 
 def _command(arguments: list[str]) -> str:
     """The command without the folders of the machine that ran it."""
+    if "train" not in arguments:  # a benchmark trained it
+        return shlex.join(arguments)
     flags = arguments[arguments.index("train") + 1 :]
     pairs = zip(flags[::2], flags[1::2], strict=True)
     return " ".join(["effnet-fast train", *(f"{flag} {value}" for flag, value in pairs if flag not in FOLDERS)])

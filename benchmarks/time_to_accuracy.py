@@ -1,12 +1,13 @@
 """Seconds until a run first reaches a top-1 on its test images: `python benchmarks/time_to_accuracy.py --target 75 80`.
 
 Runs `effnet-fast train` with a recipe (`--recipe`, and `--set FIELD=VALUE`) once for each seed, and stops each run when
-an evaluation reaches the highest target; with `--keep FOLDER` it trains to its end, and its folder is kept. Before the
-clock starts, a step and an evaluation compile what is left to compile and are undone; their seconds are reported
-separately. (On a GPU, the Triton kernels have compiled before them.) The clock covers training, loading and saving,
-with and without evaluations. A target that a seed misses has no mean. The result is written after each seed; the same
-command with the same `--out` continues, on the same kind of machine, with the seeds that are missing. `--candidate
-timm` trains one of candidates.py instead: the recipe with its changes, or with timm's model.
+an evaluation reaches the highest target; with `--keep FOLDER` it trains to its end, and is kept in FOLDER/NAME/seed0,
+... for `--out NAME.json`. Before the clock starts, a step and an evaluation compile what is left to compile and are
+undone; their seconds are reported separately. (On a GPU, the Triton kernels have compiled before them.) The clock
+covers training, loading and saving, with and without evaluations. A target that a seed misses has no mean. The result
+is written after each seed; the same command with the same `--out` continues, on the same kind of machine, with the
+seeds that are missing. `--candidate timm` trains one of candidates.py instead: the recipe with its changes, or with
+timm's model.
 """
 
 from __future__ import annotations
@@ -160,9 +161,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change the recipe")
     parser.add_argument("--target", type=float, nargs="+", required=True, help="top-1 in percent, one or several")
     parser.add_argument("--candidate", choices=CANDIDATES, help="train this candidate of candidates.py")
-    parser.add_argument("--keep", metavar="FOLDER", help="train each run to its end, and keep it in this folder")
+    parser.add_argument("--keep", metavar="FOLDER", help="train each run to its end, and keep it in FOLDER/OUT")
     parser.add_argument("--seeds", type=int, default=3, help="number of runs, with seeds 0, 1, ...")
     args = parser.parse_args(argv)
+    if args.keep and not args.out:
+        raise ValueError("--keep needs --out, whose name the kept runs have too")
     if args.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {args.seeds}")
     candidate = CANDIDATES[args.candidate] if args.candidate else Candidate()
@@ -177,7 +180,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(len(rows), args.seeds):
             torch.compiler.reset()
-            run = dataclasses.replace(config, seed=seed, save_dir=args.keep or folder, resume="no")
+            parent = f"{args.keep}/{args.out.stem}/seed{seed}" if args.keep else folder
+            run = dataclasses.replace(config, seed=seed, save_dir=parent, resume="no")
             rows.append(one_run(run, math.inf if args.keep else targets[-1], candidate))
             print_run(rows[-1], targets)
             goals = {"summary": [summary(rows, target) for target in targets]}

@@ -304,16 +304,22 @@ def test_workers_are_capped_to_the_cores():
 
 
 @pytest.mark.parametrize(
-    ("device", "loader", "evaluated"),
-    [("cuda", "resident", 32), ("cuda", "torch", 8), ("cuda", "dali", 8), ("cpu", "resident", 8)],
+    ("device", "loader", "images", "accumulation", "batch"),
+    [
+        ("cuda", "resident", 1000, 1, 32),
+        ("cuda", "resident", 1000, 2, 16),
+        ("cuda", "resident", 20, 1, 20),
+        ("cuda", "resident", 4, 1, 8),
+        ("cuda", "torch", 1000, 1, 8),
+        ("cpu", "resident", 1000, 1, 8),
+    ],
 )
-def test_evaluations_on_a_gpu_have_larger_batches(tmp_path, device, loader, evaluated):
-    """Only from the resident loader; training has the batches of the flag."""
+def test_evaluations_on_a_gpu_have_larger_batches(tmp_path, device, loader, images, accumulation, batch):
+    """Only from the resident loader: four passes of training, but not more than there are images."""
     config = TrainConfig(dataset="synthetic", limit_train=16, batch_size=8, save_dir=str(tmp_path), device="cpu")
     plan = make_plan(config, World(0, 1, torch.device("cpu")), None)
-    plan = replace(plan, loader=loader, world=World(0, 1, torch.device(device)))
-    assert build._loader_spec(plan, None).batch_size == evaluated
-    assert build._loader_spec(plan, plan.augment).batch_size == 8
+    plan = replace(plan, loader=loader, world=World(0, 1, torch.device(device)), accumulation=accumulation)
+    assert build._eval_batch(plan, images) == batch
 
 
 @pytest.mark.slow

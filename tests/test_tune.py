@@ -2,7 +2,7 @@
 
 import json
 import signal
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -110,6 +110,13 @@ def test_a_signal_keeps_the_times(stand_in, timings, tmp_path, capsys, end, stat
     assert "4 of 4 choices improved" in capsys.readouterr().out
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
     assert [len(rows), sum(row["wins"] for row in rows)] == [TOTAL, 4]
+
+
+def test_outside_the_main_thread(stand_in, timings):
+    stand_in(Clock())
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(tune.tune, TuneConfig()).result() == 0
+    assert len(timings.read()) == TOTAL
 
 
 def test_ops_are_timed_on_the_launches_that_won(timings):

@@ -70,9 +70,11 @@ def build(plan: Plan) -> Parts:
     sizes = {plan.image_size, *plan.sizes.sizes}
     compile_kernels(model, plan.kernels, plan.precision, plan.world.device, plan.images_per_pass, sizes)
     step = _build_step(plan, model)
-    loader = make_loader(plan.loader, dataset.train, _loader_spec(plan, plan.augment))
+    train_spec = _loader_spec(plan, plan.augment, plan.config.batch_size // plan.world.size)
+    loader = make_loader(plan.loader, dataset.train, train_spec)
     eval_images = dataset.val if dataset.val is not None else dataset.test
-    parts = Parts(model, step, loader, make_loader(plan.loader, eval_images, _loader_spec(plan, None)))
+    eval_spec = _loader_spec(plan, None, _eval_batch(plan, len(eval_images)))
+    parts = Parts(model, step, loader, make_loader(plan.loader, eval_images, eval_spec))
     if plan.resumed is not None:
         with explain_checkpoint_errors(plan.resumed.path):
             _restore(plan, parts)
@@ -214,13 +216,22 @@ def _schedule(plan: Plan) -> Schedule:
     return lambda step: schedule(step - start)
 
 
-def _loader_spec(plan: Plan, augment: Augment | None) -> LoaderSpec:
+def _eval_batch(plan: Plan, images: int) -> int:
+    """Images in a batch of the evaluation of `images`, on one rank.
+
+    On a GPU the host limits it, since it launches the kernels one by one: fewer, larger batches. Only of the resident
+    loader, whose images are small and on the device already.
+    """
+    if plan.loader != "resident" or plan.world.device.type != "cuda":
+        return plan.config.batch_size // plan.world.size
+    batch = plan.images_per_pass
+    return min(EVAL_BATCHES * batch, max(batch, -(-images // plan.world.size)))
+
+
+def _loader_spec(plan: Plan, augment: Augment | None, batch_size: int) -> LoaderSpec:
     config, world = plan.config, plan.world
-    # On a GPU the host limits an evaluation, since it launches the kernels one by one: fewer, larger batches. Only of
-    # the resident loader, whose images are small and on the device already.
-    is_host_limited = augment is None and plan.loader == "resident" and world.device.type == "cuda"
     return LoaderSpec(
-        batch_size=config.batch_size // world.size * (EVAL_BATCHES if is_host_limited else 1),
+        batch_size=batch_size,
         image_size=plan.image_size,
         mean=plan.dataset.mean,
         std=plan.dataset.std,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import statistics
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -99,7 +100,10 @@ def tune(config: TuneConfig) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """In this context, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    """In this context, SIGTERM raises KeyboardInterrupt, as Ctrl-C does; only the main thread can see to that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)

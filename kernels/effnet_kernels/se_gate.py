@@ -11,8 +11,8 @@ Backward  The gradient at a is dy gate + dpool / HW, where gate and dpool are co
           them into dpool and the parameters' gradients. A second pass reads dy and x and writes dx.
 
 Programs of this file walk over all pixels of one image for a block of channels. bn_silu_squeeze.py runs them without
-dy. The second pass of each direction walks back, from the last image and pixel to the first: a map that is larger than
-the cache has its end there.
+dy. That for the five sums loads a tile ahead, since few warps fit beside the sums. The second pass of each direction
+walks back, from the last image and pixel to the first: a map that is larger than the cache has its end there.
 """
 
 from __future__ import annotations
@@ -137,6 +137,13 @@ def _image_walk_back(C, HW, span, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     return c, c_ok, nc, base + (last - begin).to(tl.int64) * C, pixel, tile, begin, end, last
 
 
+@triton.jit
+def _load_tile(ptr, pixel, end, c_ok):
+    """A tile of the storage type and its mask: pixels before `end` of valid channels."""
+    ok = (pixel < end)[:, None] & c_ok[None, :]
+    return tl.load(ptr, mask=ok, other=0.0), ok
+
+
 @kernel
 def _squeeze_kernel(
     x_ptr,  # [N, HW, C]
@@ -226,22 +233,30 @@ def _five_sums_kernel(
         dy_act_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         dy_slope_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         dy_slope_xhat_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    x, ok = _load_tile(x_ptr + base + tile, begin + pixel, end, c_ok)
+    if HAS_DY:
+        dy = tl.load(dy_ptr + base + tile, mask=ok, other=0.0)
     for m in range(begin, end, BLOCK_M):
-        ok = ((m + pixel) < end)[:, None] & c_ok[None, :]
-        xhat = (load(x_ptr + base + tile, ok) - mean) * rstd
+        here = base + tile
+        base += BLOCK_M * C
+        next_x, next_ok = _load_tile(x_ptr + base + tile, m + BLOCK_M + pixel, end, c_ok)
+        if HAS_DY:
+            next_dy = tl.load(dy_ptr + base + tile, mask=next_ok, other=0.0)
+        xhat = (x.to(tl.float32) - mean) * rstd
         z = xhat * gamma + beta
         s = sigmoid(z)
         slope = tl.where(ok, silu_slope(z, s), 0.0)
         slope_sum += slope
         slope_xhat_sum += slope * xhat
         if HAS_DY:
-            dy = load(dy_ptr + base + tile, ok)
-            dy_act_sum += dy * z * s
-            dy_slope_sum += dy * slope
-            dy_slope_xhat_sum += dy * slope * xhat
+            g = dy.to(tl.float32)
+            dy_act_sum += g * z * s
+            dy_slope_sum += g * slope
+            dy_slope_xhat_sum += g * slope * xhat
+            dy = next_dy
         if GATED:
-            tl.store(gated_ptr + base + tile, (z * s * gate).to(gated_ptr.dtype.element_ty), mask=ok)
-        base += BLOCK_M * C
+            tl.store(gated_ptr + here, (z * s * gate).to(gated_ptr.dtype.element_ty), mask=ok)
+        x, ok = next_x, next_ok
     if HAS_DY:
         tl.store(sums_ptr + nc, tl.sum(dy_act_sum, axis=0), mask=c_ok)
         tl.store(sums_ptr + NC + nc, tl.sum(dy_slope_sum, axis=0), mask=c_ok)

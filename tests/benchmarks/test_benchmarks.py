@@ -497,8 +497,14 @@ def test_time_to_accuracy(tmp_path, capsys, monkeypatch):
     out.unlink()
     time_to_accuracy.main([*words, "--target", "0", "--keep", str(tmp_path / "kept")])
     assert len(read(out)["rows"][0]["history"]) == 2  # to its end
-    (metrics,) = (tmp_path / "kept").glob("*/metrics.jsonl")
-    assert (metrics.parent / "last.pt").exists()
+    kept = tmp_path / "kept" / "a" / "seed0"
+    assert (kept / "efficientnet-b0-synthetic-0" / "last.pt").exists()
+    environment = kept / "efficientnet-b0-synthetic-0" / "environment.json"
+    command = {"command": "time_to_accuracy.py --recipe quickstart --keep K"}
+    environment.write_text(json.dumps(json.loads(environment.read_text()) | command))
+    (entry,) = report.runs(kept)
+    assert (entry["recipe"], entry["epoch"]) == ("quickstart", 2)
+    assert "| `time_to_accuracy.py --recipe quickstart --keep K` | 2 |" in report.training(kept)
     out.unlink()
     time_to_accuracy.main([*words, "--target", "101", "0"])
     made = read(out)

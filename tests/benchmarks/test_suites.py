@@ -176,13 +176,27 @@ time.sleep(600)
     if number == signal.SIGKILL:
         assert process.wait() == -number
         os.kill(int(pid.read_text()), number)
-        (kept,) = (tmp_path / "out.json.parts").glob("*.json")
+        (kept,) = tmp_path.glob("out.json.parts.*/*.json")
         assert json.loads(kept.read_text())["benchmark"] == "stub"
         return
     assert process.wait() == 128 + number
     assert len(json.loads(out.read_text())["parts"]) == 1
     assert not Path(f"/proc/{pid.read_text()}").exists()
-    assert not (tmp_path / "out.json.parts").exists()
+    assert not list(tmp_path.glob("out.json.parts.*"))
+
+
+@pytest.mark.parametrize("name", ["a&b.json", "a b.json"])
+def test_names_with_special_characters(tmp_path, stand_in, name):
+    out = tmp_path / name
+    suite("gpu_kernels.sh", out, python=stand_in[0])
+    assert len(json.loads(out.read_text())["parts"]) == 3
+
+
+def test_a_result_that_cannot_be_written_is_one_line_at_the_start(tmp_path, stand_in):
+    (tmp_path / "file").touch()
+    done = suite("gpu_suite.sh", tmp_path / "file" / "out.json", python=stand_in[0])
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"error: cannot write {tmp_path}/file/out.json: name another file\n")
 
 
 def test_suite_reuses_the_captured_step_time(tmp_path, stand_in, monkeypatch):

@@ -516,10 +516,15 @@ def test_cifar10_layout(tmp_path):
     assert np.array_equal(fifth, files["data_batch_5"][b"data"])
 
 
-def test_the_kept_weights_classify_the_test_images(cifar100_dir):
+@pytest.mark.parametrize(
+    ("name", "result", "top1"),
+    [("cifar100-cpu-long", "test-evaluation.json", "top1"), ("cifar100-h200", "metrics.jsonl", "ema_top1")],
+)
+def test_the_kept_weights_classify_the_test_images(cifar100_dir, name, result, top1):
     """The first 500 of 10,000 images agree with the result that is kept with the weights, within its sampling error."""
-    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "cifar100-cpu-long"
-    expected = json.loads((folder / "test-evaluation.json").read_text())["top1"]
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / name
+    text = (folder / result).read_text()
+    expected = json.loads(text.splitlines()[-1] if result.endswith("l") else text)[top1]
     classifier = effnet_fast.load(folder / "model.safetensors", device="cpu")
     test = load_cifar("cifar100", cifar100_dir, download=False).test
     best = classifier.predict([Image.fromarray(pixels) for pixels in test.images[:500]], top=1)

@@ -1,9 +1,12 @@
 """Kernels compiled before the first step: the right ones, side by side, and none twice. Needs no GPU."""
 
+import io
+import json
 import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +97,19 @@ def test_kernels_compiled_ahead_are_those_that_start(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", REUSED], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_line_is_one_write(monkeypatch):
+    """Processes share the pipe. With PYTHONUNBUFFERED=1 each write goes there at once, so that lines could mix."""
+    written = []
+    monkeypatch.setattr(ahead, "_compile", lambda **launch: "key name")
+    monkeypatch.setattr(ahead.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(triton.runtime.driver, "set_active", lambda driver: None)
+    task = [{"backend": "cuda", "arch": 90, "warp_size": 32}, [{}, {}]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(task)))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=written.append, flush=lambda: None))
+    ahead._main()
+    assert written == ["key name\n"] * 2
 
 
 def test_a_warm_cache_compiles_nothing(tmp_path, monkeypatch, capsys):

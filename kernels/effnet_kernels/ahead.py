@@ -142,7 +142,9 @@ def _main() -> None:
     )
     triton.runtime.driver.set_active(without_gpu)
     for launch in launches:
-        print(_compile(**launch), flush=True)
+        # One write a line, since processes share the pipe: with PYTHONUNBUFFERED=1, print writes the end of a line apart.
+        sys.stdout.write(f"{_compile(**launch)}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def _main() -> None:
     )
     triton.runtime.driver.set_active(without_gpu)
     for launch in launches:
-        # One write a line, since processes share the pipe: with PYTHONUNBUFFERED=1, print writes the end of a line apart.
+        # One write a line, since processes share the pipe: with PYTHONUNBUFFERED=1, print writes its end apart.
         sys.stdout.write(f"{_compile(**launch)}\n")
         sys.stdout.flush()
 

@@ -62,7 +62,7 @@ failed=0
 
 # prepare: make the folder of the parts' results, once.
 prepare() {
-    if [[ -z $work ]] && ! work=$(mkdir -p "$(dirname "$out")" && mktemp -d "$out.parts.XXXXXX"); then
+    if [[ -z $work ]] && ! work=$({ mkdir -p "$(dirname "$out")" && mktemp -d "$out.parts.XXXXXX"; } 2>/dev/null); then
         echo "error: cannot write $out: name another file" >&2
         exit 2
     fi

@@ -319,7 +319,7 @@ def test_evaluations_on_a_gpu_have_larger_batches(tmp_path, device, loader, imag
     config = TrainConfig(dataset="synthetic", limit_train=16, batch_size=8, save_dir=str(tmp_path), device="cpu")
     plan = make_plan(config, World(0, 1, torch.device("cpu")), None)
     plan = replace(plan, loader=loader, world=World(0, 1, torch.device(device)), accumulation=accumulation)
-    assert build._eval_batch(plan, images) == batch
+    assert build._eval_spec(plan, images).batch_size == batch
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from effnet_fast.train.optim import make_optimizer
 from effnet_fast.train.schedule import Schedule, make_schedule
 from effnet_fast.train.step import Step, StepOptions
 
-EVAL_BATCHES = 4  # batches of training in one of evaluation, where the host limits it
+EVAL_BATCHES = 4  # passes of training in a batch of evaluation, at most, where the host limits it
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,9 @@ def build(plan: Plan) -> Parts:
     sizes = {plan.image_size, *plan.sizes.sizes}
     compile_kernels(model, plan.kernels, plan.precision, plan.world.device, plan.images_per_pass, sizes)
     step = _build_step(plan, model)
-    train_spec = _loader_spec(plan, plan.augment, plan.config.batch_size // plan.world.size)
-    loader = make_loader(plan.loader, dataset.train, train_spec)
+    loader = make_loader(plan.loader, dataset.train, _loader_spec(plan, plan.augment))
     eval_images = dataset.val if dataset.val is not None else dataset.test
-    eval_spec = _loader_spec(plan, None, _eval_batch(plan, len(eval_images)))
-    parts = Parts(model, step, loader, make_loader(plan.loader, eval_images, eval_spec))
+    parts = Parts(model, step, loader, make_loader(plan.loader, eval_images, _eval_spec(plan, len(eval_images))))
     if plan.resumed is not None:
         with explain_checkpoint_errors(plan.resumed.path):
             _restore(plan, parts)
@@ -216,22 +214,23 @@ def _schedule(plan: Plan) -> Schedule:
     return lambda step: schedule(step - start)
 
 
-def _eval_batch(plan: Plan, images: int) -> int:
-    """Images in a batch of the evaluation of `images`, on one rank.
+def _eval_spec(plan: Plan, images: int) -> LoaderSpec:
+    """How to load `images` for the evaluation.
 
     On a GPU the host limits it, since it launches the kernels one by one: fewer, larger batches. Only of the resident
     loader, whose images are small and on the device already.
     """
-    if plan.loader != "resident" or plan.world.device.type != "cuda":
-        return plan.config.batch_size // plan.world.size
+    spec = _loader_spec(plan, None)
+    if plan.loader != "resident" or spec.device.type != "cuda":
+        return spec
     batch = plan.images_per_pass
-    return min(EVAL_BATCHES * batch, max(batch, -(-images // plan.world.size)))
+    return replace(spec, batch_size=min(EVAL_BATCHES * batch, max(batch, -(-images // spec.world))))
 
 
-def _loader_spec(plan: Plan, augment: Augment | None, batch_size: int) -> LoaderSpec:
+def _loader_spec(plan: Plan, augment: Augment | None) -> LoaderSpec:
     config, world = plan.config, plan.world
     return LoaderSpec(
-        batch_size=batch_size,
+        batch_size=config.batch_size // world.size,
         image_size=plan.image_size,
         mean=plan.dataset.mean,
         std=plan.dataset.std,

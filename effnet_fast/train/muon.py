@@ -16,7 +16,7 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for the largest slope at zero
 ITERATIONS = 5
 EPS = 1e-7
-MIN_ROWS = 64  # smaller matrices are padded as if they had as many rows
+FEW_ROWS = 64  # matrices of at most so many rows are one padded batch
 
 
 class Muon(torch.optim.AdamW):
@@ -78,7 +78,7 @@ class Muon(torch.optim.AdamW):
         torch._foreach_mul_(buffers, 1 - share)
         torch._foreach_add_(buffers, torch._foreach_mul(grads, share))
         torch._foreach_lerp_(grads, buffers, self.momentum)
-        updates = orthogonalize_all(grads, self.dtype, pad=flat.is_cuda)
+        updates = orthogonalize(grads, self.dtype, pad=flat.is_cuda)
         torch._foreach_mul_(updates, [0.2 * math.sqrt(max(w.shape)) for w in weights])
         torch._foreach_mul_(updates, keep * lr)
         torch._foreach_mul_(weights, 1 - keep * lr * weight_decay)
@@ -92,29 +92,31 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or has_amx else torch.float32
 
 
-def orthogonalize_all(matrices: Sequence[Tensor], dtype: torch.dtype, pad: bool) -> list[Tensor]:
-    """Orthogonalize matrices of any shapes: returns new ones of the same shapes and dtypes.
+def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype, pad: bool = False) -> list[Tensor]:
+    """Newton-Schulz iteration towards U V^T of each matrix U S V^T; singular values end between about 0.7 and 1.2.
 
     Args:
-        matrices: each [rows, columns].
+        matrices: each [rows, columns], of any shapes.
         dtype: dtype of the computation.
         pad: make matrices of similar shapes one batch, with rows and columns of zeros, which the iteration keeps. It
             saves launches, of which a GPU's time consists here. Otherwise those of one shape are a batch.
+
+    Returns:
+        New matrices of the same shapes and dtypes.
     """
     wide = [m if m.shape[0] <= m.shape[1] else m.mT for m in matrices]
     batches: dict[object, list[int]] = {}
     for i, matrix in enumerate(wide):
-        rows = max(matrix.shape[0] - 1, MIN_ROWS - 1).bit_length()
-        batches.setdefault(rows if pad else matrix.shape, []).append(i)
+        batches.setdefault(max(matrix.shape[0] - 1, FEW_ROWS - 1).bit_length() if pad else matrix.shape, []).append(i)
     results = [torch.empty_like(m) for m in matrices]
     for members in batches.values():
         size = [max(wide[i].shape[dim] for i in members) for dim in (0, 1)]
         batch = matrices[0].new_zeros(len(members), *size, dtype=dtype)
         for x, i in zip(batch, members, strict=True):
             _corner(x, wide[i]).copy_(wide[i])
-        for x, i in zip(orthogonalize(batch, dtype), members, strict=True):
+        for x, i in zip(_orthogonalize_wide(batch), members, strict=True):
             x = _corner(x, wide[i])
-            results[i].copy_(x if wide[i] is matrices[i] else x.mT)
+            results[i].copy_(x if x.shape == results[i].shape else x.mT)
     return results
 
 
@@ -123,25 +125,12 @@ def _corner(padded: Tensor, matrix: Tensor) -> Tensor:
     return padded[: matrix.shape[0], : matrix.shape[1]]
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Newton-Schulz iteration towards U V^T of each matrix U S V^T; singular values end between about 0.7 and 1.2.
-
-    Args:
-        matrices: [N, rows, columns].
-        dtype: dtype of the computation.
-
-    Returns:
-        [N, rows, columns] of type `dtype`.
-    """
-    x = matrices.to(dtype)
-    is_tall = x.shape[1] > x.shape[2]
-    if is_tall:
-        x = x.mT
+def _orthogonalize_wide(x: Tensor) -> Tensor:
+    """The iteration on [N, rows, columns], rows <= columns, in its dtype."""
     rows, columns = x.shape[1:]
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)
-    use_gram = columns >= 2 * rows and dtype != torch.bfloat16  # bfloat16 rounds the Gram matrix too coarsely
-    x = _iterate_on_gram(x) if use_gram else _iterate(x)
-    return x.mT if is_tall else x
+    use_gram = columns >= 2 * rows and x.dtype != torch.bfloat16  # bfloat16 rounds the Gram matrix too coarsely
+    return _iterate_on_gram(x) if use_gram else _iterate(x)
 
 
 def _iterate(x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from effnet_fast.train.muon import (
     Muon,
     fastest_dtype,
     orthogonalize,
-    orthogonalize_all,
 )
 
 SHAPES = [(24, 8, 1, 1), (8, 24, 1, 1), (24, 8, 1, 1), (16, 16, 1, 1)]
@@ -53,7 +52,7 @@ def test_orthogonalize():
     for rows, columns in ((12, 40), (40, 12), (16, 16)):
         matrices = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(1))
         matrices[2] = 0
-        values = torch.linalg.svdvals(orthogonalize(matrices, torch.float32))
+        values = torch.linalg.svdvals(torch.stack(orthogonalize(matrices, torch.float32)))
         assert (values[:2] > 0.3).all()
         assert (values[:2] < 1.3).all()
         assert (values[2] == 0).all()
@@ -70,19 +69,20 @@ def test_orthogonalize_equals_the_definition(rows, columns):
         gram = expected @ expected.mT
         a, b, c = COEFFICIENTS
         expected = a * expected + b * gram @ expected + c * gram @ gram @ expected
-    error = (orthogonalize(matrices, torch.float32) - expected).abs().amax(dim=(1, 2)) / expected.abs().amax(dim=(1, 2))
+    found = torch.stack(orthogonalize(matrices, torch.float32))
+    error = (found - expected).abs().amax(dim=(1, 2)) / expected.abs().amax(dim=(1, 2))
     assert (error < 1e-3).all()
 
 
 @pytest.mark.parametrize("pad", [True, False])
-def test_orthogonalize_all_equals_each_alone(pad):
+def test_matrices_together_equal_each_alone(pad):
     """Wide, tall and square matrices, of which the first five are one batch with `pad`."""
     generator = torch.Generator().manual_seed(3)
     shapes = [(4, 96), (96, 4), (6, 144), (40, 40), (64, 20), (65, 130), (130, 100)]
     matrices = [torch.randn(shape, generator=generator) for shape in shapes]
-    together = orthogonalize_all(matrices, torch.float32, pad)
+    together = orthogonalize(matrices, torch.float32, pad)
     for matrix, found in zip(matrices, together, strict=True):
-        torch.testing.assert_close(found, orthogonalize(matrix[None], torch.float32)[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found, orthogonalize([matrix], torch.float32)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_padding_makes_few_batches(monkeypatch):
@@ -93,7 +93,7 @@ def test_padding_makes_few_batches(monkeypatch):
     matrices = [p.detach().flatten(1) for p in model.parameters() if muon._is_matrix(p)]
     for pad, batches in ((True, 4), (False, 21)):
         sizes.clear()
-        orthogonalize_all(matrices, torch.bfloat16, pad)
+        orthogonalize(matrices, torch.bfloat16, pad)
         assert len(sizes) == batches
         assert sum(size[0] for size in sizes) == len(matrices)
 

@@ -190,7 +190,7 @@ def test_each_image_size_is_compiled_once_and_for_itself(monkeypatch):
         compiled.append([value.shape[-1] for value in inputs if value.ndim == 4])
         return graph
 
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", record)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", record)
     model = compile_model(nn.BatchNorm2d(3), torch.device("cpu"))
     sizes = [8, 8, 12, 12, 16, 20, 24, 28, 32, 36]
     for size in sizes:

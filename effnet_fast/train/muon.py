@@ -16,6 +16,7 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for the largest slope at zero
 ITERATIONS = 5
 EPS = 1e-7
+BFLOAT16_PRODUCTS = ("amx_bf16", "avx512_bf16")  # CPU features of torch.cpu.get_capabilities
 FEW_ROWS = 64  # matrices of at most so many rows are one padded batch
 
 
@@ -33,7 +34,7 @@ class Muon(torch.optim.AdamW):
             or [rows, columns, 1, 1].
         lr: the default learning rate.
         momentum: Muon's momentum; AdamW uses betas of 0.9 and 0.999.
-        dtype: dtype of the orthogonalisation; None means bfloat16 on CUDA and on CPUs with AMX, float32 elsewhere.
+        dtype: dtype of the orthogonalisation; None means that of `fastest_dtype`.
     """
 
     grad_scale: Tensor
@@ -86,10 +87,11 @@ class Muon(torch.optim.AdamW):
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The dtype whose matrix products are fastest: bfloat16 on CUDA and on CPUs with AMX, else float32."""
-    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.11 lacks it
-    has_amx = device.type == "cpu" and capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if device.type == "cuda" or has_amx else torch.float32
+    """The dtype whose matrix products are fastest: bfloat16 on CUDA and on CPUs that multiply it, else float32."""
+    get_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.11 lacks it
+    capabilities = get_capabilities()
+    has_products = any(capabilities.get(name, False) for name in BFLOAT16_PRODUCTS)
+    return torch.bfloat16 if device.type == "cuda" or has_products else torch.float32
 
 
 def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype, pad: bool = False) -> list[Tensor]:

@@ -98,10 +98,10 @@ def test_padding_makes_few_batches(monkeypatch):
         assert sum(size[0] for size in sizes) == len(matrices)
 
 
-@pytest.mark.parametrize("has_amx", [True, False])
-def test_dtype_without_a_choice(monkeypatch, has_amx):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx}, raising=False)
-    assert fastest_dtype(torch.device("cpu")) == (torch.bfloat16 if has_amx else torch.float32)
+@pytest.mark.parametrize("feature", ["amx_bf16", "avx512_bf16", "avx512_f"])
+def test_dtype_without_a_choice(monkeypatch, feature):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True}, raising=False)
+    assert fastest_dtype(torch.device("cpu")) == (torch.float32 if feature == "avx512_f" else torch.bfloat16)
     assert fastest_dtype(torch.device("cuda")) == torch.bfloat16
 
 

@@ -47,7 +47,16 @@ def test_table(capsys):
     broken = [line for line in lines if line.startswith("broken ")]
     assert status == bool(broken)
     assert any(line.startswith("--step auto: ") for line in lines)
-    assert "--mixed_precision auto: no (the default on CPUs)" in lines
+    assert any(line.startswith("--mixed_precision auto: no (the default on CPUs") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [(torch.float32, "the default on CPUs"), (torch.bfloat16, "the default on CPUs; bf16 trains faster on this one")],
+)
+def test_reason_for_the_precision(monkeypatch, dtype, reason):
+    monkeypatch.setattr(doctor_module, "fastest_dtype", lambda device: dtype)
+    assert doctor_module.choose_automatically(CPU)["mixed_precision"] == ("no", reason)
 
 
 def test_json_is_alone_on_stdout(capsys):

@@ -13,7 +13,7 @@ from effnet_fast.config import DoctorConfig, TrainConfig
 from effnet_fast.data.synthetic import load_synthetic
 from effnet_fast.distributed import World
 from effnet_fast.model.blocks import chosen, kernels_in_use
-from effnet_fast.precision import resolve_precision
+from effnet_fast.precision import fastest_dtype, resolve_precision
 from effnet_fast.run.resolve import resolve_kernels, resolve_loader, resolve_step
 from effnet_fast.run.self_check import CHECKS
 from effnet_fast.run.verdicts import clear_cache, verdict
@@ -56,10 +56,17 @@ def choose_automatically(device: torch.device) -> dict[str, tuple[str, str]]:
     return {
         "device": (device.type, "torch sees a GPU" if on_gpu else "torch sees no GPU, or --device cpu"),
         "kernels": (kernels, _kernels_reason(kernels, on_gpu)),
-        "mixed_precision": (resolve_precision("auto", device), f"the default on {'GPUs' if on_gpu else 'CPUs'}"),
+        "mixed_precision": (resolve_precision("auto", device), _precision_reason(device)),
         "step": (step, _step_reason(step, kernels, on_gpu)),
         "loader": resolve_loader("auto", load_synthetic(8, 8).train, device),
     }
+
+
+def _precision_reason(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "the default on GPUs"
+    faster = fastest_dtype(device) == torch.bfloat16
+    return "the default on CPUs" + ("; bf16 trains faster on this one" if faster else "")
 
 
 def _kernels_reason(kernels: str, on_gpu: bool) -> str:

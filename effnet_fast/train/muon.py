@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effnet_fast.precision import fastest_dtype
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, chosen for the largest slope at zero
 ITERATIONS = 5
 EPS = 1e-7
-BFLOAT16_PRODUCTS = ("amx_bf16", "avx512_bf16")  # CPU features of torch.cpu.get_capabilities
 FEW_ROWS = 64  # matrices of at most so many rows are one padded batch
 
 
@@ -84,14 +85,6 @@ class Muon(torch.optim.AdamW):
         torch._foreach_mul_(updates, keep * lr)
         torch._foreach_mul_(weights, 1 - keep * lr * weight_decay)
         torch._foreach_sub_(weights, updates)
-
-
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The dtype whose matrix products are fastest: bfloat16 on CUDA and on CPUs that multiply it, else float32."""
-    get_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.11 lacks it
-    capabilities = get_capabilities()
-    has_products = any(capabilities.get(name, False) for name in BFLOAT16_PRODUCTS)
-    return torch.bfloat16 if device.type == "cuda" or has_products else torch.float32
 
 
 def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype, pad: bool = False) -> list[Tensor]:

@@ -10,7 +10,6 @@ from effnet_fast.train.muon import (
     COEFFICIENTS,
     ITERATIONS,
     Muon,
-    fastest_dtype,
     orthogonalize,
 )
 
@@ -96,13 +95,6 @@ def test_padding_makes_few_batches(monkeypatch):
         orthogonalize(matrices, torch.bfloat16, pad)
         assert len(sizes) == batches
         assert sum(size[0] for size in sizes) == len(matrices)
-
-
-@pytest.mark.parametrize("feature", ["amx_bf16", "avx512_bf16", "avx512_f"])
-def test_dtype_without_a_choice(monkeypatch, feature):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True}, raising=False)
-    assert fastest_dtype(torch.device("cpu")) == (torch.float32 if feature == "avx512_f" else torch.bfloat16)
-    assert fastest_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_update_reads_no_value():

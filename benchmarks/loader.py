@@ -21,8 +21,6 @@ from harness import Case
 from effnet_fast.data import choose_loader
 from effnet_fast.data.loader import Loader
 
-SPEEDS = Path(choose_loader.__file__).with_name("loader_speeds.json")
-
 
 def make(kind: str, case: Case, workers: int, images: int) -> Loader:
     """A loader of batches on the device; `dali-cpu` loads on the CPU.
@@ -102,7 +100,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step-rate", type=float, help="img/s of the training step; default measured here")
     parser.add_argument("--step", choices=harness.MODES, default="eager", help="mode of the step that is measured")
     parser.add_argument("--record", action="store_true", help="write the speeds that --loader auto follows")
-    parser.add_argument("--speeds", type=Path, default=SPEEDS, help="where --record writes")
+    parser.add_argument("--speeds", type=Path, default=choose_loader.SPEEDS, help="where --record writes")
     args = parser.parse_args(argv)
     case = harness.case_of(args)
     print(f"{case}\n{harness.warning()}".rstrip())

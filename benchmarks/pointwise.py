@@ -61,7 +61,7 @@ def layers(batch: int, pixels: int) -> list[Layer]:
 
 
 @dataclass(frozen=True)
-class FlatTensors:
+class Operands:
     """x, dy and w of a layer, channels last."""
 
     x: Tensor
@@ -69,7 +69,7 @@ class FlatTensors:
     w: Tensor
 
     @classmethod
-    def of(cls, layer: Layer, dtype: torch.dtype) -> FlatTensors:
+    def of(cls, layer: Layer, dtype: torch.dtype) -> Operands:
         def map_of(channels: int) -> Tensor:
             x = torch.randn(layer.n, channels, layer.size, layer.size, device=DEVICE, dtype=dtype)
             return x.contiguous(memory_format=torch.channels_last)
@@ -89,7 +89,7 @@ def rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-WAYS: dict[str, dict[str, Callable[[FlatTensors], Tensor]]] = {
+WAYS: dict[str, dict[str, Callable[[Operands], Tensor]]] = {
     "y": {
         "convolution": lambda b: torch.nn.functional.conv2d(b.x, b.w),
         "product": lambda b: rows(b.x) @ b.w.flatten(1).t(),
@@ -109,7 +109,7 @@ def as_rows(value: Tensor) -> Tensor:
 def rows_of(layer: Layer, dtype: torch.dtype, bandwidth: float) -> Iterator[dict[str, Any]]:
     """One row per result (y, dx, dw) and way (convolution, product); without times if the two disagree."""
     size = layer.bytes * dtype.itemsize
-    sets = [FlatTensors.of(layer, dtype) for _ in range(rotations(size))]
+    sets = [Operands.of(layer, dtype) for _ in range(rotations(size))]
     for what, ways in WAYS.items():
         one, other = (as_rows(way(sets[0])).float() for way in ways.values())
         error = ((one - other).norm() / other.norm()).item()

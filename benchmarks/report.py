@@ -14,7 +14,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,18 @@ def _command(arguments: list[str]) -> str:
     """The command without the folders of the machine that ran it."""
     if "train" not in arguments:  # a benchmark trained it
         return shlex.join(arguments)
-    flags = arguments[arguments.index("train") + 1 :]
-    pairs = zip(flags[::2], flags[1::2], strict=True)
-    return " ".join(["effnet-fast train", *(f"{flag} {value}" for flag, value in pairs if flag not in FOLDERS)])
+    return shlex.join(["effnet-fast", "train", *_without_folders(arguments[arguments.index("train") + 1 :])])
+
+
+def _without_folders(words: list[str]) -> Iterator[str]:
+    """Leave out the flags in FOLDERS and their values, as `--flag value` or `--flag=value`."""
+    remaining = iter(words)
+    for word in remaining:
+        flag, equals, _ = word.partition("=")
+        if flag not in FOLDERS:
+            yield word
+        elif not equals:
+            next(remaining, None)
 
 
 def _accuracy(folder: Path, last: dict[str, float]) -> dict[str, float]:

@@ -8,7 +8,8 @@ Passes over maps, forward and backward together; a pass reads or writes N * C * 
 - expansion (1x1): x read, e written; de and x read again for the weight, de read for the input, dx written: 3 x + 3 e
 - between the 1x1 convolutions, by the mbconv op: 7 e + 10 d; without expansion 3 e + 10 d
 - projection (1x1): 3 d + 3 p; its BatchNorm, with the residual: 8 p, and 1 p more
-On a CPU a block is one op (kernels/effnet_kernels/cpu/README.md): 3 x + 6 e + 7 d + 7 p, without expansion 3 e.
+On a CPU a block is one op (kernels/effnet_kernels/cpu/README.md): 3 x + 6 e + 7 d + 7 p, with
+  the residual 1 p more, without expansion 3 e.
 On both:
 - head: as an expansion, then BatchNorm, Swish and the mean, which writes no map: 2 forward, 4 backward
 - stem: 2 x (its input has no gradient) + 3 y, then BatchNorm and Swish: 3 forward, 5 backward

@@ -172,7 +172,7 @@ def chosen(word: str, case: Case) -> Who:
     return who, mode
 
 
-def peak_memory(who: str, mode: str, case: Case, args: argparse.Namespace) -> dict[str, float]:
+def peak_memory(who: str, mode: str, case: Case) -> dict[str, float]:
     """Peak MiB of a few training steps in a new process: in all, and above the imports.
 
     Raises:
@@ -282,7 +282,7 @@ def measure(
     if args.memory:
         for row in rows:
             if row["direction"] == "train":
-                row["memory"] = peak_memory(row["library"], row["step"], case, args)
+                row["memory"] = peak_memory(row["library"], row["step"], case)
                 save(rows, missing)
     return rows, missing
 

@@ -160,13 +160,14 @@ def serialise(state: dict[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> None:
+def write_atomically(path: Path, data: bytes | memoryview, keep: int | None = None) -> None:
     """Write a temporary file, flush it to disk and rename it to `path`. On failure, the old file stays.
 
     Args:
         path: the file.
         data: its content.
-        keep: number of files to keep. With 3, last.pt becomes last-1.pt, and last-1.pt becomes last-2.pt.
+        keep: number of files to keep; None touches no other file. With 3, last.pt becomes last-1.pt, and last-1.pt
+            becomes last-2.pt.
 
     Raises:
         OSError: the disk is full or the folder is not writable; the message says what to do.
@@ -177,7 +178,8 @@ def write_atomically(path: Path, data: bytes | memoryview, keep: int = 1) -> Non
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        _shift_generations(path, keep)
+        if keep is not None:
+            _shift_generations(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -219,8 +221,6 @@ def _numbers(path: Path) -> list[int]:
 
 def _shift_generations(path: Path, keep: int) -> None:
     """Rename each version to the next older one; delete those beyond the last `keep`."""
-    if keep == 1 or not path.exists():
-        return
     kept = generations(path)[: keep - 1]
     for number in reversed(range(len(kept))):
         os.replace(kept[number], path.with_name(f"{path.stem}-{number + 1}{path.suffix}"))

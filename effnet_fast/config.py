@@ -21,18 +21,27 @@ DeviceName = Literal["auto", "cuda", "cpu"]
 LayoutName = Literal["auto", "effnet-fast", "torchvision", "timm", "timm-tf", "efficientnet-pytorch"]
 DepthwiseInit = Literal["default", "identity"]
 Switch = Literal["auto", "yes", "no"]
+CamMethod = Literal[
+    "grad-cam", "grad-cam++", "layer-cam", "cam", "integrated-gradients", "occlusion", "guided-grad-cam"
+]
 TestTimeAugmentation = Literal["none", "flip"]
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 StepMode = Literal["auto", "eager", "compile", "graph"]
 
 # Settings in which `~` and `$VARIABLE` are expanded.
 PATHS = {
-    "data_dir", "save_dir", "pretrained", "resume", "checkpoint", "checkpoints", "run", "runs", "images",
-    "images_path", "labels", "output", "output_dir", "output_path", "export",
+    "data_dir", "save_dir", "pretrained", "resume", "checkpoint", "checkpoints", "runs", "images", "images_path",
+    "labels", "output", "output_dir", "output_path", "export",
 }  # fmt: skip
 
 # YAML 1.1 reads the bare words no, off, yes and on as booleans.
 _YAML_BOOLEANS: dict[object, str] = {False: "no", True: "yes", "off": "no", "on": "yes"}
+
+
+def _resume(setting: str | bool) -> str:
+    """A value of `--resume`, of which YAML may have made a boolean; yes and on mean auto."""
+    text = _YAML_BOOLEANS.get(setting, str(setting))
+    return "auto" if text == "yes" else text
 
 
 def operational(default: Any) -> Any:
@@ -53,7 +62,11 @@ class _Config:
             value = _plain(getattr(self, name))
             _require(_is_a(value, kind), f"--{name} must be {_describe(kind)}, not {value!r}")
             _require(not isinstance(value, float) or math.isfinite(value), f"--{name} must be finite, not {value}")
-            object.__setattr__(self, name, expand(value) if name in PATHS else value)
+            if name in PATHS:
+                value = expand(value)
+            elif name == "run" and value is not None:
+                value = [_expand_named(item) for item in value]
+            object.__setattr__(self, name, value)
 
 
 def _plain(value: Any) -> Any:
@@ -93,13 +106,18 @@ def _describe(kind: Any) -> str:
 
 
 def expand(value: Any) -> Any:
-    """Replace `~` and `$VARIABLE` in a path, in NAME=PATH, or in each item of a list; keep paths that exist."""
+    """Replace `~` and `$VARIABLE` in a path, or in each item of a list; keep paths that exist."""
     if isinstance(value, list):
         return [expand(item) for item in value]
     if not isinstance(value, str) or os.path.exists(value):
         return value
-    name, equals, path = value.rpartition("=")
-    return name + equals + os.path.expandvars(os.path.expanduser(path))
+    return os.path.expandvars(os.path.expanduser(value))
+
+
+def _expand_named(argument: str) -> str:
+    """Expand the path of NAME=PATH."""
+    name, equals, path = argument.partition("=")
+    return name + equals + expand(path)
 
 
 @dataclass(frozen=True)
@@ -298,7 +316,7 @@ class TrainConfig(_Config):
             )
             object.__setattr__(self, "step", mode)
             object.__setattr__(self, "compile", "auto")
-        object.__setattr__(self, "resume", _YAML_BOOLEANS.get(self.resume, self.resume))
+        object.__setattr__(self, "resume", _resume(self.resume))
         for name in (
             "batch_size", "num_epochs", "grad_accumulation", "log_every_steps", "keep_last", "eval_every_epochs"
         ):  # fmt: skip
@@ -509,7 +527,6 @@ class SearchConfig(_FamilyConfig):
             _require(value is None or value > 0, f"--{name} must be above 0, not {value}")
         for name in ("search_epochs", "seeds"):
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
-        _require(self.val_fraction > 0, "--val_fraction 0: the search needs held-out images to choose by; try 0.1")
 
     @property
     def name(self) -> str:
@@ -613,6 +630,9 @@ class EvalConfig(_Config):
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
         _require(self.batch_size >= 1, f"--batch_size must be at least 1, not {self.batch_size}")
         _require(self.num_workers >= 0, f"--num_workers must not be negative, not {self.num_workers}")
+        _require(
+            self.limit_eval is None or self.limit_eval >= 1, f"--limit_eval must be at least 1, not {self.limit_eval}"
+        )
         _require(
             not self.calibrate or self.split != "val",
             "--calibrate fits the temperature to the val images, so it cannot report on them: use --split test",
@@ -747,9 +767,7 @@ class CamConfig(_Config):
     weights: Literal["auto", "ema", "raw"] = "auto"
     """Weights to use; auto is the moving average (EMA) if the run has one."""
 
-    method: Literal[
-        "grad-cam", "grad-cam++", "layer-cam", "cam", "integrated-gradients", "occlusion", "guided-grad-cam"
-    ] = "grad-cam"
+    method: CamMethod = "grad-cam"
     """Attribution method; cam is exact for a linear classifier on a pooled map, guided-grad-cam needs ReLU."""
     layer: str | None = None
     """Module whose output the Grad-CAM methods use, e.g. stages.5; default: the input of the global pooling."""
@@ -786,7 +804,7 @@ class CamConfig(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
-        object.__setattr__(self, "resume", _YAML_BOOLEANS.get(self.resume, self.resume))
+        object.__setattr__(self, "resume", _resume(self.resume))
         for name in ("batch_size", "gallery_images", "curve_steps"):
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         _require(0 <= self.opacity <= 1, f"--opacity must be from 0 to 1, not {self.opacity}")
@@ -806,7 +824,11 @@ class DataConfig(_Config):
     export: str | None = None
     """Export test images as PNG files to this folder, as CLASS/NUMBER.png."""
     export_images: int = 100
-    """Number of test images to export (stratified, seeded)."""
+    """Number of test images to export (stratified, seeded); all if there are fewer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.export_images >= 1, f"--export_images must be at least 1, not {self.export_images}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where to print lines and where to show live displays: a terminal, a notebook, or a file."""
+"""Where to print lines and where to show live displays (a terminal, a notebook, or a file), and how to write times."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def live_console(lines: Console) -> Console | None:
     if _is_cell_output(lines.file):
         return Console(force_jupyter=True) if find_spec("ipywidgets") else None
     return lines if lines.is_terminal else None
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def progress_bar(lines: Console, *columns: ProgressColumn) -> Progress | None:

@@ -33,6 +33,6 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if any(capabilities.get(name) for name in BFLOAT16_PRODUCTS) else torch.float32
 
 
-def activation_bytes(precision: str) -> int:
-    """Bytes per element of an activation."""
-    return PRECISIONS.get(precision, torch.float32).itemsize
+def activation_type(precision: str) -> torch.dtype:
+    """The dtype in which activations are stored."""
+    return PRECISIONS.get(precision, torch.float32)

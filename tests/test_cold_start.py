@@ -145,17 +145,20 @@ def test_a_warm_cache_compiles_nothing(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("device", "kernels", "rank", "compiles"),
+    ("device", "kernels", "rank", "ranks", "compiles"),
     [
-        ("cuda", "triton", "0", True),
-        ("cuda", "triton", "1", False),
-        ("cuda", "torch", "0", False),
-        ("cpu", "cpp", "0", False),
+        ("cuda", "triton", "0", 2, True),
+        ("cuda", "triton", "1", 2, False),
+        ("cuda", "triton", "1", 1, True),  # a worker of a search
+        ("cuda", "torch", "0", 1, False),
+        ("cpu", "cpp", "0", 1, False),
     ],
 )
-def test_who_compiles(monkeypatch, device, kernels, rank, compiles):
+def test_who_compiles(monkeypatch, device, kernels, rank, ranks, compiles):
     """The first rank of each machine, where the run uses the Triton kernels."""
     asked = []
+    monkeypatch.setattr(cold_start.distributed, "world_size", lambda: ranks)
+    monkeypatch.setattr(cold_start.distributed, "barrier", lambda: None)
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("TRITON_CACHE_DIR", "of the user")
     monkeypatch.setattr(cold_start, "kernels_in_use", lambda *_: kernels)

@@ -13,6 +13,7 @@ import torch
 
 import effnet_fast
 from effnet_fast import EvalConfig, ExportConfig, StudyConfig, TrainConfig
+from effnet_fast.config import CamConfig
 from examples import run_examples
 
 TINY = {
@@ -128,6 +129,20 @@ def test_paths_and_numpy_numbers_become_plain_values(monkeypatch):
     )
     assert (type(config.batch_size), type(config.learning_rate)) == (int, float)
     assert StudyConfig(target_flops=(1e8, 2e8)).targets == [1e8, 2e8]
+
+
+def test_paths_with_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("RUNS", "/runs")
+    assert TrainConfig(save_dir="~/lr=0.1", data_dir="$RUNS/a=~").save_dir == "/home/ada/lr=0.1"
+    assert TrainConfig(data_dir="$RUNS/a=~").data_dir == "/runs/a=~"
+    config = CamConfig(images_path="i", output_path="o", run=["b0=~/lr=0.1/last.pt", "b1=$RUNS/last.pt"])
+    assert config.run == ["b0=/home/ada/lr=0.1/last.pt", "b1=/runs/last.pt"]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, "auto"), ("on", "auto"), (False, "no"), ("a.pt", "a.pt")])
+def test_values_of_resume(value, expected):
+    assert TrainConfig(resume=value).resume == expected
 
 
 def test_packages_named_as_verbs_stay_packages():

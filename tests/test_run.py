@@ -223,6 +223,39 @@ def test_resuming_another_run_removes_the_earlier_one(tmp_path):
     assert {path.name for path in (tmp_path / "second").glob("*.pt")} == {"last.pt"}
 
 
+def test_repeating_a_resume_of_another_run_continues(tmp_path, capsys, monkeypatch):
+    """The command, or the run's config.yaml, does not start it over."""
+    call = Step.__call__
+
+    def interrupted(self, images, labels, step, *rest):
+        if step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, images, labels, step, *rest)
+
+    line = f"{TINY} --save_dir {tmp_path}"
+    run(f"{line} --run_name first --num_epochs 1")
+    line += f" --run_name second --num_epochs 3 --resume {tmp_path / 'first' / 'last.pt'}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", interrupted)
+        run(line, expected=128 + signal.SIGTERM)
+    before = rows(tmp_path / "second", "train")
+    for again in (line, f"train --config {tmp_path}/second/config.yaml"):
+        capsys.readouterr()
+        run(again)
+        assert f"resuming {tmp_path}/second/last.pt: this run has followed --resume" in capsys.readouterr().out
+        assert rows(tmp_path / "second", "train")[: len(before)] == before
+    assert rows(tmp_path / "second", "eval")[-1]["epoch"] == 3
+
+
+def test_resuming_an_older_checkpoint_of_the_run(tmp_path):
+    line = f"{TINY} --save_dir {tmp_path} --run_name r"
+    run(f"{line} --keep_last 2")
+    older = (tmp_path / "r" / "last-1.pt").read_bytes()
+    run(f"{line} --resume {tmp_path}/r/last-1.pt")
+    assert (tmp_path / "r" / "last.pt.unused").exists()
+    assert older in [path.read_bytes() for path in (tmp_path / "r").glob("last*.pt*")]
+
+
 def weights(folder):
     state = checkpoint.load(folder / "last.pt")
     return {f"{group}.{name}": t for group in ("model", "ema") for name, t in state[group].items()}

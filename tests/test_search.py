@@ -16,6 +16,7 @@ import time
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import effnet_fast
 from command_line import at_step, mistake, run
@@ -222,6 +223,26 @@ def test_stage_without_a_plan(tmp_path, capsys, stage):
 )
 def test_mistake_is_one_line(tmp_path, capsys, flags, message):
     assert message in mistake(capsys, f"search {TINY} --save_dir {tmp_path} {flags}")
+
+
+def test_a_folder_with_a_validation_split_of_its_own(tmp_path, capsys):
+    for split, count in (("train", 32), ("val", 16), ("test", 16)):
+        for i in range(count):
+            path = tmp_path / "photos" / split / f"class{i % 2}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (i, 0, 0)).save(path)
+    line = TINY.replace("--dataset synthetic", f"--dataset folder --data_dir {tmp_path}/photos --image_size 16")
+    line = line.replace("--limit_train 64 --limit_eval 40 ", "") + f" --save_dir {tmp_path} --dry_run"
+    assert "own validation split: use --val_fraction 0" in mistake(capsys, f"search {line}")
+    run(f"search {line} --val_fraction 0")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{"])
+def test_a_damaged_choice_is_ignored(finished, tmp_path, content):
+    shutil.copytree(finished, tmp_path / finished.name)
+    (tmp_path / finished.name / "chosen.json").write_text(content)
+    flags = "--phi 1..2 --max_flops 5e7 --num_epochs 7"
+    run(f"search collect {TINY} --save_dir {tmp_path} --run_name {finished.name} {flags}")
 
 
 def test_unknown_stage(capsys):

@@ -78,6 +78,11 @@ def test_no_gpu_is_one_line(capsys, monkeypatch):
     ]
 
 
+def test_an_output_that_cannot_be_written_is_refused_first(capsys, tmp_path):
+    run(f"tune --output {tmp_path}/missing/times.json", expected=2)
+    assert f"{tmp_path}/missing" in capsys.readouterr().err
+
+
 def test_a_choice_of_kernels_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(launches, "_ENVIRONMENT", "torch")
     run("tune", expected=2)
@@ -175,11 +180,22 @@ def test_which_trainings_use_them(timings):
         assert launches.keys() == {question.key for question in ASKED[:-1]}
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_train_uses_them_and_says_so(monkeypatch, tmp_path, fits):
+@pytest.mark.parametrize(
+    ("fits", "scale", "advice"),
+    [
+        (True, (0.25, 0.3), "PyTorch's operators for 1 of "),
+        (False, (0.25, 0.3), "does not time models of another --width or --depth"),
+        (
+            False,
+            (None, None),
+            "--image_size 32 --output_stride 32 --batch_size 8 --mixed_precision no times this run's",
+        ),
+    ],
+)
+def test_train_uses_them_and_says_so(monkeypatch, tmp_path, fits, scale, advice):
     config = TrainConfig(
-        dataset="synthetic", output_stride=32, width=0.25, depth=0.3, limit_train=16, limit_eval=8, batch_size=8,
-        num_workers=1, loader="resident", save_dir=str(tmp_path), device="cpu",
+        dataset="synthetic", output_stride=32, width=scale[0], depth=scale[1], limit_train=16, limit_eval=8,
+        batch_size=8, num_workers=1, loader="resident", save_dir=str(tmp_path), device="cpu",
     )  # fmt: skip
     sizes = (8 * 16 * 16, 8) if fits else (3, 8)  # the stem's map
     head = (8, 320, 1, 1) if fits else (3, 320, 1, 1)
@@ -193,8 +209,8 @@ def test_train_uses_them_and_says_so(monkeypatch, tmp_path, fits):
     try:
         assert launches._in_use == chosen
         (line,) = [line for line in opening_lines(made, parts) if "tune" in line]
-        assert ("1 of " in line) == ("PyTorch's operators for 1 of " in line) == fits
-        assert fits or "--model efficientnet-b0 --image_size 32 --batch_size 8 " in line
+        assert ("1 of " in line) == fits
+        assert advice in line
     finally:
         parts.close()
         use_launches({})

@@ -44,14 +44,10 @@ def load_dataset(
         dataset = hold_out(dataset, val_fraction, seed)
     return dataclasses.replace(
         dataset,
-        train=_limited(dataset.train, limit_train, seed),
-        test=_limited(dataset.test, limit_eval, seed),
-        val=None if dataset.val is None else _limited(dataset.val, limit_eval, seed),
+        train=limit(dataset.train, limit_train, seed, "--limit_train"),
+        test=limit(dataset.test, limit_eval, seed, "--limit_eval"),
+        val=None if dataset.val is None else limit(dataset.val, limit_eval, seed, "--limit_eval"),
     )
-
-
-def _limited(split: Split, count: int | None, seed: int) -> Split:
-    return split if count is None else limit(split, count, seed)
 
 
 def _load(name: DatasetName, data_dir: Path, on_bad_image: Literal["skip", "fail"], download: bool) -> Dataset:

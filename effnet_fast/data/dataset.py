@@ -148,14 +148,19 @@ def stratified(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.i
     return np.sort(by_class[rank < np.repeat(quota, sizes)])
 
 
-def limit(split: Split, count: int, seed: int) -> Split:
-    """Keep a stratified part of a split, in the split's order.
+def limit(split: Split, count: int | None, seed: int, flag: str) -> Split:
+    """Keep a stratified part of a split, in the split's order; all of it if `count` is None.
+
+    Args:
+        flag: the flag that gave the count, for the message.
 
     Raises:
         ValueError: count is below 1 or above the size of the split.
     """
+    if count is None:
+        return split
     if not 1 <= count <= len(split):
-        raise ValueError(f"a limit of {count} does not fit a split of {len(split)} images: use 1 to {len(split)}")
+        raise ValueError(f"{flag} {count} does not fit a split of {len(split)} images: use 1 to {len(split)}")
     return split.take(stratified(split.labels, count, seed))
 
 

@@ -6,6 +6,7 @@ Class folders may contain further folders. README.md lists which image files are
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -141,8 +142,15 @@ def _report_left_out(data_dir: Path, folders: Iterable[Path], listings: Iterable
 
 
 def _warn(what: str, data_dir: Path, paths: list[Path]) -> None:
+    if not _is_first_rank():
+        return
     names = ", ".join(printable(path.relative_to(data_dir)) for path in paths[:_NAMED])
     print(f"warning: {what}: {names}{', ...' if len(paths) > _NAMED else ''}", file=sys.stderr)
+
+
+def _is_first_rank() -> bool:
+    """Whether to warn: all ranks read the same folder. `distributed` knows too, but needs torch."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _report_unreadable(examined: dict[Path, Examined], on_bad_image: str) -> None:
@@ -153,7 +161,8 @@ def _report_unreadable(examined: dict[Path, Examined], on_bad_image: str) -> Non
             f"{printable(path)} is unreadable ({error}), one of {len(errors)} bad among {len(examined)} images: remove "
             f"them, or leave them out with --on_bad_image skip"
         )
+    if not errors or not _is_first_rank():
+        return
     for path, error in errors.items():
         print(f"warning: skipped {printable(path)}: {error}", file=sys.stderr)
-    if errors:
-        print(f"warning: skipped {len(errors)} unreadable of {len(examined)} images", file=sys.stderr)
+    print(f"warning: skipped {len(errors)} unreadable of {len(examined)} images", file=sys.stderr)

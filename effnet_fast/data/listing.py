@@ -48,8 +48,8 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".")
 
 
-def printable(path: Path) -> str:
-    """A file's name in which bytes that are not UTF-8 are escaped, so that any stream can print it."""
+def printable(path: Path | str) -> str:
+    """A file's name in which bytes that are not UTF-8 are escaped, so that any stream or page can contain it."""
     return str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 

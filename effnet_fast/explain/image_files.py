@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from effnet_fast.data.listing import list_images
+from effnet_fast.data.listing import list_images, printable
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,12 @@ def list_image_files(path: Path, labels: dict[str, str] | None, excluded: set[Pa
         resolved = file.resolve()
         if resolved_excluded & {resolved, *resolved.parents}:
             continue
-        name = _printable(file.relative_to(root).as_posix())
-        label = labels.get(name) if labels is not None else _printable(file.absolute().parent.name)
+        name = printable(file.relative_to(root).as_posix())
+        label = labels.get(name) if labels is not None else printable(file.absolute().parent.name)
         files.append(ImageFile(file, name, label))
     if not files:
         raise FileNotFoundError(f"{path} contains no files")
     return files
-
-
-def _printable(name: str) -> str:
-    """Replace bytes that are not UTF-8 by escapes, so that tables and pages can contain the name."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def read_labels(path: Path) -> dict[str, str]:

@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effnet_fast.config import CamMethod
 from effnet_fast.data.resize import central_square
 from effnet_fast.explain.layers import find_layer, uncompiled
 
-Method = Literal["grad-cam", "grad-cam++", "layer-cam", "cam", "integrated-gradients", "occlusion", "guided-grad-cam"]
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS: tuple[CamMethod, ...] = get_args(CamMethod)
 LAYER_METHODS = ("grad-cam", "grad-cam++", "layer-cam", "guided-grad-cam")  # methods that take a layer
 
 _INTEGRATION_STEPS = 50
@@ -44,7 +44,7 @@ def cam(
     images: Tensor,
     target: Literal["predicted"] | int | Sequence[int] | Tensor = "predicted",
     *,
-    method: Method = "grad-cam",
+    method: CamMethod = "grad-cam",
     layer: str | None = None,
 ) -> Tensor:
     """Compute class activation maps.
@@ -92,7 +92,7 @@ def resolve_targets(
 
 
 def evidence(
-    model: nn.Module, images: Tensor, targets: Tensor, *, method: Method = "grad-cam", layer: str | None = None
+    model: nn.Module, images: Tensor, targets: Tensor, *, method: CamMethod = "grad-cam", layer: str | None = None
 ) -> Tensor:
     """Compute positive evidence for the classes `targets`, int64 [N]. Unlike `cam`, do not resize or normalise it.
 

@@ -72,7 +72,8 @@ def _explain_by(
         raw = evidence(model.trained.model, inputs, targets, method=config.method, layer=config.layer)
     except ValueError as error:
         raise ValueError(f"{model.name}: {error}") from error
-    values = _scores(model, inputs, raw, targets, config) | _captum_scores(model, inputs, raw, targets, files, config)
+    values = _scores(model, inputs, raw, targets, files, config.curve_steps)
+    values |= _captum_scores(model, inputs, raw, targets, files, config)
     classes = model.trained.classes
     rows = [
         {
@@ -95,18 +96,25 @@ def _targets(model: ExplainedModel, predicted: Tensor, files: Sequence[ImageFile
 
 
 def _scores(
-    model: ExplainedModel, inputs: Tensor, raw: Tensor, targets: Tensor, config: CamConfig
+    model: ExplainedModel, inputs: Tensor, raw: Tensor, targets: Tensor, files: Sequence[ImageFile], steps: int
 ) -> dict[str, list[float]]:
-    """Compute focus and faithfulness: score name -> one value per map."""
+    """Compute focus and faithfulness, and the faithfulness of a random map: score name -> one value per map."""
     common = resize_maps(normalise(raw), COMMON_SIZE, COMMON_SIZE)
-    full = resize_maps(normalise(raw), *inputs.shape[-2:])
-    deletion, insertion = scores.deletion_insertion(model.trained.model, inputs, full, targets, config.curve_steps)
-    return {
-        "energy_top10": scores.energy_in_top(common).tolist(),
-        "entropy": scores.entropy(common).tolist(),
-        "deletion": deletion.tolist(),
-        "insertion": insertion.tolist(),
-    }
+    values = {"energy_top10": scores.energy_in_top(common), "entropy": scores.entropy(common)}
+    noise = scores.random_maps(raw, [_seed(file) for file in files])
+    for suffix, maps in (("", normalise(raw)), ("_random", noise)):
+        full = resize_maps(maps, *inputs.shape[-2:])
+        values |= zip(
+            (f"deletion{suffix}", f"insertion{suffix}"),
+            scores.deletion_insertion(model.trained.model, inputs, full, targets, steps),
+            strict=True,
+        )
+    return {name: value.tolist() for name, value in values.items()}
+
+
+def _seed(file: ImageFile) -> int:
+    """A seed that comes from the name, so that an image's scores do not depend on its batch."""
+    return zlib.crc32(file.name.encode())
 
 
 def _captum_scores(
@@ -121,8 +129,7 @@ def _captum_scores(
     values: dict[str, list[float]] = {}
     module = model.trained.model
     full = resize_maps(raw, *inputs.shape[-2:])
-    # The seed comes from the name, so that an image's score does not depend on its batch.
-    samples = [(inputs[i : i + 1], targets[i : i + 1], zlib.crc32(file.name.encode())) for i, file in enumerate(files)]
+    samples = [(inputs[i : i + 1], targets[i : i + 1], _seed(file)) for i, file in enumerate(files)]
     known = (raw.amax((1, 2)) > 0).tolist()  # a map without positive evidence has no scores
     if config.infidelity:
         values["infidelity"] = [

@@ -6,7 +6,7 @@ The scores of a map without positive evidence are NaN.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,17 @@ def deletion_insertion(
     deletion, insertion = (torch.trapezoid(torch.stack(curve, 1), dx=1 / steps) for curve in curves)
     lacks_evidence = maps.amax((1, 2)) <= 0
     return deletion.masked_fill(lacks_evidence, torch.nan), insertion.masked_fill(lacks_evidence, torch.nan)
+
+
+def random_maps(maps: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Maps without meaning, the control of the faithfulness scores: uniform noise of the same shape, [N, h, w].
+
+    Args:
+        maps: the maps that they stand beside; where one has no positive evidence, its control has none either.
+        seeds: seed of the noise of each map.
+    """
+    noise = [torch.rand(maps.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(noise).to(maps) * (maps.amax((1, 2), keepdim=True) > 0)
 
 
 def blur(images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-SCORES = ("confidence", "energy_top10", "entropy", "deletion", "insertion")
+SCORES = ("confidence", "energy_top10", "entropy", "deletion", "deletion_random", "insertion", "insertion_random")
 OPTIONAL_SCORES = ("infidelity", "sensitivity")  # computed with --infidelity and --sensitivity
 
 Record = dict[str, Any]

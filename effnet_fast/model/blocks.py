@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from effnet_fast import distributed
+from effnet_fast.model.scaling import SE_RATIO
 from effnet_kernels import ahead as ahead
 from effnet_kernels import batch_norm as bn_ops
 from effnet_kernels import block as block_ops
@@ -294,7 +295,6 @@ class MBConv(nn.Module):
         kernel, stride: of the depthwise convolution.
         expand: ratio of the depthwise convolution's channels to the input's.
         style: padding and BatchNorm's constants.
-        se_ratio: ratio of the gate's bottleneck channels to the input's.
         drop_path: probability that a sample skips the block in training.
 
     If the attribute `recompute` is set, only the block's input is saved, and the backward pass recomputes activations
@@ -312,7 +312,6 @@ class MBConv(nn.Module):
         expand: int,
         *,
         style: Style,
-        se_ratio: float = 0.25,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -323,7 +322,7 @@ class MBConv(nn.Module):
         self.residual = stride == 1 and inputs == outputs
         self.expand = ConvNormAct(inputs, hidden, 1, style=style) if expand != 1 else nn.Identity()
         self.depthwise = ConvNormAct(hidden, hidden, kernel, stride, groups=hidden, style=style)
-        self.se = SqueezeExcite(hidden, max(1, int(inputs * se_ratio)))
+        self.se = SqueezeExcite(hidden, max(1, int(inputs * SE_RATIO)))
         self.project = ConvNormAct(hidden, outputs, 1, act=False, style=style)
 
     @property

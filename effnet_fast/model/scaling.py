@@ -28,6 +28,7 @@ class Stage:
     repeats: int
 
 
+SE_RATIO = 0.25  # squeeze-and-excitation channels / the block's input channels
 BASELINE = (
     Stage(kernel=3, stride=1, expand=1, channels=16, repeats=1),
     Stage(kernel=3, stride=2, expand=6, channels=24, repeats=2),
@@ -72,11 +73,6 @@ class Layout:
     stem_stride: int
     stages: tuple[Stage, ...]
     head_channels: int
-
-
-def compound(phi: float, alpha: float, beta: float, gamma: float, dropout: float = 0.2) -> Variant:
-    """Equation 3 of the paper: depth alpha^phi, width beta^phi, resolution gamma^phi."""
-    return Variant(width=beta**phi, depth=alpha**phi, resolution=gamma**phi, dropout=dropout)
 
 
 def round_channels(channels: int, width: float, divisor: int = 8) -> int:

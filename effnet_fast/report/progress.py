@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from effnet_fast.consoles import line_console, live_console
+from effnet_fast.consoles import duration, line_console, live_console
 
 MAX_ROWS = 24  # rows of the live table
 
@@ -119,10 +119,3 @@ def _seconds_left(states: Sequence[TrialState], epochs: int, workers: int) -> fl
         return None
     remaining = sum(epochs - s.epochs for s in states if s.state in ("WAITING", "RUNNING"))
     return statistics.fmean(paces) * remaining / workers
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

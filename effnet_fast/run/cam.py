@@ -19,7 +19,7 @@ from effnet_fast.explain.image_files import ImageFile, list_image_files, read_la
 from effnet_fast.explain.models import ExplainedModel, file_digest, load_models
 from effnet_fast.explain.output import OutputFolder
 from effnet_fast.explain.overlay import check_colormap
-from effnet_fast.explain.tables import format_summary
+from effnet_fast.explain.tables import SCORES, format_summary
 from effnet_fast.precision import resolve_precision
 from effnet_fast.report.table import as_text
 from effnet_fast.run.quick_study import find_or_train
@@ -79,6 +79,7 @@ def _settings(config: CamConfig, models: list[ExplainedModel]) -> dict[str, Any]
         **identity(config),
         "models": {model.name: model.digest for model in models},
         "labels": config.labels and file_digest(Path(config.labels)),
+        "scores": list(SCORES),
     }
 
 

@@ -42,7 +42,8 @@ def compile_kernels(
         if distributed.is_main():
             print(f"torch {torch.__version__} has no FakeTensorMode: each GPU kernel compiles at its first launch")
         return
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    # The workers of a search, which train different models, are worlds of one.
+    if distributed.world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         compile_found(lambda: step_launches(model, precision, device, images, sizes), device, say=distributed.is_main())
     distributed.barrier()
 

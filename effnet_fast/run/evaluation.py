@@ -161,10 +161,9 @@ def _split(config: EvalConfig, checkpoint: Checkpoint, dataset: Dataset) -> Spli
         raise ValueError(
             f"the run held out no validation images (--val_fraction 0); use --split test, not {config.split}"
         )
-    limit_train = settings.limit_train if config.split == "train" else None
-    for count in (limit_train, config.limit_eval):
-        split = split if count is None else limit(split, count, settings.seed)
-    return split
+    if config.split == "train":
+        split = limit(split, settings.limit_train, settings.seed, "--limit_train")
+    return limit(split, config.limit_eval, settings.seed, "--limit_eval")
 
 
 def _load_dataset(config: EvalConfig, checkpoint: Checkpoint) -> Dataset:

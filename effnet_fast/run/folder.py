@@ -76,7 +76,7 @@ def prepare(folder: Path, config: TrainConfig, resumed: Path | None) -> None:
         if resumed is None or resumed.resolve().parent != folder.resolve():
             _remove_earlier_run(folder)
         else:
-            _rename_damaged(folder, resumed)
+            _set_aside(folder, resumed)
         # A run with --config FOLDER/config.yaml must not start this one over.
         settings = dataclasses.asdict(config) | ({"resume": "auto"} if config.resume == "no" else {})
         checkpoint.write_atomically(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
@@ -90,8 +90,8 @@ def _remove_earlier_run(folder: Path) -> None:
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
-def _rename_damaged(folder: Path, resumed: Path) -> None:
-    """Rename checkpoints newer than the resumed one to *.damaged; they could not be read."""
+def _set_aside(folder: Path, resumed: Path) -> None:
+    """Rename checkpoints newer than the resumed one to *.unused: they are damaged, or `--resume` names an older one."""
     newest_first = checkpoint.generations(folder / checkpoint.LAST)
     for path in newest_first[: newest_first.index(resumed)] if resumed in newest_first else []:
-        os.replace(path, path.with_name(f"{path.name}.damaged"))
+        os.replace(path, path.with_name(f"{path.name}.unused"))

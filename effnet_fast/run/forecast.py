@@ -9,7 +9,7 @@ import torch
 
 from effnet_fast.model.blocks import tuning
 from effnet_fast.model.launch_layers import launch_keys
-from effnet_fast.precision import activation_bytes
+from effnet_fast.precision import activation_type
 from effnet_fast.run.build import Parts, build_model
 from effnet_fast.run.plan import Plan
 
@@ -67,9 +67,12 @@ def tuned(plan: Plan, parts: Parts) -> str:
             f"{len(used - ops)} of {len(keys - ops)} kernel launches, and PyTorch's operators for {len(used & ops)} of "
             f"{len(ops)} ops, as effnet-fast tune timed them on this GPU"
         )
+    if plan.config.width is not None or plan.config.depth is not None:
+        return "no tuned launch fits, and effnet-fast tune does not time models of another --width or --depth"
     return (
         f"no tuned launch fits: effnet-fast tune --model {plan.config.model} --image_size {plan.image_size} "
-        f"--batch_size {plan.images_per_pass}{' --kernels triton-block' if products else ''} times this run's"
+        f"--output_stride {parts.model.architecture.output_stride} --batch_size {plan.images_per_pass} "
+        f"--mixed_precision {plan.precision}{' --kernels triton-block' if products else ''} times this run's"
     )
 
 
@@ -118,8 +121,9 @@ def opening_lines(plan: Plan, parts: Parts) -> list[str]:
 def memory_advice(plan: Plan) -> str:
     """Advice, in one line, for when a device's memory is full."""
     config, device = plan.config, plan.world.device
-    remedies = [_batch_advice(plan), f"more --grad_accumulation than {plan.accumulation}"]
-    if plan.resumed is not None:  # a resumed run keeps its batch, and accumulation depends on the number of ranks
+    if plan.resumed is None:
+        remedies = [_batch_advice(plan), f"more --grad_accumulation than {plan.accumulation}"]
+    else:  # a resumed run keeps its batch, and accumulation depends on the number of ranks
         remedies = ["more ranks"]
     if not config.activation_checkpointing:
         remedies.append("--activation_checkpointing")
@@ -149,4 +153,4 @@ def _batch_advice(plan: Plan) -> str:
 
 def _image_bytes(plan: Plan, cost: Complexity) -> int:
     """Estimated device memory per image of one pass."""
-    return cost.training_bytes_per_image(activation_bytes(plan.precision))
+    return cost.training_bytes_per_image(activation_type(plan.precision).itemsize)

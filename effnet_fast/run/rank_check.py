@@ -18,7 +18,7 @@ from effnet_fast.model.blocks import Kernels, kernels_in_use
 # Settings that do not affect the result, but determine which collective operations a rank calls.
 _COLLECTIVE_SETTINGS = (
     "run_name", "resume", "save_every_steps", "save_every_minutes", "log_every_steps", "time_budget", "hang_timeout",
-    "dry_run", "step", "compile", "kernels", "loader", "activation_checkpointing",
+    "dry_run", "step", "compile", "kernels", "loader", "activation_checkpointing", "seeds",
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def compare_ranks(values: dict[str, Any]) -> None:
 
 def about_start(config: TrainConfig) -> dict[str, Any]:
     """Values known before data is read: settings and code."""
-    settings = identity(config) | {name: getattr(config, name) for name in _COLLECTIVE_SETTINGS}
+    settings = identity(config) | {name: getattr(config, name, None) for name in _COLLECTIVE_SETTINGS}
     return {f"--{name}": value for name, value in settings.items()} | {
         "the code of effnet_fast": provenance.source_digest(),
         **{f"{package}'s version": version for package, version in provenance.versions().items()},

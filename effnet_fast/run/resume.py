@@ -37,6 +37,11 @@ class Resumed:
         """Whether the same torchrun or Slurm job wrote the checkpoint before a restart."""
         return distributed.may_be_restart() and self.checkpoint.launch == distributed.launch()
 
+    def followed(self, path: str) -> bool:
+        """Whether the run has begun from the checkpoint at `path`, by `--resume`."""
+        before = str(config_of(self.checkpoint).resume)
+        return before not in ("auto", "no") and Path(before).absolute() == Path(path).absolute()
+
     def extends(self, config: TrainConfig) -> bool:
         """Whether the run changes the number of epochs, and so starts a new schedule over the remaining ones.
 
@@ -76,7 +81,7 @@ def find_checkpoint(setting: str, folder: Path) -> Resumed | None:
     """The checkpoint to resume, or None to start over.
 
     If last.pt is damaged, print a warning and use the one before it. A run that torchrun or Slurm has restarted
-    resumes its own last.pt whatever `--resume` says, and prints so.
+    resumes its own last.pt whatever `--resume` says, and so does a run that has begun from the same PATH; both say so.
 
     Args:
         setting: `--resume`: auto, no, or a path.
@@ -87,21 +92,28 @@ def find_checkpoint(setting: str, folder: Path) -> Resumed | None:
     """
     if setting == "auto":
         return _newest(folder)
-    if own := _own(folder):
+    if own := _own(folder, setting):
         if distributed.is_main():
-            print(f"resuming {own.path}: this job has written it, and follows --resume {setting} only once", flush=True)
+            reason = (
+                f"this job has written it, and follows --resume {setting} only once"
+                if own.restarts
+                else f"this run has followed --resume {setting} already; another --run_name starts from there anew"
+            )
+            print(f"resuming {own.path}: {reason}", flush=True)
         return own
     if setting == "no":
         return None
     return Resumed(Path(setting), Checkpoint.read(Path(setting), resumable=True), from_path=True)
 
 
-def _own(folder: Path) -> Resumed | None:
-    """The newest checkpoint, if this process restarts its run; else None."""
-    if distributed.may_be_restart():
-        with contextlib.suppress(ValueError):
-            newest = _newest(folder)
-            return newest if newest is not None and newest.restarts else None
+def _own(folder: Path, setting: str) -> Resumed | None:
+    """The run's newest checkpoint, if a restarted job or the run itself has followed `--resume SETTING`; else None."""
+    if setting == "no" and not distributed.may_be_restart():
+        return None
+    with contextlib.suppress(ValueError):
+        newest = _newest(folder)
+        if newest is not None and (newest.restarts or newest.followed(setting)):
+            return newest
     return None
 
 
@@ -114,7 +126,7 @@ def _newest(folder: Path) -> Resumed | None:
         except ValueError as error:
             damage.append(error)
             continue
-        for reason in damage:
+        for reason in damage if distributed.is_main() else []:
             print(f"warning: {reason}; resuming from {path}", file=sys.stderr)
         return Resumed(path, Checkpoint.from_dict(state, path, resumable=True), from_path=False)
     if damage:

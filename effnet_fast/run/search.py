@@ -61,6 +61,8 @@ def search(config: SearchConfig) -> SearchResult:
     """
     world = distributed.alone(config.device)  # also under torchrun, because workers share trials, not batches
     dataset = load_dataset(config)
+    if dataset.val is None:
+        raise ValueError("--val_fraction 0: the search needs held-out images to choose by; try 0.1")
     setup = SearchSetup(
         config,
         Path(config.save_dir) / config.name,
@@ -149,7 +151,7 @@ def _collect(setup: SearchSetup, plan: SearchPlan, rows: list[Row], trials: list
 
 def _earlier_choice(folder: Path, rows: list[Row]) -> tuple[str | None, str]:
     """Name and confidence of the choice in chosen.json, if these candidates lead to the same; else None."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError, KeyError, TypeError, ValueError):
         chosen = json.loads((folder / CHOSEN).read_text())
         if (choice := choose(rows)).confidence == chosen["confidence"] and choice.name == chosen["name"]:
             return choice.name, choice.confidence

@@ -71,6 +71,7 @@ def show_data(config: DataConfig) -> int:
     sample_sheet(dataset, output)
     print(f"written: {output}")
     if config.export:
-        save_images(limit(dataset.test, config.export_images, seed=0), dataset.classes, Path(config.export))
-        print(f"written: {config.export_images} test images in {config.export}")
+        count = min(config.export_images, len(dataset.test))
+        save_images(limit(dataset.test, count, 0, "--export_images"), dataset.classes, Path(config.export))
+        print(f"written: {count} test images in {config.export}")
     return 0

@@ -169,7 +169,7 @@ class _Training:
         )
         for line in opening_lines(plan, self.parts):
             self.recorder.say(line)
-        if newer := provenance.newer_than_tested():
+        if plan.world.is_main and (newer := provenance.newer_than_tested()):
             self.recorder.warn(f"warning: {newer}")
         hooks = Hooks(
             config.log_every_steps,

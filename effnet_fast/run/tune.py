@@ -28,10 +28,11 @@ from effnet_fast.internals import internal
 from effnet_fast.model import create_model
 from effnet_fast.model.blocks import chosen, launches_used, tuning, use_launches
 from effnet_fast.model.launch_layers import launch_layers
-from effnet_fast.precision import resolve_precision
+from effnet_fast.precision import activation_type, resolve_precision
 from effnet_fast.run.gpu_clock import replayed_ms, rotations
+from effnet_fast.run.output import check_writable
 from effnet_fast.run.resolve import compile_options, resolve_image_size, set_backends
-from effnet_fast.run.tuned import Key, Timing, Timings, storage_type, winners
+from effnet_fast.run.tuned import Key, Timing, Timings, winners
 
 NATIVE_SIZE = 32  # pixels of CIFAR's images
 
@@ -83,12 +84,14 @@ def tune(config: TuneConfig) -> int:
     """
     if (kernels := chosen("auto")) != "auto":
         raise ValueError(f"tune compares all kernels, but EFFNET_KERNELS={kernels} chooses some: unset it")
+    if config.output is not None:
+        check_writable(Path(config.output).parent, "--output")
     device = gpu()
     precision = resolve_precision(str(config.mixed_precision), device)
     asked, timings = questions(config), Timings(device, precision)
     open_questions = unanswered(asked, timings.read())
     try:
-        with _terminable(), make_clock(config, open_questions, storage_type(precision), device) as clock:
+        with _terminable(), make_clock(config, open_questions, activation_type(precision), device) as clock:
             try:
                 search(open_questions, timings, clock, time.monotonic, config.seconds)
             finally:  # also after a failure, and before compilations that still run have ended

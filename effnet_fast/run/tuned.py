@@ -13,7 +13,6 @@ import torch
 
 from effnet_fast import distributed
 from effnet_fast.model.blocks import Kernels, tuning
-from effnet_fast.precision import PRECISIONS
 from effnet_fast.run.verdicts import cache_folder, device_key
 
 Key = tuple[str, tuple[int, ...]]
@@ -101,8 +100,3 @@ def tuned_launches(
     if kernels != "auto" or not compiled:
         launches = {key: launch for key, launch in launches.items() if key[0] not in tuning.OPS}
     return distributed.gather_objects(launches)[0]
-
-
-def storage_type(precision: str) -> torch.dtype:
-    """Type of the maps under `--mixed_precision`."""
-    return PRECISIONS.get(precision, torch.float32)

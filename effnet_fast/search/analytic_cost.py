@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from effnet_fast.model.scaling import Layout
-
-SE_RATIO = 0.25  # squeeze-and-excitation channels over the block's input channels
+from effnet_fast.model.scaling import SE_RATIO, Layout
 
 
 class Counts(NamedTuple):

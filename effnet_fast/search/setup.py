@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from effnet_fast.checkpoint import writing_to
 from effnet_fast.config import SearchConfig, TrainConfig, span
+from effnet_fast.precision import activation_type
 from effnet_fast.search import measure
 from effnet_fast.search.family import Family, Scale
 from effnet_fast.search.grid import Grid
@@ -79,7 +80,7 @@ class SearchSetup:
         timed_batch = batch if self.device.type == "cuda" else min(batch, CPU_BATCH)
         model = self.family.build(Scale())
         milliseconds = measure.step_ms(model, self.family.base_size, timed_batch, self.device, self.precision)
-        return Workload(batch, 4 if self.precision == "no" else 2, milliseconds * batch / timed_batch)
+        return Workload(batch, activation_type(self.precision).itemsize, milliseconds * batch / timed_batch)
 
     def tasks(self, plan: SearchPlan) -> list[Task]:
         """Return a task per candidate and seed, ordered by seed, then by candidate."""

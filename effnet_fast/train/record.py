@@ -16,7 +16,7 @@ import torch
 from rich.progress import BarColumn, TextColumn
 
 from effnet_fast.checkpoint import write_atomically
-from effnet_fast.consoles import line_console, progress_bar
+from effnet_fast.consoles import duration, line_console, progress_bar
 from effnet_fast.train.meters import Reading
 from effnet_fast.train.trackers import Trackers
 
@@ -249,7 +249,7 @@ class Recorder:
         # Wall clock, so that evaluations count too.
         work = self._work(self._start_step, row["step"])
         pace = (time.perf_counter() - self._start_time) / work if work else None
-        left = "unknown" if pace is None else _duration(self._work(row["step"], self.total_steps) * pace)
+        left = "unknown" if pace is None else duration(self._work(row["step"], self.total_steps) * pace)
         figures = (
             f"loss {row['loss']:.3f}  top-1 {row['top1']:.1f} %  lr {row['learning_rate']:.4f}"
             f"  {row['img_per_s']:.0f} img/s  waiting {100 * row['wait_share']:.0f} %  ETA {left}"
@@ -272,9 +272,3 @@ def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):  # incomplete after a kill, or damaged
             continue
     return rows
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -20,7 +20,7 @@ class SaveDue:
     Args:
         world: rank, size and device.
         steps: interval in optimizer steps; 0 is off.
-        minutes: interval in minutes since the last checkpoint; 0 is off.
+        minutes: minutes since the last save that was due here; 0 is off.
     """
 
     def __init__(self, world: World, steps: int, minutes: float) -> None:

@@ -89,7 +89,7 @@ class Writer:
     def _write(self, jobs: dict[str, dict[str, Any]]) -> None:
         # best.pt first: last.pt contains the best score, so a kill in between must not lose best.pt.
         for name, state in sorted(jobs.items(), key=lambda job: job[0] != checkpoint.BEST):
-            keep = self._keep if name == checkpoint.LAST else 1
+            keep = self._keep if name == checkpoint.LAST else None
             checkpoint.write_atomically(self._folder / name, checkpoint.serialise(state), keep)
             with self._changed:
                 self._unwritten_best.pop(name, None)

@@ -1,4 +1,4 @@
-"""Shared by every op: Triton where it is installed, the choice between Triton and PyTorch, and the launch itself."""
+"""Shared by every op: Triton where it is installed, the choice of Triton, C++ or PyTorch, and the launch itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:  # the kernels are never called; only the references run
+except ImportError:  # the kernels are never called
 
     class triton:  # type: ignore[no-redef]
         """Stands in for the decorator."""

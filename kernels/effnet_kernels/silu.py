@@ -105,6 +105,6 @@ def _with_strides_of(dy: Tensor, x: Tensor) -> Tensor:
 
 def silu(x: Tensor, *, kernels: Kernels = "auto") -> Tensor:
     """Swish of `x`, any shape; returns its shape and dtype. A dense `x` keeps its layout and is not copied."""
-    if not use_kernels(kernels, x) or x.numel() == 0 or on_cpu(x):  # ATen's Swish serves the CPU: there is no C++ op
+    if not use_kernels(kernels, x) or on_cpu(x):  # ATen's Swish serves the CPU: there is no C++ op
         return silu_reference(x)
     return _silu(_dense(x))

@@ -471,6 +471,18 @@ def test_crowd(tmp_path, monkeypatch):
     assert row["together / 1 thread p20 p50 p80"] == "1.00 1.00 1.00"
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("effnet-fast train --config a.yaml --data_dir d --deterministic", "train --config a.yaml --deterministic"),
+        ("python -m effnet_fast train --save_dir=s --deterministic --seed 1", "train --deterministic --seed 1"),
+        ("x train --compile --run_name r", "train --compile"),
+    ],
+)
+def test_commands_without_the_machines_folders(words, command):
+    assert report._command(words.split()) == f"effnet-fast {command}"
+
+
 def test_time_to_accuracy(tmp_path, capsys, monkeypatch):
     out, recipe = tmp_path / "a.json", time_to_accuracy.recipe
     changes = {
@@ -716,10 +728,11 @@ def test_report_renders_a_study(tmp_path):
 
 def test_report_renders_the_scores_of_maps(tmp_path):
     scores = ("top1", "energy_top10", "entropy", "deletion", "insertion", "agreement")
-    row = {"model": "wider", "images": 12} | {f"{name}_mean": 50.0 / 10**i for i, name in enumerate(scores)}
+    row = {"model": "wider", "images": 12} | {f"{name}_mean": 50 / 2**i for i, name in enumerate(scores)}
     (tmp_path / "run" / "maps").mkdir(parents=True)
     (tmp_path / "run" / "maps" / "summary.csv").write_text(as_csv([row]))
-    assert report.maps(tmp_path).splitlines()[-1] == "| wider | 12 | 50 % | 5.000 | 0.500 | 0.050 | 0.005 | 0.001 |"
+    values = "25.000 | 12.500 | 6.250 | 3.125 | 1.562"
+    assert report.maps(tmp_path).splitlines()[-1] == f"| wider | 12 | 50 % | {values} |"
 
 
 def test_report_renders_a_suite(tmp_path):

@@ -66,13 +66,13 @@ def test_stratified_refuses_impossible_counts(count):
 
 @pytest.mark.parametrize("count", [0, 31])
 def test_limit_refuses_impossible_counts(count):
-    with pytest.raises(ValueError, match="use 1 to 30"):
-        limit(tiny(np.arange(30) % 3).train, count, 0)
+    with pytest.raises(ValueError, match=f"--limit_eval {count} does not fit a split of 30 images: use 1 to 30"):
+        limit(tiny(np.arange(30) % 3).train, count, 0, "--limit_eval")
 
 
 def test_limit_keeps_images_and_labels_together():
     files = tuple(ImageFile(Path(f"{i % 3}/{i}.png"), 1 + i % 8) for i in range(30))
-    split = limit(FileSplit(files, np.arange(30) % 3), 9, 0)
+    split = limit(FileSplit(files, np.arange(30) % 3), 9, 0, "--limit_eval")
     assert len(split) == 9
     assert [int(path.parent.name) for path in split.paths] == split.labels.tolist()
     assert all(file.orientation == 1 + int(file.path.stem) % 8 for file in split.files)
@@ -134,7 +134,7 @@ def test_load_dataset_holds_out_then_limits():
 
 
 def test_load_dataset_refuses_impossible_limits():
-    with pytest.raises(ValueError, match="a limit of 20000 does not fit a split of 10000 images"):
+    with pytest.raises(ValueError, match="--limit_train 20000 does not fit a split of 10000 images"):
         load_dataset("synthetic", "nowhere", limit_train=20000)
     with pytest.raises(ValueError, match="unknown data set 'mnist'"):
         load_dataset("mnist", "nowhere")

@@ -129,6 +129,10 @@ def test_unreadable_image(images, capsys, reason):
     assert warnings[0].startswith(f"warning: skipped {path}: ")
     assert reason in warnings[0]
     assert warnings[1:] == ["warning: skipped 1 unreadable of 11 images"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "1")
+        load_folder(images)
+    assert capsys.readouterr().err == ""  # the first rank warns
     with pytest.raises(ValueError, match="is unreadable") as caught:
         load_dataset("folder", images, on_bad_image="fail")
     assert str(path) in str(caught.value)

@@ -86,6 +86,16 @@ def test_first_and_last_inputs_of_the_curves():
     assert (deleted[1] == 0).all(1).sum() == 128
 
 
+def test_random_maps_depend_on_the_seed_alone():
+    maps = torch.stack([torch.ones(3, 5), torch.eye(5)[:3], torch.zeros(3, 5)])
+    found = scores.random_maps(maps, [7, 8, 9])
+    assert found.shape == (3, 3, 5)
+    assert 0 <= found.min() < found.max() < 1
+    assert torch.equal(found[1:2], scores.random_maps(maps[:1], [8]))
+    assert not torch.equal(found[0], found[1])
+    assert found[2].max() == 0
+
+
 def test_blur():
     flat = torch.full((1, 3, 32, 32), 0.7)
     assert torch.allclose(scores.blur(flat), flat, atol=1e-5)
@@ -156,9 +166,10 @@ def test_maps_of_trained_model_cover_the_object(trained):
     share = (maps * inside).sum((1, 2)) / maps.sum((1, 2))
     assert share.mean() > 1.2 * inside.mean()
     deletion, insertion = scores.deletion_insertion(trained, images, maps, classes)
-    reversed_scores = scores.deletion_insertion(trained, images, 1 - maps, classes)
-    assert deletion.mean() < reversed_scores[0].mean()
-    assert insertion.mean() > reversed_scores[1].mean()
+    for control in (1 - maps, scores.random_maps(maps, range(30))):
+        worse = scores.deletion_insertion(trained, images, control, classes)
+        assert deletion.mean() < worse[0].mean()
+        assert insertion.mean() > worse[1].mean()
 
 
 @pytest.mark.parametrize("method", ["grad-cam", "cam"])

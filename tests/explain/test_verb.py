@@ -23,6 +23,7 @@ from effnet_fast.explain import cam, explainer, output, overlay, records
 from effnet_fast.explain.image_files import list_image_files
 from effnet_fast.explain.maps import evidence, normalise
 from effnet_fast.explain.models import load_models
+from effnet_fast.explain.tables import SCORES
 from effnet_fast.run import quick_study
 from effnet_fast.run import study as study_verb
 from effnet_fast.run.training import Outcome
@@ -106,7 +107,7 @@ def test_summary_is_mean_and_std_of_rows(done):
     for line in table(done / "out" / "summary.csv"):
         own = [row for row in rows if row["model"] == line["model"]]
         assert int(line["images"]) == len(own) == 5
-        for score in ("confidence", "entropy", "energy_top10", "deletion", "insertion", "agreement"):
+        for score in (*SCORES, "agreement"):
             values = [float(row[score]) for row in own if row[score]]
             assert float(line[f"{score}_mean"]) == pytest.approx(np.mean(values), abs=1e-5)
             assert float(line[f"{score}_std"]) == pytest.approx(np.std(values, ddof=1), abs=1e-5)
@@ -188,7 +189,7 @@ def test_safetensors_export(study, tmp_path, flags):
     assert len(first) == 2
     for row, exported in zip(first, second, strict=True):
         assert row["prediction"] == exported["prediction"]
-        for score in ("confidence", "entropy", "energy_top10", "deletion", "insertion"):
+        for score in SCORES:
             assert float(row[score]) == pytest.approx(float(exported[score]), abs=1e-3)
     run(f"cam --images_path {images} --output_path {tmp_path}/single --checkpoints {export} {QUICK}")
     assert [row["model"] for row in table(tmp_path / "single" / "summary.csv")] == ["exported"]
@@ -477,7 +478,8 @@ def test_a_map_without_evidence_has_no_scores(study, tmp_path, monkeypatch):
     line = f"cam --images_path {images} --run a={study}/runs/baseline-0 --infidelity --sensitivity {QUICK}"
     run(f"{line} --output_path {tmp_path}/out")
     (row,) = table(tmp_path / "out" / "maps.csv")
-    assert [row[score] for score in ("energy_top10", "deletion", "infidelity", "sensitivity")] == [""] * 4
+    names = ("energy_top10", "deletion", "deletion_random", "infidelity", "sensitivity")
+    assert [row[score] for score in names] == [""] * 5
 
 
 def test_bf16(study, tmp_path):
@@ -576,6 +578,15 @@ def test_data_verb_exports_images_in_class_folders(tmp_path):
     assert len({path.parent.name for path in exported}) == 7
     with Image.open(exported[0]) as image:
         assert image.size == (32, 32)
+
+
+def test_data_verb_exports_what_there_is(tmp_path, capsys):
+    for split, count in (("train", 6), ("test", 3)):
+        write(tmp_path / "photos" / split, *[(16, 16)] * count)
+    line = f"data --dataset folder --data_dir {tmp_path}/photos --output {tmp_path}/sheet.png --export {tmp_path}/out"
+    run(line)
+    assert "written: 3 test images" in capsys.readouterr().out
+    assert "--export_images must be at least 1, not 0" in mistake(capsys, f"{line} --export_images 0")
 
 
 def test_records_are_json(done):

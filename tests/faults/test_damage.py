@@ -87,7 +87,7 @@ def test_damaged_checkpoint_is_replaced_by_the_older_one(tmp_path, small, traine
     if damage != "missing":
         assert f"warning: {path} is damaged" in printed.err
         assert f"resuming from {tmp_path}/run/last-1.pt" in printed.err
-        assert (tmp_path / "run" / "last.pt.damaged").exists()
+        assert (tmp_path / "run" / "last.pt.unused").exists()
     assert f"resuming at step {before} of 18" in printed.out
     assert_same_state(checkpoint.load(path), whole)
     assert before <= checkpoint.load(tmp_path / "run" / "last-1.pt")["progress"]["step"] < 18

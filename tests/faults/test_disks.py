@@ -79,6 +79,9 @@ def test_older_checkpoints_are_kept(tmp_path):
     assert [checkpoint.load(path)["step"] for path in kept] == [4, 3, 2]
     checkpoint.write_atomically(tmp_path / "last.pt", checkpoint.serialise({"step": 5}), keep=2)
     assert [path.name for path in checkpoint.generations(tmp_path / "last.pt")] == ["last.pt", "last-1.pt"]
+    with Writer(tmp_path, keep=1, warn=pytest.fail) as writer:
+        writer.save({"step": 6})
+    assert checkpoint.generations(tmp_path / "last.pt") == [tmp_path / "last.pt"]
 
 
 def test_best_is_written_before_last(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from command_line import at_step
 from effnet_fast import provenance
-from effnet_fast.config import TrainConfig, identity
+from effnet_fast.config import StudyConfig, TrainConfig, identity
 from effnet_fast.data.loader import Shard
 from effnet_fast.data.rng import order
 from effnet_fast.data.synthetic import load_synthetic
@@ -97,6 +97,10 @@ def test_settings_that_change_the_collectives_are_compared(changes):
     config = TrainConfig(**changes)
     assert identity(config) == identity(TrainConfig())
     assert rank_check.about_start(config) != rank_check.about_start(TrainConfig())
+
+
+def test_the_seeds_of_a_study_are_compared():
+    assert rank_check.about_start(StudyConfig(seeds=2)) != rank_check.about_start(StudyConfig(seeds=3))
 
 
 def test_different_data_models_and_checkpoints_are_listed(monkeypatch):

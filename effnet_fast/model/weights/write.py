@@ -21,7 +21,7 @@ class Foreign:
 
     Attributes:
         architecture: the library's name for the model, such as efficientnet_b0.
-        tensors: its state dict, float32, with BatchNorm's batch counters.
+        tensors: its state dict, in the dtypes of the model, with BatchNorm's batch counters.
     """
 
     architecture: str

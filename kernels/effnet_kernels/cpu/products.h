@@ -92,11 +92,10 @@ inline std::tuple<Tensor, Tensor, Tensor> project_backward(
   const float* scale = scales.defined() ? data<float>(scales) : nullptr;
   const Tensor w = as_matrix(project).contiguous();
   Tensor dy = like(d);
-  // A tile is several whole images, or one of `cuts` pieces of an image.
+  // A tile is several whole images, or a piece of one.
   const Pieces rows_of = row_tiles(map.rows(), c);
-  const int64_t images = std::max<int64_t>(rows_of.size / hw, 1), cuts = at::divup(hw, std::max(rows_of.size, images * hw / images));
-  const int64_t pieces = hw > rows_of.size ? at::divup(hw, rows_of.size) : cuts;
-  const Pieces within{hw, at::divup(hw, pieces)};
+  const int64_t images = std::max<int64_t>(rows_of.size / hw, 1);
+  const Pieces within{hw, at::divup(hw, at::divup(hw, rows_of.size))};
   const int64_t groups = at::divup(map.n, images), count = within.count();
   const int64_t tiles = groups * count, chain = chains({map.rows(), at::divup(map.rows(), tiles)}, outputs);
   const int64_t tasks = chain ? std::min(chain, tiles) : tiles;

@@ -25,7 +25,12 @@ from effnet_fast.model.efficientnet import EfficientNet
 Row = dict[str, Any]
 FACTORS = {"batch size": (0.25, 0.5, 1, 2), "resolution": (0.5, 0.75, 1, 1.5), "width": (0.5, 1, 1.5, 2)}
 FIELDS = {"batch size": "batch_size", "resolution": "image_size", "width": "width"}
-UNITS = {"batch size": "images", "resolution": "px", "width": "times B0's", "threads": "CPU threads"}
+LABELS = {
+    "batch size": "batch size, images",
+    "resolution": "resolution, px",
+    "width": "width, times B0's",
+    "threads": "CPU threads",
+}
 
 
 def variants(axis: str, case: Case) -> list[Case]:
@@ -76,7 +81,7 @@ def picture(path: Path, rows: list[Row], title: str) -> None:
                   [row["ms p80"] - m for row, m in zip(at, p50, strict=True)]]  # fmt: skip
         panel.errorbar(values, p50, yerr=spread, marker="o", capsize=3, label="measured, p20 to p80")
         panel.plot(values, [row["floor ms"] for row in at], marker="s", linestyle="--", label="floor")
-        panel.set(xscale="log", yscale="log", xlabel=f"{name}, {UNITS[name]}")
+        panel.set(xscale="log", yscale="log", xlabel=LABELS[name])
         panel.set_xticks(values, [f"{value:g}" for value in values])
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3, which="both")
@@ -110,7 +115,7 @@ def main(argv: list[str]) -> None:
         rows.append(row)
         harness.write(args.out, harness.result("step_cost", settings, rows), quiet=True)
     if args.picture:
-        picture(args.picture, rows, f"A training step of {case}")
+        picture(args.picture, rows, f"A training step of {case}, with one of these changed")
 
 
 if __name__ == "__main__":

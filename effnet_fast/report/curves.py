@@ -1,11 +1,12 @@
 """Plot curves of one or several runs, read from their metrics.jsonl.
 
-Each run has a colour and a marker, each series a line style, so the picture also works in greyscale.
+Each run, or group of runs, has a colour and a marker, each series a line style, so the picture also works in greyscale.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,8 +58,13 @@ class Metrics:
         return self.eval[-1].get("split") if self.eval else None
 
     def series(self, label: str, key: str) -> tuple[list[float], list[float]]:
-        """Return epochs and values of one quantity; `label` is one of SERIES. Rows without it are omitted."""
-        rows = [row for row in (self.train if label == TRAINING else self.eval) if row.get(key) is not None]
+        """Return epochs and values of one quantity; `label` is one of SERIES. Rows without it are omitted.
+
+        So are training rows of less than half as many images as usual, which an epoch's end can leave: a mean over two
+        steps is noise.
+        """
+        rows = _long_rows(self.train) if label == TRAINING else self.eval
+        rows = [row for row in rows if row.get(key) is not None]
         return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
@@ -84,12 +90,13 @@ def read_metrics(run_dir: str | Path) -> Metrics:
     return Metrics(name=run_dir.resolve().name, **by_kind)
 
 
-def plot_curves(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
+def plot_curves(run_dirs: Sequence[str | Path], output: str | Path, groups: Sequence[str] | None = None) -> Path:
     """Draw loss, top-1, learning rate and throughput of runs against epochs, and return the picture's path.
 
     Args:
         run_dirs: folders of runs.
         output: picture to write, .png, .svg or .pdf.
+        groups: a name for each run; runs of one name share a colour, a marker and a line of the legend.
 
     Raises:
         FileNotFoundError: a run or its metrics.jsonl is missing.
@@ -100,19 +107,21 @@ def plot_curves(run_dirs: Sequence[str | Path], output: str | Path) -> Path:
     if not run_dirs:
         raise ValueError("no runs to plot: give at least one run's folder")
     runs = [read_metrics(run_dir) for run_dir in run_dirs]
-    labels = [drawable(label) for label in _labels(runs, run_dirs)]
+    styles = _styles(groups or range(len(runs)))
+    labels = _labels(runs, run_dirs) if groups is None else _group_labels(runs, groups)
+    labels = [drawable(label) for label in labels]
     with text_style(labels):
-        picture.save(_draw_panels(runs, labels), output)
+        picture.save(_draw_panels(runs, styles, labels), output)
     return output
 
 
-def _draw_panels(runs: Sequence[Metrics], labels: Sequence[str]) -> Figure:
+def _draw_panels(runs: Sequence[Metrics], styles: Sequence[Style], labels: Sequence[str]) -> Figure:
     figure = Figure(figsize=(12, 8.5), dpi=120, layout="constrained")
     loss, top1, learning_rate, throughput = figure.subplots(2, 2).flat
-    _draw(loss, runs, {TRAINING: "loss", EVALUATION: "loss", EMA: "ema_loss"})
-    _draw(top1, runs, {TRAINING: "top1", EVALUATION: "top1", EMA: "ema_top1"})
-    _draw(learning_rate, runs, {TRAINING: "learning_rate"})
-    _draw(throughput, runs, {TRAINING: "img_per_s"})
+    _draw(loss, runs, styles, {TRAINING: "loss", EVALUATION: "loss", EMA: "ema_loss"})
+    _draw(top1, runs, styles, {TRAINING: "top1", EVALUATION: "top1", EMA: "ema_top1"})
+    _draw(learning_rate, runs, styles, {TRAINING: "learning_rate"})
+    _draw(throughput, runs, styles, {TRAINING: "img_per_s"})
     loss.set(title="Loss", ylabel="cross-entropy (nats)")
     top1.set(title="Top-1 accuracy", ylabel="images classified correctly (%)")
     learning_rate.set(title="Learning rate", ylabel="learning rate (per step)")
@@ -121,7 +130,7 @@ def _draw_panels(runs: Sequence[Metrics], labels: Sequence[str]) -> Figure:
     throughput.autoscale_view(scalex=False)
     throughput.set_ylim(bottom=0)
     throughput.yaxis.set_major_formatter(EngFormatter())
-    _legend(figure, runs, labels)
+    _legend(figure, runs, dict(zip(labels, styles, strict=True)))
     return figure
 
 
@@ -141,17 +150,28 @@ def _rows(path: Path) -> Iterator[Row]:
             yield row
 
 
-def _run_style(run: int) -> Style:
-    return {"color": COLORS[run % len(COLORS)], "marker": MARKERS[run % len(MARKERS)]}
+def _long_rows(rows: list[Row]) -> list[Row]:
+    """Rows of at least half the median number of images; rows of older versions have no number."""
+    usual = statistics.median(row.get("images", 0) for row in rows) if rows else 0
+    return [row for row in rows if row.get("images", usual) >= usual / 2]
 
 
-def _draw(axes: Axes, runs: Sequence[Metrics], keys: dict[str, str]) -> None:
-    for number, run in enumerate(runs):
+def _styles(groups: Sequence[object]) -> list[Style]:
+    """The colour and the marker of each run."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return [
+        {"color": COLORS[numbers[group] % len(COLORS)], "marker": MARKERS[numbers[group] % len(MARKERS)]}
+        for group in groups
+    ]
+
+
+def _draw(axes: Axes, runs: Sequence[Metrics], styles: Sequence[Style], keys: dict[str, str]) -> None:
+    for number, (run, style) in enumerate(zip(runs, styles, strict=True)):
         for label, key in keys.items():
             epochs, values = run.series(label, key)
             interval = max(1, len(values) // MARKS_PER_LINE)
             offset = number * interval // len(runs)  # keeps the markers of coinciding curves apart
-            axes.plot(epochs, values, **_run_style(number), **SERIES[label], markevery=(offset, interval))
+            axes.plot(epochs, values, **style, **SERIES[label], markevery=(offset, interval))
     axes.set_xlabel("epoch")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
@@ -164,9 +184,17 @@ def _labels(runs: Sequence[Metrics], run_dirs: Sequence[str | Path]) -> list[str
     return [f"{name} (evaluated on {run.split})" if run.split else name for name, run in zip(names, runs, strict=True)]
 
 
-def _legend(figure: Figure, runs: Sequence[Metrics], labels: Sequence[str]) -> None:
+def _group_labels(runs: Sequence[Metrics], groups: Sequence[str]) -> list[str]:
+    """Return each run's group, with the number of its runs and the split of their evaluation."""
+    counts = Counter(groups)
+    names = [group if counts[group] == 1 else f"{group}, {counts[group]} runs" for group in groups]
+    return [f"{name} (evaluated on {run.split})" if run.split else name for name, run in zip(names, runs, strict=True)]
+
+
+def _legend(figure: Figure, runs: Sequence[Metrics], entries: dict[str, Style]) -> None:
     series = [label for label in SERIES if label != EMA or any(run.series(EMA, "ema_loss")[0] for run in runs)]
     lines = [Line2D([], [], color="0.3", marker="o", **SERIES[label]) for label in series]
     figure.legend(lines, series, loc="outside upper center", ncols=len(series), frameon=False)
-    run_lines = [Line2D([], [], linewidth=2, **_run_style(number)) for number in range(len(runs))]
-    figure.legend(run_lines, labels, loc="outside lower center", ncols=min(3, len(runs)), title="Runs", frameon=False)
+    run_lines = [Line2D([], [], linewidth=2, **style) for style in entries.values()]
+    columns = min(3, len(entries))
+    figure.legend(run_lines, entries, loc="outside lower center", ncols=columns, title="Runs", frameon=False)

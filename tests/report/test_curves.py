@@ -133,6 +133,22 @@ def test_runs_and_series_are_distinguishable(run, tmp_path, drawn):
     ]
 
 
+def test_runs_of_a_group_look_alike(tmp_path, drawn):
+    runs = [write_run(tmp_path / name, [train_row(5), eval_row(10)]) for name in ("a-0", "b-0", "a-1", "b-1", "c-0")]
+    plot_curves(runs, tmp_path / "curves.png", groups=["a", "b", "a", "b", "c"])
+    looks = [(line.get_color(), line.get_marker()) for line in drawn[0].axes[2].get_lines()]
+    assert looks[:2] == looks[2:4]
+    assert len(set(looks)) == 3
+    texts = [text.get_text() for text in drawn[0].legends[1].get_texts()]
+    assert texts == [f"{name} (evaluated on test)" for name in ("a, 2 runs", "b, 2 runs", "c")]
+
+
+def test_rows_of_few_images_are_not_drawn(tmp_path, drawn):
+    rows = [train_row(step, images=100 if step % 10 else 49) for step in (5, 9, 10, 15, 20)]
+    plot_curves([write_run(tmp_path / "b0", rows)], tmp_path / "curves.png")
+    assert lines(drawn[0], 2)[0][0] == [0.5, 0.9, 1.5]
+
+
 def test_runs_with_equal_names_show_paths(tmp_path, drawn):
     runs = [write_run(tmp_path / folder / "b0", [train_row(5)]) for folder in ("here", "there")]
     plot_curves(runs, tmp_path / "curves.png")

@@ -46,6 +46,15 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("name", ["cifar100-cpu-long", "cifar100-h200"])
+def test_the_kept_weights_take_pictures_at_once(name: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = Path(__file__).parents[1] / "benchmarks" / "results" / name / "model.safetensors"
+    run(f"predict --checkpoint {weights} {pictures / 'a'} --top 3 --device cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == sorted(map(str, (pictures / "a").iterdir()))
+    assert all(line.count(" %") == 3 for line in lines)
+
+
 def test_predict_from_python_equals_evaluation(trained: Path, pictures: Path) -> None:
     predictor = effnet_fast.load(trained, device="cpu")
     files = sorted(pictures.rglob("*.png"))

@@ -54,9 +54,10 @@ def test_images_equal_those_of_the_loaders_resize(size):
     assert resize(images, 32) is images
 
 
-def test_a_run_stopped_in_the_middle_ends_as_an_uninterrupted_one(tmp_path, capsys):
+@pytest.mark.parametrize("flags", ["", "--optimizer muon --learning_rate 6e-3 --loader torch --alternating_flip"])
+def test_a_run_stopped_in_the_middle_ends_as_an_uninterrupted_one(tmp_path, capsys, flags):
     line = f"{RUN} --save_dir {tmp_path} --resize_schedule 16:0.34,24:0.33,32 --ema_decay 0.9 --mixup 0.2 --cutmix 1"
-    line += " --grad_accumulation 2"
+    line += f" --grad_accumulation 2 {flags}"
     run(f"{line} --dry_run")
     assert "training images of 16 px for 2 steps, 24 px for 2 steps, 32 px for 2 steps; evaluation at 32 px" in (
         capsys.readouterr().out

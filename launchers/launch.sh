@@ -8,11 +8,13 @@ if [[ ${1:-} == --dry-run ]]; then
     shift
 fi
 
-# Logs keep the printed command, so it leaves out passwords in URLs.
+# Logs keep the printed command, so it leaves out passwords in URLs, as effnet_fast/credentials.py does.
 show() {
+    local masked='s#(://[^/:@]*):.*@#\1:***@#; s#(https?://)[^/:@]+@#\1***@#
+        s#([?&](password|passwd|pwd|token|api_key)=)[^&]*#\1***#gI'
     printf '+'
     for word in "$@"; do
-        printf ' %q' "$(sed -E 's#(://[^/:@]*):.*@#\1:***@#; s#([?&](password|passwd|pwd|token)=)[^&]*#\1***#g' <<<"$word")"
+        printf ' %q' "$(sed -E "$masked" <<<"$word")"
     done
     printf '\n'
 }

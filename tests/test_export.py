@@ -300,6 +300,12 @@ def test_impossible_layouts(trained: Path, tmp_path: Path, capsys, flags: str, m
     assert message in mistake(capsys, f"export --checkpoint {trained} --output {tmp_path}/out.safetensors {flags}")
 
 
+def test_a_folded_export_has_no_layout_of_another_library(published: Path, tmp_path: Path, capsys) -> None:
+    run(f"export --checkpoint {published} --output {tmp_path}/folded.safetensors --fold_batchnorm")
+    line = f"export --checkpoint {tmp_path}/folded.safetensors --output {tmp_path}/out.safetensors --layout timm"
+    assert "has its BatchNorm folded, which --layout timm needs" in mistake(capsys, line)
+
+
 @pytest.mark.parametrize("layout", ["effnet-fast", "timm", "torchvision"])
 def test_hub_folder(published: Path, tmp_path: Path, layout: str) -> None:
     run(f"export --checkpoint {published} --format hub --layout {layout} --output {tmp_path}/hub")

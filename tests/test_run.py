@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from command_line import mistake, run
 from effnet_fast import checkpoint, create_model, provenance
 from effnet_fast.config import TrainConfig
 from effnet_fast.distributed import World
+from effnet_fast.report import curves
 from effnet_fast.run import build
 from effnet_fast.run.plan import make_plan
 from effnet_fast.run.resolve import compiling_pays, worker_count
@@ -139,8 +142,12 @@ def test_eval_with_other_classes(finished, tmp_path, capsys):
     assert "was trained on 100 others (other " in capsys.readouterr().err
 
 
-def test_plot_overlays_runs(finished, tmp_path):
-    run(f"plot {finished} {finished} --output {tmp_path / 'both.svg'}")
+def test_plot_overlays_runs(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "other")
+    legends = []
+    monkeypatch.setattr(curves, "_draw_panels", lambda runs, styles, labels: legends.append(labels) or Figure())
+    run(f"plot {finished} {tmp_path / 'other'} --output {tmp_path / 'both.svg'}")
+    assert legends == [[f"{finished.name} (evaluated on test)", "other (evaluated on test)"]]
     assert (tmp_path / "both.svg").read_text().lstrip().startswith("<?xml")
 
 
@@ -247,13 +254,17 @@ def test_repeating_a_resume_of_another_run_continues(tmp_path, capsys, monkeypat
     assert rows(tmp_path / "second", "eval")[-1]["epoch"] == 3
 
 
-def test_resuming_an_older_checkpoint_of_the_run(tmp_path):
-    line = f"{TINY} --save_dir {tmp_path} --run_name r"
+@pytest.mark.parametrize("name", ["last-1.pt", "best.pt"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_resuming_an_older_checkpoint_of_the_run(tmp_path, monkeypatch, name, relative):
+    """Newer ones are set aside: the next saves do not overwrite the chosen one by them."""
+    monkeypatch.chdir(tmp_path)
+    line = f"{TINY} --save_dir {tmp_path} --run_name r --val_fraction 0.2"
     run(f"{line} --keep_last 2")
-    older = (tmp_path / "r" / "last-1.pt").read_bytes()
-    run(f"{line} --resume {tmp_path}/r/last-1.pt")
-    assert (tmp_path / "r" / "last.pt.unused").exists()
-    assert older in [path.read_bytes() for path in (tmp_path / "r").glob("last*.pt*")]
+    newest = (tmp_path / "r" / "last.pt").read_bytes()
+    run(f"{line} --resume {'r' if relative else tmp_path / 'r'}/{name}")
+    assert (tmp_path / "r" / "last.pt.unused").read_bytes() == newest
+    assert (tmp_path / "r" / "last-1.pt.unused").exists() == (name == "best.pt")
 
 
 def weights(folder):
@@ -331,9 +342,9 @@ def test_folder_with_a_broken_image(tmp_path, capsys):
     assert "broken.jpg" in capsys.readouterr().err
 
 
-def test_workers_are_capped_to_the_cores():
-    assert 1 <= worker_count(10_000) <= os.cpu_count()
-    assert [worker_count(0), worker_count(1)] == [0, 1]
+def test_workers_are_capped_to_the_cores(monkeypatch):
+    monkeypatch.setattr(provenance, "cores", lambda: 3)
+    assert [worker_count(count) for count in (0, 1, 10_000)] == [0, 1, 3]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,14 @@ def finished(tmp_path_factory):
         patch.setattr(data, "load_dataset", lambda *a, **k: dataclasses.replace(load(*a, **k), test=Unreadable()))
         run(f"search {TINY} --save_dir {folder} --run_name done --phi 1..2 --max_flops 5e7 --num_epochs 7")
     return folder / "done"
+
+
+def test_only_kept_checkpoints_remain(finished, planned, monkeypatch):
+    assert list((finished / "trials").rglob("metrics.jsonl"))
+    assert list((finished / "trials").rglob("*.pt")) == []
+    run(f"{planned.format('run')} --keep_checkpoints")
+    folder = Path(planned.partition("--save_dir ")[2].split()[0]) / "fake" / "trials"
+    assert {path.parent.name.rpartition("-s")[0] for path in folder.rglob("last.pt")} == set(NAMES)
 
 
 def test_files_of_a_search(finished):

@@ -226,7 +226,10 @@ def _unpack(archive: Archive, tarball: Path) -> Path:
         _extract(archive, tarball, unfinished)
         for name in archive.files:
             read(archive, unfinished, name)
-        unfinished.replace(target)
+        try:
+            unfinished.replace(target)
+        except OSError as error:
+            raise OSError(f"{target} is in the way ({error.strerror}) and not complete: delete it, run again") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target

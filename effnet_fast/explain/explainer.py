@@ -97,13 +97,14 @@ class Explainer:
         records = {file: record for file in files if (record := self.output.finished_record(file))}
         images = self._open([file for file in files if file not in records])
         if images:
+            self.output.forget_grid(number)
             records |= self._explain(images)
         done = [file for file in files if file in records]
         for file in done:
             self._tables.add(records[file])
         self.explained += done
         names = [file.name for file in done]
-        if done and (images or not self.output.has_grid(number, names)):
+        if done and not self.output.has_grid(number, names):
             rows = [
                 overlay.make_row(
                     records[file], images.get(file) or load_image(file.path), self.output.load_maps(file.name)

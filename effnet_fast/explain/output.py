@@ -124,6 +124,11 @@ class OutputFolder:
         path = self._grid(number)
         return path.is_file() and self._grid_members.get(path.name) == members
 
+    def forget_grid(self, number: int) -> None:
+        """Let a grid be drawn anew, by a later run too, before an image in it changes."""
+        if self._grid_members.pop(self._grid(number).name, None) is not None:
+            self._save_grid_members()
+
     def save_grid(self, number: int, members: list[str], figure: Figure) -> None:
         path = self._grid(number)
         picture.save(figure, path)

@@ -93,5 +93,7 @@ def _remove_earlier_run(folder: Path) -> None:
 def _set_aside(folder: Path, resumed: Path) -> None:
     """Rename checkpoints newer than the resumed one to *.unused: they are damaged, or `--resume` names an older one."""
     newest_first = checkpoint.generations(folder / checkpoint.LAST)
-    for path in newest_first[: newest_first.index(resumed)] if resumed in newest_first else []:
+    names = [path.resolve() for path in newest_first]
+    newer = names.index(resumed.resolve()) if resumed.resolve() in names else len(names)  # best.pt is older than all
+    for path in newest_first[:newer]:
         os.replace(path, path.with_name(f"{path.name}.unused"))

@@ -201,12 +201,19 @@ class Trials:
             raise Pruned
 
     def finish(self, trial: Trial, state: str, top1: float | None = None, **attrs: Any) -> None:
-        """End a trial as COMPLETE, PRUNED or FAIL, and store `attrs` as its user attributes."""
+        """End a trial as COMPLETE, PRUNED or FAIL, and store `attrs` as its user attributes.
+
+        Raises:
+            Lost: another worker has claimed the trial, or ended it.
+        """
         from optuna.trial import TrialState
 
-        for name, value in attrs.items():
-            trial.set_user_attr(name, value)
         with self.lock:  # a trial that is running without a lease counts as abandoned
+            known = self._frozen(trial)
+            if known.state.is_finished() or known.user_attrs.get("owner") != self.owner:
+                raise Lost
+            for name, value in attrs.items():
+                trial.set_user_attr(name, value)
             self.study.tell(trial, top1, state=TrialState[state])
             self._lease(trial).unlink(missing_ok=True)
 

@@ -86,7 +86,7 @@ class Worker:
             self._finish(trial, task, COMPLETE, f"val top-1 {outcome.top1:.2f} %", outcome.top1, **measured)
             return outcome.status  # a signal during the last evaluation
         except Lost:
-            self.say(f"{task.run}: claimed by another worker")
+            self._say_lost(task)
         except FolderInUse:  # keep the claim until it expires, and meanwhile train other trials
             self.say(f"{task.run}: the worker that had it is still at work")
         except Pruned:
@@ -121,12 +121,19 @@ class Worker:
             return self.train(self.setup.trial_config(task), on_evaluation)
 
     def _finish(self, trial: Trial, task: Task, state: str, text: str, top1: float | None = None, **attrs: Any) -> None:
-        self.trials.finish(trial, state, top1, **attrs)
+        try:
+            self.trials.finish(trial, state, top1, **attrs)
+        except Lost:
+            self._say_lost(task)
+            return
         if state != FAIL and not self.setup.config.keep_checkpoints:
             folder = self._folder(task)
             for path in (*checkpoint.generations(folder / checkpoint.LAST), folder / checkpoint.BEST):
                 path.unlink(missing_ok=True)
         self.say(f"{task.run}: {text}")
+
+    def _say_lost(self, task: Task) -> None:
+        self.say(f"{task.run}: claimed by another worker")
 
     def _measure(self, task: Task) -> dict[str, Any]:
         on_gpu = self.setup.device.type == "cuda"

@@ -184,7 +184,8 @@ def test_only_needed_files_are_unpacked(tmp_path):
     assert visible(tmp_path / FOLDER) == {"train", "test", "meta"}
 
 
-def test_missing_data(tmp_path):
+def test_missing_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     message = refusal(FileNotFoundError, SOURCE, tmp_path / "new", download=False)
     for part in ("TINY is missing", f"{FOLDER}/", "tiny.tar.gz", str(tmp_path / "new"), SOURCE.archive.url):
         assert part in message

@@ -326,6 +326,23 @@ def test_resume_after_interrupt(study, tmp_path, monkeypatch):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_the_grid_of_a_changed_image_is_drawn_after_an_interrupt(study, tmp_path, monkeypatch):
+    images = write(tmp_path / "images", (32, 32), (32, 32))
+    line = f"cam --images_path {images} --run a={study}/runs/baseline-0 {QUICK} --output_path {tmp_path}/out"
+    run(line)
+    before = (tmp_path / "out" / "grids" / "grid-00001.png").read_bytes()
+    Image.new("RGB", (40, 32), "green").save(next(images.rglob("0.png")))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output.OutputFolder, "save_grid", killed)
+        run(line, expected=130)
+    run(line)
+    assert (tmp_path / "out" / "grids" / "grid-00001.png").read_bytes() != before
+
+
 def test_other_settings_are_refused_unless_restarted(study, tmp_path, capsys):
     images = write(tmp_path / "images", (32, 32), (32, 32))
     line = f"cam --images_path {images} --output_path {tmp_path}/out --checkpoints {study} {QUICK}"

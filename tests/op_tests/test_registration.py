@@ -1,6 +1,7 @@
 """The ops with opcheck, torch.compile, autocast and several ranks; their error messages and the choice of path."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -213,3 +214,10 @@ def test_statistics_over_two_ranks():
         pytest.skip("one GPU holds one rank")
     kernels = ["triton", "cpp"] if build.library() is not None else ["triton"]
     run_ranks([sys.executable, "-c", RANK, Path(__file__).parent, *kernels], 2, TRITON_INTERPRET="1")
+
+
+def test_the_environment_chooses_the_kernels():
+    program = "from effnet_kernels.launch import chosen; print(chosen('auto'), chosen('cpp'))"
+    environment = os.environ | {"EFFNET_KERNELS": "torch"}
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert shown.stdout.split() == ["torch", "torch"]

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 import pytest
 
 from effnet_fast.search.storage import explain_errors, stale_trial_ids
-from effnet_fast.search.trials import Pruned, Task, Trials
+from effnet_fast.search.trials import Lost, Pruned, Task, Trials
 
 pytest.importorskip("optuna")
 
@@ -112,6 +112,23 @@ def test_a_lost_claim_cannot_be_released(tmp_path, storage):
     assert second.claim().number == trial.number
     first.release(trial)
     assert first.claim() is None
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_lost_claim_cannot_be_finished(tmp_path, storage):
+    first, second = trials(tmp_path, storage), trials(tmp_path, storage)
+    second.owner = "elsewhere:1"
+    first.enqueue(TASKS[:1])
+    trial = first.claim()
+    expire(first, trial)
+    again = second.claim()
+    with pytest.raises(Lost):
+        first.finish(trial, "COMPLETE", 1.0, latency_ms=1.0)
+    second.finish(again, "COMPLETE", 2.0)
+    with pytest.raises(Lost):
+        first.finish(trial, "FAIL")
+    (state,) = first.states()
+    assert (state.state, state.top1) == ("COMPLETE", 2.0)
 
 
 def test_a_trial_that_ends_is_never_abandoned(tmp_path):

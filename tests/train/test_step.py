@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from effnet_fast.config import TrainConfig
 from effnet_fast.distributed import World
 from effnet_fast.model.blocks import BatchNorm
 from effnet_fast.train import optim
@@ -205,3 +206,12 @@ def test_state_round_trip():
         for i in range(3, 6):
             step(*batch(i), i)
     assert_equal(snapshot(first), snapshot(second))
+
+
+def test_defaults_are_those_of_the_command():
+    """But for the precision, which the device decides, and the classes' weights, which the data decide."""
+    step, command = StepOptions(), TrainConfig()
+    shared = {field.name for field in dataclasses.fields(step)} & {field.name for field in dataclasses.fields(command)}
+    assert {"learning_rate", "clip_grad", "label_smoothing", "mixup", "ema_decay", "seed"} <= shared
+    for name in shared - {"class_weights"}:
+        assert getattr(step, name) == getattr(command, name), name

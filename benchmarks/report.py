@@ -223,7 +223,9 @@ def maps(folder: Path = RESULTS) -> str:
         "top 10 % of pixels hold": "energy_top10",
         "entropy": "entropy",
         "deletion": "deletion",
+        "deletion, random": "deletion_random",
         "insertion": "insertion",
+        "insertion, random": "insertion_random",
         "agreement with the others": "agreement",
     }
     rows = []

@@ -229,7 +229,7 @@ def _unpack(archive: Archive, tarball: Path) -> Path:
         try:
             unfinished.replace(target)
         except OSError as error:
-            raise OSError(f"{target} is in the way ({error.strerror}) and not complete: delete it, run again") from error
+            raise OSError(f"{target} is in the way ({error.strerror}), not complete: delete it, run again") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target

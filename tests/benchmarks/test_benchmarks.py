@@ -37,6 +37,7 @@ import time_to_accuracy  # noqa: E402
 from effnet_fast import create_model  # noqa: E402
 from effnet_fast.data import choose_loader  # noqa: E402
 from effnet_fast.data.synthetic import load_synthetic  # noqa: E402
+from effnet_fast.explain.tables import SCORES  # noqa: E402
 from effnet_fast.model.complexity import complexity  # noqa: E402
 from effnet_fast.report.table import as_csv  # noqa: E402
 
@@ -727,11 +728,11 @@ def test_report_renders_a_study(tmp_path):
 
 
 def test_report_renders_the_scores_of_maps(tmp_path):
-    scores = ("top1", "energy_top10", "entropy", "deletion", "insertion", "agreement")
+    scores = ("top1", *SCORES[1:], "agreement")
     row = {"model": "wider", "images": 12} | {f"{name}_mean": 50 / 2**i for i, name in enumerate(scores)}
     (tmp_path / "run" / "maps").mkdir(parents=True)
     (tmp_path / "run" / "maps" / "summary.csv").write_text(as_csv([row]))
-    values = "25.000 | 12.500 | 6.250 | 3.125 | 1.562"
+    values = "25.000 | 12.500 | 6.250 | 3.125 | 1.562 | 0.781 | 0.391"
     assert report.maps(tmp_path).splitlines()[-1] == f"| wider | 12 | 50 % | {values} |"
 
 

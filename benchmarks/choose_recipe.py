@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from time_to_accuracy import recipe, shared
 from effnet_fast import distributed
 from effnet_fast.config import TrainConfig
 from effnet_fast.run.build import build
-from effnet_fast.run.plan import make_plan
+from effnet_fast.run.plan import make_plan, run_folder
 from effnet_fast.run.training import train_in
 from effnet_fast.search.choose import holm, paired_p
 
@@ -104,6 +105,7 @@ def relative_time(first: Entry, other: Entry, rounds: int) -> float:
 def top1(entry: Entry, seed: int, epochs: int) -> float:
     """Train to the end; the last evaluation's top-1 in percent, of the moving average if there is one."""
     config = dataclasses.replace(entry.config, seed=seed, num_epochs=epochs, eval_every_epochs=epochs)
+    shutil.rmtree(run_folder(config), ignore_errors=True)  # a requeued Slurm job would resume another candidate's run
     with building(entry.candidate):
         outcome = train_in(distributed.alone(config.device), config)
     if not outcome.finished:

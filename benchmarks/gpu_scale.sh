@@ -23,7 +23,8 @@ fi
 
 status=0 # a study that is stopped has maps of the models that it trained
 timeout -k 20 "${SECONDS_AT_MOST:-480}" \
-    "$python" -m effnet_fast study "${settings[@]}" "${data[@]}" --save_dir "$save_dir" --run_name scale || status=$?
+    "$python" -m effnet_fast study "${settings[@]}" "${data[@]}" --save_dir "$save_dir" --run_name scale &
+wait $! || status=$? # a trap would wait for the foreground
 "$python" -m effnet_fast data "${data[@]}" --export "$images" --export_images 16
 "$python" -m effnet_fast cam --checkpoints "$save_dir/scale" --images_path "$images" --output_path "$save_dir/scale-maps" \
     --resume no || exit $((status ? status : $?)) # the maps of a stopped study are not those of the whole one

@@ -30,8 +30,11 @@ stop() {
         wait
     fi
     if [[ -n $work ]]; then
-        join >/dev/null 2>&1
-        rm -rf "$work"
+        if join >/dev/null 2>&1; then
+            rm -rf "$work"
+        else
+            echo "error: $out cannot be written; the results of the parts are in $work" >&2
+        fi
     fi
 }
 trap stop EXIT

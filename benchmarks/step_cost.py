@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import roofline
 import torch
 from harness import Case
 
+from effnet_fast import provenance
 from effnet_fast.model.efficientnet import EfficientNet
 
 Row = dict[str, Any]
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     case = harness.case_of(args)
     if not case.model.startswith("efficientnet"):
         raise ValueError(f"--model {case.model}: the floor is that of EfficientNet's blocks; name one of those")
-    cores = len(os.sched_getaffinity(0)) if harness.DEVICE == "cpu" else 1
+    cores = provenance.cores() if harness.DEVICE == "cpu" else 1
     threads = sorted({2**i for i in range(int(math.log2(cores)) + 1)} | {cores})
     print(harness.warning())
     settings = harness.settings_of(case, rounds=args.rounds, rates={n: rates(n, case.dtype) for n in threads})

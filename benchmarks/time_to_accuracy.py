@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import statistics
 import tempfile
 import time
@@ -31,6 +32,7 @@ from effnet_fast import cli
 from effnet_fast.config import TrainConfig
 from effnet_fast.outcome import metric
 from effnet_fast.run import training
+from effnet_fast.run.plan import run_folder
 from effnet_fast.train.graph import unchanged
 
 RECIPES = Path(effnet_fast.__file__).parent / "recipes"
@@ -182,6 +184,7 @@ def main(argv: list[str]) -> None:
             torch.compiler.reset()
             parent = f"{args.keep}/{args.out.stem}/seed{seed}" if args.keep else folder
             run = dataclasses.replace(config, seed=seed, save_dir=parent, resume="no")
+            shutil.rmtree(run_folder(run), ignore_errors=True)  # a requeued Slurm job would resume it without its time
             rows.append(one_run(run, math.inf if args.keep else targets[-1], candidate))
             print_run(rows[-1], targets)
             goals = {"summary": [summary(rows, target) for target in targets]}

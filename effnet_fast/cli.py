@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effnet_fast import __version__, config
@@ -206,7 +207,7 @@ def completion_script(shell: str) -> str:
 
 
 def _prepare_config_files(args: list[str]) -> list[str]:
-    """Expand the paths of --config and check the files.
+    """Expand the paths of --config, and names of recipes, which come with the package, to paths; check the files.
 
     Raises:
         ValueError: a file is empty, is not a list of settings, or sets something twice.
@@ -219,10 +220,16 @@ def _prepare_config_files(args: list[str]) -> list[str]:
         elif not (flag == "--config" and equals):
             prepared.append(arg)
             continue
-        path = config.expand(path)
+        path = _recipe(config.expand(path))
         _check_settings_file(path)
         prepared.append(flag + equals + path)
     return prepared
+
+
+def _recipe(path: str) -> str:
+    """The file of a recipe of this package by its name, such as cifar100; any other path is returned as it is."""
+    recipe = Path(__file__).with_name("recipes") / f"{path}.yaml"
+    return str(recipe) if os.path.basename(path) == path and recipe.is_file() and not os.path.exists(path) else path
 
 
 # A flag, and the setting of a --config's run that it overrides too, unless that has a flag as well.

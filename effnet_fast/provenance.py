@@ -96,7 +96,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, followed by `+` if tracked files differ from it.
+    """The commit of this checkout, followed by `+` if tracked files differ from it, by `?` if git does not tell.
 
     Outside a checkout, the value of EFFNET_FAST_COMMIT, or None.
     """
@@ -107,7 +107,8 @@ def commit() -> str | None:
     head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if tracked is None or head is None:
         return os.environ.get("EFFNET_FAST_COMMIT")
-    return head + ("+" if _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no") else "")
+    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return head + ("?" if changed is None else "+" if changed else "")
 
 
 def cores() -> int:

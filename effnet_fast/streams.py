@@ -78,7 +78,8 @@ def quiet_streams() -> Iterator[None]:
         SystemExit: with status 2 in place of 0 if a part of stdout is lost; a line on stderr says so.
     """
     streams = sys.stdout, sys.stderr
-    out, err = QuietStream(sys.stdout), QuietStream(sys.stderr)
+    # A stream that the caller has closed is None.
+    out, err = (QuietStream(stream or open(os.devnull, "w")) for stream in streams)  # noqa: SIM115
     sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
     try:
         yield

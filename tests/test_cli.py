@@ -7,11 +7,13 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import effnet_fast
 from command_line import mistake, run
 from effnet_fast import cli, config
 
@@ -67,6 +69,15 @@ def test_printed_config_round_trip(tmp_path, capsys):
     path = tmp_path / "printed.yaml"
     path.write_text(capsys.readouterr().out)
     assert settings(f"--config {path}") == config.TrainConfig(learning_rate=0.3, output_stride=16)
+
+
+def test_recipes_have_names(tmp_path, monkeypatch):
+    """From any folder; a file of the same name goes first."""
+    monkeypatch.chdir(tmp_path)
+    expected = settings(f"--config {Path(effnet_fast.__file__).parent / 'recipes' / 'cifar100.yaml'}")
+    assert settings("--config cifar100") == settings("--config=cifar100") == expected != config.TrainConfig()
+    (tmp_path / "cifar100").write_text("num_epochs: 7\n")
+    assert settings("--config cifar100") == config.TrainConfig(num_epochs=7)
 
 
 def test_every_flag_has_help(capsys):

@@ -312,7 +312,7 @@ def test_stopped_slurm_job_saves_and_is_requeued_unless_cancelled(stand_ins, num
     commands = stand_ins(srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL, torchrun=torchrun)
     job = start("slurm_train.sbatch", environment(commands, JOB_STATE=state), "--seed", "1")
     said = wait_for(job, "training ")
-    assert "--rdzv-endpoint node1:29500 --rdzv-id 4711" in said
+    assert "--rdzv-endpoint node1:24711 --rdzv-id 4711" in said
     assert "--nnodes 2 " in said
     job.send_signal(number)
     rest = job.communicate()[0]

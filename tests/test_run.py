@@ -220,14 +220,15 @@ def test_config_of_a_run_does_not_start_it_over(tmp_path, capsys):
     assert "is finished; nothing to do" in capsys.readouterr().out
 
 
-def test_resuming_another_run_removes_the_earlier_one(tmp_path):
-    """Its rows, best.pt and older checkpoints would be mixed with those of the new run."""
+def test_resuming_another_run_keeps_the_earlier_one(tmp_path, capsys):
+    """Its rows, best.pt and older checkpoints would be mixed with those of the new run, or lost."""
     line = f"{TINY} --save_dir {tmp_path}"
     run(f"{line} --run_name first --num_epochs 1")
     run(f"{line} --run_name second --val_fraction 0.2 --keep_last 2")
-    run(f"{line} --run_name second --resume {tmp_path / 'first' / 'last.pt'}")
-    assert [row["step"] for row in rows(tmp_path / "second", "eval")] == [12]
-    assert {path.name for path in (tmp_path / "second").glob("*.pt")} == {"last.pt"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "second").rglob("*")}
+    printed = mistake(capsys, f"{line} --run_name second --resume {tmp_path / 'first' / 'last.pt'}")
+    assert f"{tmp_path / 'second'} holds another run; choose another --run_name" in printed
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "second").rglob("*")} == before
 
 
 def test_repeating_a_resume_of_another_run_continues(tmp_path, capsys, monkeypatch):

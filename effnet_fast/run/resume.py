@@ -103,6 +103,8 @@ def find_checkpoint(setting: str, folder: Path) -> Resumed | None:
         return own
     if setting == "no":
         return None
+    if Path(setting).resolve().parent != folder.resolve() and checkpoint.generations(folder / checkpoint.LAST):
+        raise ValueError(f"--resume {setting}: {folder} holds another run; choose another --run_name")
     return Resumed(Path(setting), Checkpoint.read(Path(setting), resumable=True), from_path=True)
 
 

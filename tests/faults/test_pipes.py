@@ -91,6 +91,15 @@ def test_the_interpreter_exits_without_an_error(line):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(("closed", "said"), [(">&-", ""), ("2>&-", "effnet-fast "), (">&- 2>&-", "")])
+def test_closed_streams(closed, said):
+    command = f"{sys.executable} -m effnet_fast --version {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith(said)
+    assert done.stderr == ""
+
+
 def test_other_errors_of_a_stream_are_reported():
     """A full disk behind `> file` is a failure."""
     with open("/dev/full", "w") as full:

@@ -146,7 +146,8 @@ def _draw(config: StudyConfig, rows: list[Row], runs: list[StudyRun], folder: Pa
     split = trained[0].result["split"]
     _, against_macs = save_both(scaling_curves(rows, split), folder, "study")
     for suffix in ("png", "svg"):
-        folders, models = zip(*((folder / "runs" / run.name, run.model.label) for run in trained), strict=True)
+        folders = [folder / "runs" / run.name for run in trained]
+        models = [run.name.rpartition("-")[0] for run in trained]
         curves = plot_curves(folders, folder / f"curves.{suffix}", groups=models)
     pictures = {"Accuracy against multiply-accumulates": against_macs, "Curves of the runs": curves}
     note = f"All models trained alike for {config.num_epochs} epochs; accuracy on the {split} images after the last."

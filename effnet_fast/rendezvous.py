@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -24,6 +25,7 @@ parse_rendezvous_endpoint = internal(f"{_ROOM}.utils.parse_rendezvous_endpoint")
 matches_machine_hostname = internal(f"{_ROOM}.utils._matches_machine_hostname")
 
 DEFAULT_PORT = 29400  # c10d's
+SECONDS_TO_CONNECT, SECONDS_BETWEEN_TRIES, SECONDS_BETWEEN_LINES = 10.0, 1.0, 60.0
 
 
 class _Backend(C10dRendezvousBackend):  # type: ignore[misc, valid-type]
@@ -45,8 +47,33 @@ def _create(parameters: RendezvousParameters) -> RendezvousHandler:
     timeout = timedelta(seconds=parameters.get_as_int("read_timeout", 60) or 60)
     store = _serve(host, port, timeout) if is_host else None
     if store is None:  # another process hosts the store
+        _wait_for(host, port, parameters.get_as_int("join_timeout", 600) or 600)
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
     return create_handler(store, _Backend(store, parameters.run_id), parameters)
+
+
+def _wait_for(host: str, port: int, seconds: float) -> None:
+    """Wait until a machine listens at `host`, with a line a minute; TCPStore itself gives up after one, with its stack.
+
+    Raises:
+        SystemExit: none does after `seconds`.
+    """
+    started = said = time.monotonic()
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT):
+                return
+        except OSError as error:
+            now = time.monotonic()
+            if now - started >= seconds:
+                sys.exit(
+                    f"error: nobody listens at {host}:{port} after {seconds:g} s ({error}): start the machine that "
+                    "--rdzv-endpoint names, or correct it"
+                )
+            if now - said >= SECONDS_BETWEEN_LINES:
+                said = now
+                print(f"waiting for {host}:{port}, which --rdzv-endpoint names ({error})", file=sys.stderr, flush=True)
+        time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def _serve(host: str, port: int, timeout: timedelta) -> dist.TCPStore | None:

@@ -37,7 +37,8 @@ json_list() {
 # Kubernetes expands $(POD_IP), and reads $$ as $.
 export ARGUMENTS
 ARGUMENTS=$(json_list --nnodes "1:$NODES" --nproc-per-node "$GPUS" --rdzv-backend bound \
-    --rdzv-endpoint "$NAME-0.$NAME:29500" --rdzv-id "$NAME" --local-addr "\$(POD_IP)" --max-restarts 100 \
+    --rdzv-endpoint "$NAME-0.$NAME:29500" --rdzv-id "$NAME" --rdzv-conf join_timeout=3600 \
+    --local-addr "\$(POD_IP)" --max-restarts 100 \
     -m effnet_fast train --data_dir /shared/data --save_dir /shared/results "${@//$/\$\$}")
 
 manifest=$(<"$folder/kubernetes_train.yaml")

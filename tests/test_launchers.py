@@ -1,5 +1,7 @@
 """Launchers, Makefile, .ci/run and Dockerfile: what they print and what they run."""
 
+import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -423,6 +425,30 @@ def test_loopback_endpoint_is_refused(monkeypatch):
         SystemExit, match=r"error: node1 resolves to 127\.0\.1\.1.*use its IP address in --rdzv-endpoint"
     ):
         rendezvous._serve("node1", 29500, None)
+
+
+def test_a_machine_waits_for_the_one_of_the_rendezvous(monkeypatch, capsys):
+    import torch.distributed.elastic.rendezvous  # noqa: F401  # first, as in torchrun
+
+    from effnet_fast import rendezvous
+
+    refused = [ConnectionRefusedError(111, "Connection refused")] * 3
+    monkeypatch.setattr(rendezvous.time, "monotonic", itertools.count(0, 40).__next__)
+    monkeypatch.setattr(rendezvous.time, "sleep", lambda seconds: None)
+
+    def connect(address, timeout):
+        assert address == ("node1", 29500)
+        if refused:
+            raise refused.pop()
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(rendezvous.socket, "create_connection", connect)
+    rendezvous._wait_for("node1", 29500, 600)
+    line = "waiting for node1:29500, which --rdzv-endpoint names ([Errno 111] Connection refused)"
+    assert capsys.readouterr().err.splitlines() == [line]
+    refused = [ConnectionRefusedError(111, "Connection refused")] * 99
+    with pytest.raises(SystemExit, match="error: nobody listens at node1:29500 after 600 s"):
+        rendezvous._wait_for("node1", 29500, 600)
 
 
 @needs_installation

@@ -177,7 +177,9 @@ def _make_parser(verb: Verb, name: str) -> ArgumentParser:
         allow_abbrev=False,
         parser_mode="plain-yaml",
     )
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of settings, or a recipe's name; flags after it override it"
+    )
     parser.add_class_arguments(verb.settings, as_positional=False, skip={verb.positional} if verb.positional else None)
     if verb.positional:
         parser.add_argument(verb.positional, nargs="+", type=str, help=verb.positional_help)

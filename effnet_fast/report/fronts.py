@@ -22,7 +22,7 @@ COSTS = {
     "pareto_parameters": ("parameters", "parameters"),
     "pareto_latency": ("latency_ms", "measured latency of one image (ms)"),
 }
-BASELINE_COLOR = COLORS[2]
+BASELINE_COLOR = COLORS[0]
 LINES = ("-", "--", "-.", ":")
 REFERENCE_MARKERS = ("P", "X", "*", "h", "p")
 

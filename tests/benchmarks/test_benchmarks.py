@@ -429,7 +429,7 @@ def test_scaling_over_two_ranks(tmp_path):
 def test_step_cost(tmp_path, monkeypatch):
     out, picture = tmp_path / "cost.json", tmp_path / "cost.png"
     monkeypatch.setattr(step_cost, "FACTORS", {"batch size": (0.5, 1), "resolution": (0.5, 1), "width": (0.5, 1)})
-    monkeypatch.setattr(step_cost.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(step_cost.provenance, "cores", lambda: 1)
     monkeypatch.setattr(harness, "copy_bandwidth", lambda: 10.0)
     monkeypatch.setattr(harness, "matrix_rate", lambda dtype: 1e11)
     step_cost.rates.cache_clear()

@@ -102,26 +102,26 @@ def test_released_claim_is_free_at_once(tmp_path, storage):
     assert shared.claim().number == trial.number
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_a_lost_claim_cannot_be_released(tmp_path, storage):
-    first, second = trials(tmp_path, storage), trials(tmp_path, storage)
+@pytest.fixture(params=STORAGES)
+def lost(request, tmp_path):
+    """Two workers and a trial that the first has claimed and lost to the second, as each of them sees it."""
+    first, second = trials(tmp_path, request.param), trials(tmp_path, request.param)
     second.owner = "elsewhere:1"
     first.enqueue(TASKS[:1])
     trial = first.claim()
     expire(first, trial)
-    assert second.claim().number == trial.number
+    return first, second, trial, second.claim()
+
+
+def test_a_lost_claim_cannot_be_released(lost):
+    first, _, trial, again = lost
+    assert again.number == trial.number
     first.release(trial)
     assert first.claim() is None
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_a_lost_claim_cannot_be_finished(tmp_path, storage):
-    first, second = trials(tmp_path, storage), trials(tmp_path, storage)
-    second.owner = "elsewhere:1"
-    first.enqueue(TASKS[:1])
-    trial = first.claim()
-    expire(first, trial)
-    again = second.claim()
+def test_a_lost_claim_cannot_be_finished(lost):
+    first, second, trial, again = lost
     with pytest.raises(Lost):
         first.finish(trial, "COMPLETE", 1.0, latency_ms=1.0)
     second.finish(again, "COMPLETE", 2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import effnet_fast
 from command_line import mistake, run
 from effnet_fast import checkpoint
 from effnet_fast.data import load_dataset
+from effnet_fast.data.dataset import Superclasses
 from effnet_fast.model import trained as model_of_a_run
 from effnet_fast.report.confusion import plot_confusion, write_per_class
 from effnet_fast.run import eval_report, evaluation, prediction
@@ -308,3 +310,24 @@ def test_class_names_that_are_not_utf8(tmp_path: Path) -> None:
     plot_confusion(tmp_path / "picture.png", [name, "dog"], np.array([[3, 1], [0, 2]]))
     rows = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
     assert [row["class"] for row in rows] == ["caf\\udce9", "dog"]
+
+
+@pytest.mark.parametrize("of_class", [(0, 0), (1, 0)])
+def test_superclasses(data_dir, trained, tmp_path, monkeypatch, capsys, of_class):
+    """Both classes in one: every prediction is right; each in one of its own: as by class."""
+    names = ("animals", "others")
+    load = evaluation.data.load_dataset
+
+    def with_superclasses(*arguments, **settings):
+        return dataclasses.replace(load(*arguments, **settings), superclasses=Superclasses(names, of_class))
+
+    monkeypatch.setattr(evaluation.data, "load_dataset", with_superclasses)
+    run(f"eval --checkpoint {trained} --data_dir {data_dir} --output_dir {tmp_path} {QUICK}")
+    report = json.loads((tmp_path / "test-evaluation.json").read_text())
+    top1 = 100 if of_class == (0, 0) else report["top1"]
+    assert report["superclasses"]["top1"] == pytest.approx(top1)
+    assert f"superclasses: top-1 {top1:.2f} %" in capsys.readouterr().out
+    with (tmp_path / "test-superclasses.csv").open() as file:
+        assert [row["class"] for row in csv.DictReader(file)] == list(names)
+    with Image.open(tmp_path / "test-superclass-confusion.png") as picture:
+        assert min(picture.size) > 100

@@ -30,7 +30,7 @@ stop() {
         wait
     fi
     if [[ -n $work ]]; then
-        if join >/dev/null 2>&1; then
+        if join >/dev/null 2>&1 || ! compgen -G "$work/*.json" >/dev/null; then # joined, or no part has a result
             rm -rf "$work"
         else
             echo "error: $out cannot be written; the results of the parts are in $work" >&2

@@ -181,6 +181,8 @@ def write_atomically(path: Path, data: bytes | memoryview, keep: int | None = No
         if keep is not None:
             _shift_generations(path, keep)
         os.replace(temporary, path)
+        if keep is not None:  # only now: until here the oldest may be the only one
+            _delete_generations(path, keep)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         kept = "; the one before it is kept" if generations(path) else ""
@@ -220,10 +222,14 @@ def _numbers(path: Path) -> list[int]:
 
 
 def _shift_generations(path: Path, keep: int) -> None:
-    """Rename each version to the next older one; delete those beyond the last `keep`."""
+    """Rename each of the last `keep` - 1 versions to the next older one."""
     kept = generations(path)[: keep - 1]
     for number in reversed(range(len(kept))):
         os.replace(kept[number], path.with_name(f"{path.stem}-{number + 1}{path.suffix}"))
+
+
+def _delete_generations(path: Path, keep: int) -> None:
+    """Delete the versions beyond the last `keep`."""
     for number in _numbers(path):
         if number >= keep:
             path.with_name(f"{path.stem}-{number}{path.suffix}").unlink()

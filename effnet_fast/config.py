@@ -38,10 +38,10 @@ PATHS = {
 _YAML_BOOLEANS: dict[object, str] = {False: "no", True: "yes", "off": "no", "on": "yes"}
 
 
-def _resume(setting: str | bool) -> str:
-    """A value of `--resume`, of which YAML may have made a boolean; yes and on mean auto."""
-    text = _YAML_BOOLEANS.get(setting, str(setting))
-    return "auto" if text == "yes" else text
+def _word(value: str | bool, yes: str) -> str:
+    """A setting's word, of which YAML may have made a boolean; `yes` is the word that yes and on stand for."""
+    text = _YAML_BOOLEANS.get(value, str(value))
+    return yes if text == "yes" else text
 
 
 def operational(default: Any) -> Any:
@@ -305,7 +305,7 @@ class TrainConfig(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
+        object.__setattr__(self, "mixed_precision", _word(self.mixed_precision, yes="bf16"))
         object.__setattr__(self, "pretrained", self.pretrained or None)
         if (compiles := _YAML_BOOLEANS.get(self.compile, self.compile)) != "auto":
             mode = "compile" if compiles == "yes" else "eager"
@@ -316,7 +316,7 @@ class TrainConfig(_Config):
             )
             object.__setattr__(self, "step", mode)
             object.__setattr__(self, "compile", "auto")
-        object.__setattr__(self, "resume", _resume(self.resume))
+        object.__setattr__(self, "resume", _word(self.resume, yes="auto"))
         for name in (
             "batch_size", "num_epochs", "grad_accumulation", "log_every_steps", "keep_last", "eval_every_epochs"
         ):  # fmt: skip
@@ -627,7 +627,7 @@ class EvalConfig(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
+        object.__setattr__(self, "mixed_precision", _word(self.mixed_precision, yes="bf16"))
         _require(self.batch_size >= 1, f"--batch_size must be at least 1, not {self.batch_size}")
         _require(self.num_workers >= 0, f"--num_workers must not be negative, not {self.num_workers}")
         _require(
@@ -803,8 +803,8 @@ class CamConfig(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
-        object.__setattr__(self, "resume", _resume(self.resume))
+        object.__setattr__(self, "mixed_precision", _word(self.mixed_precision, yes="bf16"))
+        object.__setattr__(self, "resume", _word(self.resume, yes="auto"))
         for name in ("batch_size", "gallery_images", "curve_steps"):
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         _require(0 <= self.opacity <= 1, f"--opacity must be from 0 to 1, not {self.opacity}")
@@ -866,16 +866,11 @@ class TuneConfig(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "mixed_precision", _precision(self.mixed_precision))
+        object.__setattr__(self, "mixed_precision", _word(self.mixed_precision, yes="bf16"))
         for name in ("batch_size", "workers"):
             _require(getattr(self, name) >= 1, f"--{name} must be at least 1, not {getattr(self, name)}")
         _require(self.seconds > 0, f"--seconds must be above 0, not {self.seconds}")
         _require(self.image_size == "auto" or self.image_size >= 8, "--image_size must be auto or at least 8")
-
-
-def _precision(value: str | bool) -> str:
-    name = _YAML_BOOLEANS.get(value, value)
-    return "bf16" if name == "yes" else str(name)
 
 
 def identity(config: TrainConfig | CamConfig) -> dict[str, Any]:

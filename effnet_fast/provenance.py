@@ -106,7 +106,7 @@ def commit() -> str | None:
     )  # not in another project's .venv
     head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if tracked is None or head is None:
-        return os.environ.get("EFFNET_FAST_COMMIT")
+        return os.environ.get("EFFNET_FAST_COMMIT") or None
     changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     return head + ("?" if changed is None else "+" if changed else "")
 

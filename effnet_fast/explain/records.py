@@ -99,10 +99,11 @@ def _scores(
     model: ExplainedModel, inputs: Tensor, raw: Tensor, targets: Tensor, files: Sequence[ImageFile], steps: int
 ) -> dict[str, list[float]]:
     """Compute focus and faithfulness, and the faithfulness of a random map: score name -> one value per map."""
-    common = resize_maps(normalise(raw), COMMON_SIZE, COMMON_SIZE)
+    scaled = normalise(raw)
+    common = resize_maps(scaled, COMMON_SIZE, COMMON_SIZE)
     values = {"energy_top10": scores.energy_in_top(common), "entropy": scores.entropy(common)}
     noise = scores.random_maps(raw, [_seed(file) for file in files])
-    for suffix, maps in (("", normalise(raw)), ("_random", noise)):
+    for suffix, maps in (("", scaled), ("_random", noise)):
         full = resize_maps(maps, *inputs.shape[-2:])
         values |= zip(
             (f"deletion{suffix}", f"insertion{suffix}"),

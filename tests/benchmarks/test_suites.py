@@ -481,6 +481,8 @@ def test_commit_outside_git(monkeypatch):
     # An installation in another project's folder, which that one's git ignores.
     monkeypatch.setattr(provenance, "_output", lambda *command: None if "ls-files" in command else "fedcba9")
     assert provenance.commit() == "0123456"
+    monkeypatch.setenv("EFFNET_FAST_COMMIT", "")  # an image built without it
+    assert provenance.commit() is None
     monkeypatch.delenv("EFFNET_FAST_COMMIT")
     assert provenance.commit() is None
 

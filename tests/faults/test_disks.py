@@ -84,6 +84,19 @@ def test_older_checkpoints_are_kept(tmp_path):
     assert checkpoint.generations(tmp_path / "last.pt") == [tmp_path / "last.pt"]
 
 
+def test_the_only_checkpoint_survives_a_failed_write(tmp_path, monkeypatch):
+    """Older ones are deleted once the new one is in place."""
+
+    def failing(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "last-1.pt").write_bytes(b"the only one")
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="the one before it is kept"):
+        checkpoint.write_atomically(tmp_path / "last.pt", b"new", keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["last-1.pt"]
+
+
 def test_best_is_written_before_last(tmp_path, monkeypatch):
     """last.pt contains the best score, so a resumed run relies on best.pt being there."""
     wrote = []

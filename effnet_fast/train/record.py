@@ -246,10 +246,7 @@ class Recorder:
     def _show(self, row: dict[str, Any]) -> None:
         if not self.main:
             return
-        # Wall clock, so that evaluations count too.
-        work = self._work(self._start_step, row["step"])
-        pace = (time.perf_counter() - self._start_time) / work if work else None
-        left = "unknown" if pace is None else duration(self._work(row["step"], self.total_steps) * pace)
+        left = self._time_left(row["step"])
         figures = (
             f"loss {row['loss']:.3f}  top-1 {row['top1']:.1f} %  lr {row['learning_rate']:.4f}"
             f"  {row['img_per_s']:.0f} img/s  waiting {100 * row['wait_share']:.0f} %  ETA {left}"
@@ -258,6 +255,14 @@ class Recorder:
             self._bar.update(self._task, completed=row["step"], description=figures, refresh=True)
         else:
             self.say(f"step {row['step']}/{self.total_steps}  {figures}")
+
+    def _time_left(self, step: int) -> str:
+        """From the wall-clock time of the steps on images of this size, so that evaluations count too."""
+        now, work = time.perf_counter(), self._work(self._start_step, step)
+        left = duration(self._work(step, self.total_steps) * (now - self._start_time) / work) if work else "unknown"
+        if self._work(step, step + 1) != self._work(self._start_step, self._start_step + 1):
+            self._start_time, self._start_step = now, step
+        return left
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:

@@ -79,15 +79,17 @@ def test_a_report_ends_the_lap_of_its_batch(tmp_path, clock):
 
 
 def test_estimated_time_counts_larger_images(tmp_path, clock, capsys):
-    """5 of 10 steps, on images of half the side of the other 5, are a fifth of the work."""
+    """5 of 10 steps, on images of half the side of the other 5, are a fifth of the work; then larger ones are timed."""
     sizes = ImageSizes((16, 32), (0, 5))
     kept = record.Recorder(
         tmp_path, main=True, device=torch.device("cpu"), step=0, total_steps=10, steps_per_epoch=5, work=sizes.pixels
     )
     clock.seconds += 60
     kept.train(5, READING, 0.1, world=1)
+    clock.seconds += 30
+    kept.train(6, READING, 0.1, world=1)
     kept.close()
-    assert "ETA 0:04:00" in capsys.readouterr().out
+    assert re.findall(r"ETA (\S+)", capsys.readouterr().out) == ["0:04:00", "0:02:00"]
 
 
 def test_the_step_that_compiles_counts_neither_for_the_estimate_nor_for_the_summary(tmp_path, clock, capsys):
